@@ -1,0 +1,56 @@
+"""Labels and settings of the app: what ``--conf`` may say, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from medvl_sam2.errors import ConfigError
+from medvl_sam2.vocabulary import CLASSES
+
+APP_NAME = "MedVL-SAM2"
+APP_VERSION = "0.1.0"
+
+OBJECT_LABEL = "object"
+"""Label of whatever the vocabulary has no word for: a click on anything, a sentence about anything."""
+
+LABELS: tuple[str, ...] = (*CLASSES, OBJECT_LABEL)
+"""``LABELS[n - 1]`` is mask value ``n``. Contiguous and without a background entry: OHIF gives index 0 a running
+number, and Slicer counts values by position."""
+
+LABEL_VALUES: Mapping[str, int] = {name: value for value, name in enumerate(LABELS, start=1)}
+
+HOLD_BACK_S = 900
+"""For how long an image that went to one annotator is kept from the others while there is another one."""
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Settings from ``--conf NAME VALUE`` (all strings there)."""
+
+    store: Path
+    """Published weights, runs, scores and the retraining schedule (``--conf store DIR``; default ``<app>/model``)."""
+    device: str = ""
+    """Torch device (``--conf device cuda:0``); empty picks CUDA where there is one."""
+    max_sessions: int = 8
+    """Open sessions (annotator and image), least recently used dropped first."""
+    session_megabytes: int = 1500
+    """Memory all open sessions may hold together."""
+
+    @classmethod
+    def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
+        """Read the settings; unknown names belong to MONAI Label and are left alone."""
+        return cls(
+            store=Path(conf.get("store") or app_dir / "model").resolve(),
+            device=conf.get("device", ""),
+            max_sessions=_positive(conf, "max_sessions", cls.max_sessions),
+            session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
+        )
+
+
+def _positive(conf: Mapping[str, str], name: str, default: int) -> int:
+    text = str(conf.get(name, default)).strip()
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--conf {name} {text!r} must be a whole number from 1 on")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Infer tasks, one file a panel of the clients."""

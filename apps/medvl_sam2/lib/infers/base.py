@@ -1,0 +1,85 @@
+"""What every infer task does around its own work: parse, hold a session, time, report errors."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lib.request_parsing import InferRequest, parse_request
+from lib.result_writing import http_errors, write_label_map
+from lib.runtime import Held, Runtime
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from medvl_sam2.types import Geometry
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A task's result before it is written: a mask, or the path of a file already written, or neither."""
+
+    params: dict[str, Any]
+    mask: np.ndarray | None = None
+    geometry: Geometry | None = None
+    file: str | None = None
+
+
+class MedVLTask(InferTask):
+    """Base of the app's infer tasks. Subclasses answer in :meth:`run` and raise :class:`MedVLError` to refuse."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        kind: InferType,
+        labels: Mapping[str, int] | Sequence[str],
+        description: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            type=kind,
+            labels=dict(labels) if isinstance(labels, Mapping) else list(labels),
+            dimension=3,
+            description=description,
+            config=dict(options or {}),
+        )
+        self.runtime = runtime
+
+    def is_valid(self) -> bool:
+        return True
+
+    @abstractmethod
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Raise for what is wrong with the request itself, before an image is read or weights are loaded."""
+
+    @abstractmethod
+    def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
+        """Answer one request."""
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Serve one request; errors leave as HTTP errors with their reason."""
+        started = time.perf_counter()
+        with http_errors(str(request.get("model") or type(self).__name__)):
+            parsed = parse_request(request)
+            self.check(request)
+            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset) as held:
+                opened = time.perf_counter()
+                reply = self.run(request, parsed, held)
+                version = held.predictor.checkpoint.version
+            inferred = time.perf_counter()
+            file = reply.file
+            if reply.mask is not None and reply.geometry is not None:
+                file = write_label_map(reply.mask, reply.geometry, parsed.extension, parsed.compress)
+            written = time.perf_counter()
+        latencies = {
+            "pre": round(opened - started, 3),
+            "infer": round(inferred - opened, 3),
+            "invert": 0,
+            "post": 0,
+            "write": round(written - inferred, 3),
+            "total": round(written - started, 3),
+            "transform": {},
+        }
+        return file, {**reply.params, "model_version": version, "latencies": latencies}

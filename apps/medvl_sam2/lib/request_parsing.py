@@ -1,0 +1,245 @@
+"""The only place that reads MONAI Label's request dictionary; returns typed values or raises with the reason.
+
+Clients are told apart by what they always send: Slicer a ``client_id``; OHIF ``restore_label_idx`` (and never a
+``client_id``). Both leave keys of other tasks in a request, so keys a task does not know are ignored, and every task
+applies its own defaults: OHIF sends only what its user changed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
+
+from medvl_sam2.errors import PromptError, VolumeError
+from medvl_sam2.types import Prompt
+from medvl_sam2.vocabulary import CLASSES, spoken
+from medvl_sam2.volume_io import read_mask
+
+MAX_TEXT = 10_000
+"""Characters of a prompt or question."""
+MAX_POINTS = 1_000
+EXTENSIONS = (".nrrd", ".nii.gz", ".nii")
+_SPOKEN = {spoken(name): name for name in CLASSES}
+
+
+class UnknownImageError(VolumeError):
+    """The request names an image that neither the datastore nor a session has."""
+
+
+class TextTooLongError(PromptError):
+    """A text is longer than :data:`MAX_TEXT`."""
+
+
+class Client(Enum):
+    """Who asks, because Slicer and OHIF read mask values differently."""
+
+    SLICER = "slicer"
+    OHIF = "ohif"
+    API = "api"
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What every infer task needs from a request."""
+
+    image: Path
+    client: Client
+    client_id: str
+    """Key of the annotator's sessions; OHIF has no id, all its windows share one."""
+    extension: str
+    compress: bool
+    wants_file: bool
+    """False where the caller asked for JSON only (known when the server front passed it on)."""
+    reset: bool
+
+
+def parse_request(request: Mapping[str, Any]) -> InferRequest:
+    """Read what all tasks share.
+
+    Raises:
+        UnknownImageError: no such image. PromptError: another value makes no sense.
+    """
+    client_id = request.get("client_id")
+    if isinstance(client_id, str) and client_id:
+        client = Client.SLICER
+    else:
+        client = Client.OHIF if "restore_label_idx" in request else Client.API
+    extension = str(request.get("result_extension") or ".nrrd").lower()
+    if extension not in EXTENSIONS:
+        raise PromptError(f"result_extension {extension!r} cannot be written; use one of {', '.join(EXTENSIONS)}")
+    output = request.get("output")
+    return InferRequest(
+        image=_image(request),
+        client=client,
+        client_id=client_id if client is Client.SLICER and isinstance(client_id, str) else client.value,
+        extension=extension,
+        compress=_flag(request.get("result_compress"), default=client is not Client.OHIF),
+        wants_file=output in ("image", "all") or (output is None and client is not Client.API) or "output" not in request,
+        reset=_flag(request.get("reset_state"), default=False),
+    )
+
+
+def parse_prompt(request: Mapping[str, Any]) -> Prompt:
+    """Points, box and earlier mask of a request, in stored voxels; bounds are checked against the image later.
+
+    Points come as ``foreground`` and ``background`` (deepgrow), as ``points`` and ``point_labels`` (vista3d), or under
+    the name of the selected label (deepedit). The box is Slicer's ``roi``: ``[i, i, j, j, k, k]``, each pair in any
+    order. An uploaded ``label`` file is the mask to start from.
+    """
+    foreground = _points(request, "foreground")
+    background = _points(request, "background")
+    if not foreground and not background:
+        points, labels = _labelled_points(request)
+        foreground = [point for point, label in zip(points, labels, strict=True) if label == 1]
+        background = [point for point, label in zip(points, labels, strict=True) if label == 0]
+    name = request.get("label")
+    if not foreground and isinstance(name, str) and isinstance(request.get(name), list):
+        foreground = _points(request, name)
+    return Prompt(
+        points=np.array([*foreground, *background], dtype=np.float64).reshape(-1, 3),
+        labels=np.array([1] * len(foreground) + [0] * len(background), dtype=np.int64),
+        box=_box(request.get("roi")),
+        mask=_mask(name),
+    )
+
+
+def parse_label(request: Mapping[str, Any]) -> str:
+    """Name of the segment an annotator works on: Slicer sends it, OHIF does not (then :data:`OBJECT_LABEL`)."""
+    name = request.get("label")
+    if not isinstance(name, str) or not name.strip() or _uploaded(name):
+        return OBJECT_LABEL
+    return _checked_text(name, "label")
+
+
+def parse_text(request: Mapping[str, Any], key: str, example: str) -> str:
+    """A text option, stripped.
+
+    Raises:
+        PromptError: missing or blank. TextTooLongError: above :data:`MAX_TEXT` characters.
+    """
+    value = request.get(key)
+    if value is not None and not isinstance(value, str):
+        raise PromptError(f"{key} must be text, got {type(value).__name__}; for example {example!r}")
+    if not value or not value.strip():
+        raise PromptError(f"{key} is empty; type it into the {key!r} option, for example {example!r}")
+    return _checked_text(value, key)
+
+
+def parse_classes(request: Mapping[str, Any]) -> tuple[str, ...]:
+    """Classes to segment, without repeats: OHIF's ticked classes (``label_prompt``), else option ``classes``, else all.
+
+    OHIF pastes the reply to a class prompt without any ticked class by raw value, on wrong names; so that is refused.
+    """
+    ticked = request.get("label_prompt")
+    if ticked is not None:
+        values = [value for value in ticked if isinstance(value, int)] if isinstance(ticked, Sequence) else []
+        names = [name for name in CLASSES if LABEL_VALUES[name] in values]
+        if not names:
+            raise PromptError(f"label_prompt {ticked!r} names no class; tick at least one of {', '.join(CLASSES)}")
+        return tuple(names)
+    given = request.get("classes") or ""
+    parts = given if isinstance(given, list) else _checked_text(str(given), "classes").split(",")
+    wanted = [_class(str(part)) for part in parts if str(part).strip()]
+    return tuple(dict.fromkeys(wanted)) or CLASSES
+
+
+def ticked_label(request: Mapping[str, Any]) -> int | None:
+    """The mask value OHIF's user ticked, when it is exactly one."""
+    ticked = request.get("label_prompt")
+    if isinstance(ticked, list) and len(ticked) == 1 and ticked[0] in LABEL_VALUES.values():
+        return int(ticked[0])
+    return None
+
+
+def _class(text: str) -> str:
+    name = text.strip().lower()
+    name = _SPOKEN.get(name, name.replace(" ", "_"))
+    if name not in CLASSES:
+        raise PromptError(f"class {text.strip()!r} is not in the vocabulary; choose from {', '.join(CLASSES)}")
+    return name
+
+
+def _checked_text(value: str, key: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise TextTooLongError(f"{key} has {len(value)} characters; give at most {MAX_TEXT}")
+    return value.strip()
+
+
+def _image(request: Mapping[str, Any]) -> Path:
+    image = request.get("image")
+    if not isinstance(image, str) or not image:
+        raise UnknownImageError(
+            "image is not known: the datastore has none of that id and no session holds it (it may have expired); "
+            "refresh the list of images or send it again"
+        )
+    path = Path(image)
+    if not path.exists():
+        raise UnknownImageError(f"image file {path.name} is gone from the server; refresh the list of images")
+    return path
+
+
+def _flag(value: Any, default: bool) -> bool:
+    if value is None:
+        return default
+    return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
+
+
+def _points(request: Mapping[str, Any], key: str) -> list[list[float]]:
+    value = request.get(key)
+    if value is None or value == "":
+        return []
+    if not isinstance(value, list):
+        raise PromptError(f"{key} must be a list of voxels [[i, j, k], ...], got {type(value).__name__}")
+    if len(value) > MAX_POINTS:
+        raise PromptError(f"{key} has {len(value)} points; give at most {MAX_POINTS}")
+    points = []
+    for item in value:
+        numbers = _numbers(item)
+        if numbers is None or len(numbers) != 3:
+            raise PromptError(f"{key} has {item!r}, which is no voxel; give three numbers [i, j, k]")
+        points.append(numbers)
+    return points
+
+
+def _labelled_points(request: Mapping[str, Any]) -> tuple[list[list[float]], list[int]]:
+    points = _points(request, "points")
+    if not points:
+        return [], []
+    labels = request.get("point_labels")
+    if not isinstance(labels, list) or len(labels) != len(points) or not set(labels) <= {0, 1}:
+        raise PromptError(f"point_labels {labels!r} must be one 1 (object) or 0 (background) for each point")
+    return points, labels
+
+
+def _box(value: Any) -> np.ndarray | None:
+    if not value:
+        return None
+    numbers = _numbers(value)
+    if numbers is None or len(numbers) != 6:
+        raise PromptError(f"roi {value!r} must be six numbers [i, i, j, j, k, k]")
+    return np.sort(np.array(numbers, dtype=np.float64).reshape(3, 2).T, axis=0)
+
+
+def _numbers(value: Any) -> list[float] | None:
+    if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in value):
+        return None
+    return [float(n) for n in value]
+
+
+def _uploaded(name: str) -> bool:
+    """True for the temporary file MONAI Label made of an uploaded mask; never for another path a client names."""
+    path = Path(name)
+    return path.is_absolute() and path.parent == Path(tempfile.gettempdir()) and path.is_file()
+
+
+def _mask(name: Any) -> np.ndarray | None:
+    if not isinstance(name, str) or not _uploaded(name):
+        return None
+    return read_mask(name)[0] > 0

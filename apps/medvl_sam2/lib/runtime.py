@@ -1,0 +1,174 @@
+"""One predictor per process, loaded when first asked, and the sessions annotators hold with it.
+
+The predictor and all sessions stand behind one lock: a model answers one question at a time, and a session is one
+annotator's work on one image. Weights are looked up anew before every use, so a published version is served without
+a restart; sessions of the old weights go with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib.configs.medvl_sam2 import AppConfig
+
+from medvl_sam2.checkpoint import read_published
+from medvl_sam2.errors import CheckpointError, MedVLError
+from medvl_sam2.types import Geometry, Volume
+from medvl_sam2.volume_io import read_volume
+
+if TYPE_CHECKING:
+    from medvl_sam2.predictor import Predictor, Session
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[Path | None, str], "Predictor"]
+
+
+class Held(NamedTuple):
+    """What :meth:`Runtime.use` lends: valid until its block ends."""
+
+    predictor: Predictor
+    session: Session
+    volume: Volume
+
+
+class _Key(NamedTuple):
+    client: str
+    image: Path
+    stamp: int
+    """Modification time in ns: an image sent again under its old name starts afresh."""
+
+
+@dataclass
+class _Entry:
+    session: Session
+    volume: Volume
+
+
+class Runtime:
+    """Lends the predictor and a session to one caller at a time."""
+
+    def __init__(self, config: AppConfig, load: Loader | None = None) -> None:
+        self._config = config
+        self._load = load or load_predictor
+        self._lock = threading.RLock()
+        self._predictor: Predictor | None = None
+        self._served: Path | None = None
+        self._refused: Path | None = None
+        self._sessions: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._volumes: weakref.WeakValueDictionary[tuple[Path, int], Volume] = weakref.WeakValueDictionary()
+        self._geometries: dict[tuple[Path, int], Geometry] = {}
+
+    @contextmanager
+    def use(self, image: Path, client: str, reset: bool = False) -> Iterator[Held]:
+        """Hold the lock, the current predictor and this annotator's session of this image.
+
+        ``reset`` forgets what the annotator placed so far. Raises :class:`MedVLError` of reading image or weights.
+        """
+        with self._lock:
+            predictor = self._current_predictor()
+            key = _Key(client, image, image.stat().st_mtime_ns)
+            if reset:
+                self._sessions.pop(key, None)
+            entry = self._sessions.get(key)
+            if entry is None:
+                volume = self._volume(image, key.stamp)
+                entry = self._sessions[key] = _Entry(predictor.open(volume), volume)
+            self._sessions.move_to_end(key)
+            try:
+                yield Held(predictor, entry.session, entry.volume)
+            except MedVLError:
+                raise
+            except BaseException:
+                self._sessions.pop(key, None)  # whatever broke may have left the session half changed
+                raise
+            finally:
+                self._evict()
+
+    def forget(self, image: Path, client: str) -> None:
+        """Close this annotator's sessions of an image."""
+        with self._lock:
+            for key in [key for key in self._sessions if key.client == client and key.image == image]:
+                del self._sessions[key]
+
+    def geometry(self, image: Path) -> Geometry:
+        """Grid of an image, remembered; reads the file when nobody has it open."""
+        key = (image, image.stat().st_mtime_ns)
+        known = self._geometries.get(key)
+        if known is None:
+            known = self._geometries[key] = self._volume(*key).geometry
+        return known
+
+    def served_version(self) -> str:
+        """Version of the weights the next answer comes from: a number, or ``shipped``. Cheap; never raises."""
+        try:
+            path = read_published(self._config.store)
+        except CheckpointError:
+            return "unknown"
+        return path.name if path else "shipped"
+
+    def session_count(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    def _current_predictor(self) -> Predictor:
+        """The predictor of the published weights; the one before when those cannot be loaded."""
+        try:
+            wanted = read_published(self._config.store)
+        except CheckpointError:
+            if self._predictor is None:
+                raise
+            logger.exception("The published weights cannot be read; the version before stays in use")
+            return self._predictor
+        if self._predictor is not None and wanted in (self._served, self._refused):
+            return self._predictor
+        logger.info("Loading weights %s on %s", wanted or "shipped", self._config.device or "the default device")
+        try:
+            predictor = self._load(wanted, self._config.device)
+        except CheckpointError:
+            if self._predictor is None:
+                raise
+            logger.exception("Weights %s cannot be loaded; the version before stays in use", wanted)
+            self._refused = wanted
+            return self._predictor
+        self._sessions.clear()
+        self._predictor, self._served, self._refused = predictor, wanted, None
+        return predictor
+
+    def _volume(self, image: Path, stamp: int) -> Volume:
+        volume = self._volumes.get((image, stamp))
+        if volume is None:
+            volume = read_volume(image)
+            self._volumes[(image, stamp)] = volume
+        return volume
+
+    def _evict(self) -> None:
+        """Drop the least recently used sessions beyond the limits, never the last one."""
+        budget = self._config.session_megabytes * 1_000_000
+        while len(self._sessions) > 1 and (
+            len(self._sessions) > self._config.max_sessions
+            or sum(_bytes(entry) for entry in self._sessions.values()) > budget
+        ):
+            key, _ = self._sessions.popitem(last=False)
+            logger.info("Dropped the session of %s on %s", key.client, key.image.name)
+
+
+def load_predictor(path: Path | None, device: str) -> Predictor:
+    """Load published weights, or the shipped ones for None, on ``device`` (empty: CUDA where there is one)."""
+    import torch
+
+    from medvl_sam2.predictor import Predictor
+
+    return Predictor.load(path, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _bytes(entry: _Entry) -> int:
+    return entry.volume.array.nbytes + entry.session.nbytes

@@ -1,0 +1,1 @@
+"""Scores of images: how certain the model is, how much was corrected."""

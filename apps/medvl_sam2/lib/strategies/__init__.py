@@ -1,0 +1,1 @@
+"""Active learning: which image an annotator gets next."""

@@ -1,0 +1,1 @@
+"""Train tasks; exactly one, because OHIF starts all of them."""

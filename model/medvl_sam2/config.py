@@ -1,0 +1,146 @@
+"""Frozen model configurations. One dataclass per part, sizes derived instead of retyped, JSON by field name.
+
+``ModelConfig.tiny()`` is the shipped preset. Published sizes use the same classes with other numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from medvl_sam2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """DCFormer volume encoder (Med3DVLM, arXiv 2503.20047; sizes in ARCHITECTURE: nano .. large)."""
+
+    input_size: tuple[int, int, int] = (64, 128, 128)
+    """Global view (D, H, W) = canonical (z, y, x) voxels."""
+    blocks: tuple[int, ...] = (1, 1, 1, 1, 1)
+    """Blocks of stem s0 and stages s1..s4."""
+    channels: tuple[int, ...] = (32, 32, 64, 128, 256)
+    """Channels of s0..s4."""
+    kernels: tuple[int, ...] = (13, 11, 9, 7)
+    """Depthwise kernel of stages s1..s4."""
+    taps: tuple[int, int] = (2, 3)
+    """Stages whose token maps feed the projector: (low, high). Published size taps (3, 4)."""
+
+    def grid(self, stage: int) -> tuple[int, int, int]:
+        """Token grid (d, h, w) of a stage: the stem divides by 4, every later stage by 2 (rounded up)."""
+        d, h, w = self.input_size
+        sizes = [-(-n // 4) for n in (d, h, w)]
+        for _ in range(stage):
+            sizes = [-(-n // 2) for n in sizes]
+        return sizes[0], sizes[1], sizes[2]
+
+    def tokens(self, stage: int) -> int:
+        """Number of tokens of a stage."""
+        d, h, w = self.grid(stage)
+        return d * h * w
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Dual-stream MLP-Mixer projector (Med3DVLM)."""
+
+    low_tokens: tuple[int, ...] = (96, 64)
+    """Token counts after each mixer layer of the low (fine) stream."""
+    high_tokens: tuple[int, ...] = (48, 64)
+    """Token counts after each mixer layer of the high (coarse) stream."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens handed to the language model (low stream first)."""
+        return self.low_tokens[-1] + self.high_tokens[-1]
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Causal language model through transformers' ``Qwen2Config``."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    max_length: int = 512
+    lora_rank: int = 8
+    lora_alpha: int = 16
+
+
+@dataclass(frozen=True)
+class SliceConfig:
+    """SAM2 over slices (Hiera trunk, FPN neck, memory attention, memory encoder, mask decoder)."""
+
+    image_size: int = 128
+    embed_dim: int = 48
+    num_heads: int = 1
+    stages: tuple[int, ...] = (1, 2, 4, 1)
+    global_att_blocks: tuple[int, ...] = (4, 5, 6)
+    window_spec: tuple[int, ...] = (8, 4, 8, 4)
+    window_pos_embed_size: tuple[int, int] = (8, 8)
+    d_model: int = 128
+    memory_dim: int = 32
+    memory_layers: int = 2
+    memory_ffn: int = 256
+    decoder_mlp: int = 256
+    num_maskmem: int = 7
+    max_cond_slices: int = 4
+    """Conditioning slices one slice may attend to (nearest first)."""
+    slice_position: bool = True
+    """Add one sparse token that tells the relative height of the slice in the volume (language prompts only)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The unified model."""
+
+    name: str = "tiny"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    slices: SliceConfig = field(default_factory=SliceConfig)
+    classes: tuple[str, ...] = ()
+    """Vocabulary in label order: ``classes[n - 1]`` is mask value ``n``."""
+
+    @classmethod
+    def tiny(cls) -> ModelConfig:
+        """The shipped preset with the shipped vocabulary."""
+        from medvl_sam2.vocabulary import CLASSES
+
+        return cls(classes=CLASSES)
+
+    def to_json(self) -> str:
+        """Serialise by field name."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """Read :meth:`to_json` output; unknown or ill-typed fields raise :class:`ConfigError`."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"config is not JSON ({error}); restore config.json beside the weights") from error
+        return _from_dict(cls, data)
+
+
+def _from_dict(kind: Any, data: Any) -> Any:
+    """Build a (nested) frozen dataclass from plain JSON values, tuples restored from lists."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{kind.__name__} needs a JSON object, got {type(data).__name__}")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}; known: {sorted(hints)}")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_dict(hints[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values)

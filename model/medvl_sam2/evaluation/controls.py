@@ -1,0 +1,195 @@
+"""Controls of the interactive protocol: the same loop with the network removed.
+
+Two of them, deliberately strong (their constants were tuned on a training volume for the best Dice after five clicks):
+
+* :class:`ShapeControl`: an ellipsoid in the box (a ball at the first click), then painted balls at the clicks;
+* :class:`GrowControl`: a region grown from the intensities of the prompt's core, then balls at the clicks that
+  themselves keep to the intensities round the click.
+
+A network earns its place only where it beats the better of the two on the same cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from medvl_sam2.errors import PromptError
+from medvl_sam2.geometry import CanonicalTransform
+from medvl_sam2.region_grow import GrowRule, ball, bounding_region, ellipsoid, grow
+from medvl_sam2.types import Prompt, Volume
+
+
+@dataclass(frozen=True)
+class BrushRule:
+    """Radius of the ball painted at a click: ``share`` of the way to the border of the present mask, within limits.
+
+    ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
+    """
+
+    share: float = 1.0
+    low_mm: float = 4.0
+    high_mm: float = 30.0
+    box_share: float = 0.25
+
+    def radius(self, mask: np.ndarray, point: np.ndarray, label: int, spacing: np.ndarray, diagonal: float) -> float:
+        """Radius in mm at ``point`` (z, y, x) on the present ``mask`` (Z, Y, X); ``diagonal`` in mm, 0 without box."""
+        high = self.high_mm if diagonal == 0 else min(self.high_mm, self.box_share * diagonal)
+        distance = _border_distance(mask, point, label == 0, spacing, high / max(self.share, 1e-6))
+        return float(max(min(self.share * distance, high), min(self.low_mm, high)))
+
+
+@dataclass(frozen=True)
+class ShapeRule:
+    """Constants of :class:`ShapeControl`. ``power``: of the superellipsoid; ``first_mm``: ball at a lone first click."""
+
+    power: float = 2.5
+    first_mm: float = 18.0
+    brush: BrushRule = BrushRule()
+
+
+@dataclass(frozen=True)
+class IntensityRule:
+    """Constants of :class:`GrowControl`.
+
+    ``scale``: ellipsoid that limits the growth, relative to the box. ``core``: ellipsoid of the core, relative to the
+    box. ``reach_mm``, ``core_mm``: the same as balls when there is no box. ``brush_grow``: intensities of a brush.
+    """
+
+    scale: float = 1.15
+    power: float = 2.5
+    core: float = 0.5
+    reach_mm: float = 40.0
+    core_mm: float = 5.0
+    grow: GrowRule = GrowRule()
+    brush: BrushRule = BrushRule()
+    brush_grow: GrowRule = GrowRule(k=3.0, open_mm=0.0)
+    brush_core_mm: float = 4.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object's cumulative prompt in the canonical frame: points (N, 3) z, y, x; labels (N,); box (2, 3) or None."""
+
+    image: np.ndarray
+    spacing: tuple[float, float, float]
+    points: np.ndarray
+    labels: np.ndarray
+    box: np.ndarray | None
+
+    @property
+    def diagonal(self) -> float:
+        """Box diagonal in mm, 0 without a box."""
+        if self.box is None:
+            return 0.0
+        return float(np.linalg.norm((self.box[1] - self.box[0] + 1) * np.asarray(self.spacing)))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A volume opened by a control: the canonical view of its array."""
+
+    image: np.ndarray
+    transform: CanonicalTransform
+
+
+class _Control:
+    """Frame handling common to both controls; subclasses paint in the canonical frame."""
+
+    name = "control"
+
+    def open(self, volume: Volume) -> Opened:
+        """Canonical view of a volume; nothing is computed."""
+        transform = CanonicalTransform(volume.geometry)
+        return Opened(transform.forward_array(volume.array), transform)
+
+    def segment(self, opened: Opened, prompt: Prompt) -> np.ndarray:
+        """Bool mask (I, J, K) on the stored grid for a cumulative prompt of stored voxels."""
+        transform = opened.transform
+        points = transform.forward_points(np.asarray(prompt.points, dtype=np.float64).reshape(-1, 3))
+        box = None if prompt.box is None else transform.forward_box(np.asarray(prompt.box, dtype=np.float64))
+        labels = np.asarray(prompt.labels, dtype=np.int64).reshape(-1)
+        if box is None and not (labels == 1).any():
+            raise PromptError("a control needs a box or a foreground click; the prompt has neither")
+        return transform.inverse_array(self.paint(Scene(opened.image, transform.spacing, points, labels, box)))
+
+    def paint(self, scene: Scene) -> np.ndarray:
+        """Bool mask (Z, Y, X) of a canonical scene."""
+        raise NotImplementedError
+
+
+class ShapeControl(_Control):
+    """Ellipsoid in the box or ball at the first click, then painted balls."""
+
+    name = "shape control"
+
+    def __init__(self, rule: ShapeRule = ShapeRule()) -> None:
+        self.rule = rule
+
+    def paint(self, scene: Scene) -> np.ndarray:
+        """Bool (Z, Y, X); see the class."""
+        shape = scene.image.shape
+        mask, start = _base(scene, self.rule.first_mm, self.rule.power)
+        for point, label in zip(scene.points[start:], scene.labels[start:], strict=True):
+            radius = self.rule.brush.radius(mask, point, int(label), np.asarray(scene.spacing), scene.diagonal)
+            brush = ball(shape, point, radius, scene.spacing)
+            mask = mask | brush if label == 1 else mask & ~brush
+        return mask
+
+
+class GrowControl(_Control):
+    """Intensity-grown region in the box or round the first click, then intensity-limited balls."""
+
+    name = "grow control"
+
+    def __init__(self, rule: IntensityRule = IntensityRule()) -> None:
+        self.rule = rule
+
+    def paint(self, scene: Scene) -> np.ndarray:
+        """Bool (Z, Y, X); see the class."""
+        rule, shape, spacing = self.rule, scene.image.shape, scene.spacing
+        if scene.box is not None:
+            allowed = ellipsoid(shape, scene.box, rule.scale, rule.power)
+            allowed[: int(scene.box[0, 0])] = False
+            allowed[int(scene.box[1, 0]) + 1 :] = False
+            mask, start = grow(scene.image, spacing, allowed, ellipsoid(shape, scene.box, rule.core), rule.grow), 0
+        else:
+            first = int(np.flatnonzero(scene.labels == 1)[0])
+            center = scene.points[first]
+            allowed, core = ball(shape, center, rule.reach_mm, spacing), ball(shape, center, rule.core_mm, spacing)
+            mask, start = grow(scene.image, spacing, allowed, core, rule.grow), first + 1
+        for point, label in zip(scene.points[start:], scene.labels[start:], strict=True):
+            radius = rule.brush.radius(mask, point, int(label), np.asarray(spacing), scene.diagonal)
+            brush = self._brush(scene, point, radius)
+            mask = mask | brush if label == 1 else mask & ~brush
+        return mask
+
+    def _brush(self, scene: Scene, point: np.ndarray, radius: float) -> np.ndarray:
+        """Ball at a click, kept to the intensities next to the click."""
+        whole = ball(scene.image.shape, point, radius, scene.spacing)
+        core = ball(scene.image.shape, point, min(self.rule.brush_core_mm, radius), scene.spacing)
+        return grow(scene.image, scene.spacing, whole, core, self.rule.brush_grow) | (core & whole)
+
+
+def _base(scene: Scene, first_mm: float, power: float) -> tuple[np.ndarray, int]:
+    """First mask and the number of clicks it has used up."""
+    shape = scene.image.shape
+    if scene.box is not None:
+        return ellipsoid(shape, scene.box, 1.0, power), 0
+    first = int(np.flatnonzero(scene.labels == 1)[0])
+    return ball(shape, scene.points[first], first_mm, scene.spacing), first + 1
+
+
+def _border_distance(
+    mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float
+) -> float:
+    """Distance in mm from ``point`` to the nearest voxel of (``inside``: outside) the mask, at most ``limit_mm``."""
+    reach = limit_mm / spacing
+    region = bounding_region(point - reach, point + reach, mask.shape)
+    local = ~mask[region] if inside else mask[region]
+    if not local.any():
+        return limit_mm
+    center = np.clip(np.rint(point).astype(int) - [s.start for s in region], 0, np.array(local.shape) - 1)
+    return min(float(ndimage.distance_transform_edt(~local, sampling=spacing)[tuple(center)]), limit_mm)

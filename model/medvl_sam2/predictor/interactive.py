@@ -1,0 +1,302 @@
+"""From prompts to a mask, and from corrections to a better mask.
+
+First prompts choose the window (a region of interest: a lesion costs what the lesion costs), the start slice and how
+far to propagate. Every later click edits locally: the clicked slice is decoded again with its previous logits, only the
+changed component under the click is kept, and the change fades out over neighbouring slices. A click never re-runs the
+whole volume, because that was measured to destroy good slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
+from medvl_sam2.predictor.objects import OUTSIDE, CanonicalClick, ObjectState
+from medvl_sam2.predictor.propagation import Language, propagate
+from medvl_sam2.predictor.stack import SliceStack, planned_slices
+from medvl_sam2.region_grow import bounding_region, ellipsoid, grow
+
+
+@dataclass(frozen=True)
+class InteractiveConfig:
+    """Choices of the interactive engine, all lengths in mm."""
+
+    window_factor: float = 1.7
+    """Window edge over the longer box edge."""
+    click_windows_mm: tuple[float, ...] = (32.0, 60.0, 110.0, 200.0, 330.0)
+    """Windows tried for a click that comes without any hint of scale."""
+    slice_step_mm: float = 2.0
+    """Propagate in steps of about this; thinner slices are interpolated."""
+    reach_mm: float = 12.0
+    """A correction fades out over this distance in z."""
+    min_window_mm: float = 12.0
+    use_grow: bool = True
+    """Start from an intensity-grown region as rough mask prompt when a box is given."""
+
+
+class InteractiveEngine:
+    """Stateless over volumes: all state lies in :class:`ObjectState`."""
+
+    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig | None = None) -> None:
+        self.segmenter = segmenter
+        self.config = config or InteractiveConfig()
+
+    def from_box(
+        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, box: np.ndarray,
+        language: Language | None = None,
+    ) -> ObjectState:
+        """Start from a canonical 3D box (2, 3); the box bounds the object in z."""
+        low, high = (int(round(v)) for v in box[:, 0])
+        crop = SliceCrop.around(
+            box[:, 1:], spacing[1:], self.config.window_factor, self.segmenter.config.image_size,
+            self.config.min_window_mm,
+        )
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        start = (low + high + 1) // 2
+        state = ObjectState(stack, low, high, box=box, start=start, language=language)
+        points, labels = self._box_points(crop, box)
+        prompt = SlicePrompt(points, labels)
+        if self.config.use_grow:
+            rough = self._grown(image, spacing, box, start)
+            if rough is not None:
+                prompt = self._with_mask(prompt, crop, rough)
+        self._seed(state, start, self._with_language(prompt, language, start))
+        self._propagate(state, spacing, stop_when_empty=False)
+        return state
+
+    def from_click(
+        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, click: CanonicalClick
+    ) -> ObjectState:
+        """Start from one foreground click: try several scales, keep the one the model believes in."""
+        z = int(np.clip(click.z, 0, image.shape[0] - 1))
+        crop = self._best_scale(image, spacing, intensity, click, z)
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, z, z, start=z, clicks=[click])
+        points, labels = self._click_points(crop, [click])
+        self._seed(state, z, SlicePrompt(points, labels))
+        state.low, state.high = 0, image.shape[0] - 1
+        self._propagate(state, spacing, stop_when_empty=True)
+        return state
+
+    def from_mask(
+        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, mask: np.ndarray
+    ) -> ObjectState:
+        """Take over an earlier mask (Z, Y, X) bool, not empty, as it is; clicks then correct it."""
+        where = np.argwhere(mask)
+        low, high = where.min(axis=0), where.max(axis=0)
+        crop = SliceCrop.around(
+            np.stack([low[1:], high[1:]]), spacing[1:], self.config.window_factor,
+            self.segmenter.config.image_size, self.config.min_window_mm,
+        )
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
+        small = replace(crop, size=self.segmenter.mask_size)
+        planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
+        soft = small.sample(planes)[:, 0]
+        state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
+        return state
+
+    def click(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> ObjectState:
+        """Apply one corrective click and return the state (a new one when the window had to grow)."""
+        state = self._widened(state, spacing, click)
+        z = int(np.clip(click.z, 0, state.stack.image.shape[0] - 1))
+        state.clicks.append(click)
+        before = state.logits_at(z)
+        output = self._decode_again(state, z, before)
+        delta = self._local_change(state, click, before, output.logits[0, 0])
+        if z < state.low or z > state.high:
+            if click.label == 0:
+                return state
+            self._reach_out(state, z, spacing)
+        self._spread(state, z, delta, spacing)
+        presence = output.presence.new_full((1,), 10.0 if bool((state.logits[z] > 0).any()) else -10.0)
+        state.memory.conditioning[z] = self.segmenter.remember(
+            state.stack.features([z]), state.logits[z][None, None], presence, output.pointer
+        )
+        return state
+
+    # --- first prompts -------------------------------------------------------------------------------------------
+
+    def _seed(self, state: ObjectState, z: int, prompt: SlicePrompt) -> None:
+        """Decode the start slice and put it into the memory."""
+        features = state.stack.features([z])
+        output = self.segmenter.decode(features, prompt)
+        state.logits[z] = output.logits[0, 0]
+        state.score = float(output.iou)
+        certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
+        state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
+
+    def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], stop_when_empty: bool) -> None:
+        plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
+        if not stop_when_empty:
+            state.stack.encode(plan)
+        outputs = propagate(state.stack, state.memory, plan, state.start, stop_when_empty, state.language)
+        for z, output in outputs.items():
+            state.logits[z] = output.logits[0, 0]
+        if stop_when_empty:
+            shown = [z for z, values in state.logits.items() if bool((values > 0).any())] or [state.start]
+            state.low, state.high = min(shown), max(shown)
+            state.logits = {z: v for z, v in state.logits.items() if state.low <= z <= state.high}
+
+    def _best_scale(
+        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, click: CanonicalClick,
+        z: int,
+    ) -> SliceCrop:
+        """Window whose mask is believed most and fills it as training windows were filled."""
+        size = self.segmenter.config.image_size
+        center = (click.position[1] * spacing[1], click.position[2] * spacing[2])
+        crops = [SliceCrop(center, mm, size, spacing[1:]) for mm in self.config.click_windows_mm]
+        images = torch.cat([SliceStack(self.segmenter, image, intensity, c).pixels([z]) for c in crops])
+        points = torch.cat([self._click_points(c, [click])[0] for c in crops])
+        labels = torch.ones(len(crops), 1, dtype=torch.int32)
+        output = self.segmenter.decode(self.segmenter.encode(images), SlicePrompt(points, labels))
+        best, best_score = crops[-1], -1.0
+        for row, crop in enumerate(crops):
+            mask = output.logits[row, 0].numpy() > 0
+            if not mask.any():
+                continue
+            ys, xs = np.nonzero(mask)
+            edge = (max(np.ptp(ys), np.ptp(xs)) + 1) / mask.shape[0]
+            fill = float(np.clip((edge - 0.15) / 0.2, 0, 1) * np.clip((0.95 - edge) / 0.15, 0, 1))
+            score = float(output.iou[row]) * (0.2 + 0.8 * fill)
+            if score > best_score:
+                low = crop.inverse_points(np.array([[xs.min(), ys.min()]]) * 4.0)[0]
+                high = crop.inverse_points(np.array([[xs.max(), ys.max()]]) * 4.0 + 3.0)[0]
+                best = SliceCrop.around(
+                    np.stack([low, high]), spacing[1:], self.config.window_factor, size, self.config.min_window_mm
+                )
+                best_score = score
+        return best
+
+    def _grown(
+        self, image: np.ndarray, spacing: tuple[float, float, float], box: np.ndarray, start: int
+    ) -> np.ndarray | None:
+        """Intensity-grown slice (Y, X) bool inside the box, or None when nothing grows."""
+        low, high = box[0].copy(), box[1].copy()
+        low[0], high[0] = max(low[0], start - 1), min(high[0], start + 1)
+        region = bounding_region(low, high, image.shape, 2)
+        offset = np.array([s.start for s in region], dtype=np.float64)
+        local = np.stack([low, high]) - offset
+        small = image[region]
+        tall = local.copy()  # full in-plane ellipse on every one of the few slices
+        tall[:, 0] = [local[0, 0] - 50, local[1, 0] + 50]
+        allowed = ellipsoid(small.shape, tall, 1.1)
+        core = ellipsoid(small.shape, tall, 0.5)
+        grown = grow(small, spacing, allowed, core)[int(start - offset[0])]
+        if grown.sum() < 4:
+            return None
+        result = np.zeros(image.shape[1:], dtype=bool)
+        result[region[1], region[2]] = grown
+        return result
+
+    # --- corrections ---------------------------------------------------------------------------------------------
+
+    def _widened(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> ObjectState:
+        """A window that holds the click with room around it; only a foreground click outside needs a new one."""
+        crop = state.stack.crop
+        x, y = crop.forward_points(np.array([click.position[1:]]))[0]
+        margin = 0.06 * crop.size
+        if click.label == 0 or (margin <= min(x, y) and max(x, y) <= crop.size - 1 - margin):
+            return state
+        box = state.extent_yx()
+        point = np.array([click.position[1:]])
+        corners = point if box is None else np.concatenate([box, point])
+        wider = SliceCrop.around(
+            np.stack([corners.min(axis=0), corners.max(axis=0)]), spacing[1:], 1.4, crop.size,
+            max(self.config.min_window_mm, crop.extent_mm),
+        )
+        return state.moved(wider)
+
+    def _decode_again(self, state: ObjectState, z: int, before: Tensor) -> SliceOutput:
+        """Decode slice ``z`` with all its clicks, its previous logits and the memory of prompted slices."""
+        here = state.stack.features([z])
+        on_slice = [c for c in state.clicks if c.z == z]
+        points, labels = self._click_points(state.stack.crop, on_slice)
+        prompt = SlicePrompt(points, labels)
+        if bool((before > 0).any()):
+            prompt = replace(
+                prompt, mask_logits=before[None, None], mask_present=torch.ones(1, dtype=torch.bool)
+            )
+        fused = None
+        others: dict[int, SliceMemory] = {k: m for k, m in state.memory.conditioning.items() if k != z}
+        if others and z not in state.memory.conditioning:
+            count = state.stack.image.shape[0]
+            fused = self.segmenter.attend(here, z, others, {}, count, reverse=z < state.start)
+        return self.segmenter.decode(here, prompt, fused)
+
+    def _local_change(self, state: ObjectState, click: CanonicalClick, before: Tensor, after: Tensor) -> Tensor:
+        """Change of logits (h, h), kept only in the changed component nearest to the click; the click always wins."""
+        size = before.shape[-1]
+        x, y = state.stack.crop.forward_points(np.array([click.position[1:]]))[0] / state.stack.crop.size * size - 0.375
+        row, column = int(np.clip(round(y), 0, size - 1)), int(np.clip(round(x), 0, size - 1))
+        wanted = bool(click.label)
+        changed = ((after > 0) != (before > 0)).numpy() & ((after > 0).numpy() == wanted)
+        delta = torch.zeros_like(before)
+        if changed.any():
+            parts, count = ndimage.label(changed, structure=np.ones((3, 3)))
+            distance = [np.hypot(*(np.argwhere(parts == n + 1) - (row, column)).T).min() for n in range(count)]
+            nearest = int(np.argmin(distance))
+            if distance[nearest] <= 2.5:
+                near = ndimage.binary_dilation(parts == nearest + 1, iterations=2)
+                delta = torch.where(torch.from_numpy(near), after - before, delta)
+        current = float((before + delta)[row, column])
+        if (current > 0) != wanted:
+            rows, columns = np.ogrid[:size, :size]
+            bump = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * 1.5**2)).astype(np.float32)
+            push = (2.0 if wanted else -2.0) - current
+            delta = delta + torch.from_numpy(bump) * push
+        return delta
+
+    def _spread(self, state: ObjectState, z: int, delta: Tensor, spacing: tuple[float, float, float]) -> None:
+        """Add the change to slice ``z`` fully and to neighbours with a weight that fades over ``reach_mm``."""
+        state.logits[z] = state.logits_at(z)
+        for other in sorted(state.logits):
+            distance = abs(other - z) * spacing[0]
+            weight = float(np.exp(-0.5 * (2.0 * distance / self.config.reach_mm) ** 2))
+            if weight > 0.02:
+                state.logits[other] = state.logits[other] + weight * delta
+
+    def _reach_out(self, state: ObjectState, z: int, spacing: tuple[float, float, float]) -> None:
+        """A foreground click beyond the object's range: extend the range, nothing in between is invented but faded."""
+        edge = state.low if z < state.low else state.high
+        known = state.logits_at(edge)
+        step = 1 if z > edge else -1
+        for n, between in enumerate(range(edge + step, z + step, step), start=1):
+            fade = n / (abs(z - edge) + 1)
+            state.logits[between] = known * (1 - fade) + torch.full_like(known, -2.0) * fade
+        state.low, state.high = min(state.low, z), max(state.high, z)
+
+    # --- prompt helpers ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _box_points(crop: SliceCrop, box: np.ndarray) -> tuple[Tensor, Tensor]:
+        corners = crop.forward_points(box[:, 1:] + np.array([[-0.5], [0.5]]))
+        return torch.from_numpy(corners.astype(np.float32))[None], torch.tensor([[2, 3]], dtype=torch.int32)
+
+    @staticmethod
+    def _click_points(crop: SliceCrop, clicks: list[CanonicalClick]) -> tuple[Tensor, Tensor]:
+        if not clicks:
+            return torch.zeros(1, 1, 2), torch.full((1, 1), -1, dtype=torch.int32)
+        points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
+        labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
+        return torch.from_numpy(points.astype(np.float32))[None], labels
+
+    def _with_mask(self, prompt: SlicePrompt, crop: SliceCrop, mask: np.ndarray) -> SlicePrompt:
+        small = replace(crop, size=self.segmenter.mask_size)
+        soft = small.sample(torch.from_numpy(mask[None].astype(np.float32)))
+        return replace(prompt, mask_logits=soft * 12 - 6, mask_present=torch.ones(1, dtype=torch.bool))
+
+    @staticmethod
+    def _with_language(prompt: SlicePrompt, language: Language | None, z: int) -> SlicePrompt:
+        if language is None:
+            return prompt
+        spoken = language.prompt([z])
+        return replace(prompt, language=spoken.language, height=spoken.height)

@@ -1,0 +1,92 @@
+"""The state of one object an annotator works on: a window, decoded logits by slice, memories and the clicks so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.predictor.propagation import Language, ObjectMemory
+from medvl_sam2.predictor.stack import SliceStack, interpolate_logits
+
+OUTSIDE = -10.0
+"""Logit of everything the window does not cover."""
+
+
+@dataclass(frozen=True)
+class CanonicalClick:
+    """A click in canonical voxels: ``position`` (z, y, x), ``label`` 1 object or 0 background."""
+
+    position: tuple[float, float, float]
+    label: int
+
+    @property
+    def z(self) -> int:
+        """Nearest slice."""
+        return int(round(self.position[0]))
+
+
+@dataclass
+class ObjectState:
+    """``logits`` (h, h) by canonical z inside ``stack.crop``; ``low``..``high`` is the range that may hold the object."""
+
+    stack: SliceStack
+    low: int
+    high: int
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    memory: ObjectMemory = field(default_factory=ObjectMemory)
+    clicks: list[CanonicalClick] = field(default_factory=list)
+    box: np.ndarray | None = None
+    """Canonical box (2, 3) the annotator gave, if any."""
+    start: int = 0
+    """The slice the propagation started from."""
+    language: Language | None = None
+    score: float = 0.0
+
+    def logits_at(self, z: int) -> Tensor:
+        """Logits (h, h) of slice ``z``: decoded, interpolated, or all outside."""
+        size = self.stack.segmenter.mask_size
+        if not self.logits or z < self.low or z > self.high:
+            return torch.full((size, size), OUTSIDE)
+        return self.logits[z] if z in self.logits else interpolate_logits(self.logits, z, z)[0]
+
+    def mask(self) -> np.ndarray:
+        """Canonical mask (Z, Y, X) bool; every foreground click's voxel is in it and every background click's is not."""
+        shape = self.stack.image.shape
+        result = np.zeros(shape, dtype=bool)
+        if self.logits:
+            stacked = interpolate_logits(self.logits, self.low, self.high)
+            values, (y0, y1, x0, x1) = self.stack.crop.paste_region(stacked, shape[1:])
+            result[self.low : self.high + 1, y0:y1, x0:x1] = values.numpy() > 0
+        for click in self.clicks:
+            z, y, x = (int(np.clip(round(c), 0, n - 1)) for c, n in zip(click.position, shape, strict=True))
+            result[z, y, x] = bool(click.label)
+        return result
+
+    def moved(self, crop: SliceCrop) -> ObjectState:
+        """The same object seen through another window: logits resampled, memories dropped (they are window-bound)."""
+        old, shape = self.stack, self.stack.image.shape
+        stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
+        logits: dict[int, Tensor] = {}
+        if self.logits:
+            order = sorted(self.logits)
+            pasted = old.crop.paste(torch.stack([self.logits[z] for z in order]), shape[1:], OUTSIDE)
+            size = old.segmenter.mask_size
+            seen = replace(crop, size=size).sample(pasted, pad=OUTSIDE)[:, 0]
+            logits = dict(zip(order, seen, strict=True))
+        return replace(self, stack=stack, logits=logits, memory=ObjectMemory())
+
+    def extent_yx(self) -> np.ndarray | None:
+        """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""
+        if not self.logits:
+            return None
+        shape = self.stack.image.shape
+        top = torch.stack(list(self.logits.values())).amax(dim=0)
+        values, (y0, _, x0, _) = self.stack.crop.paste_region(top[None], shape[1:])
+        ys, xs = np.nonzero(values[0].numpy() > 0)
+        if len(ys) == 0:
+            return None
+        return np.array([[ys.min() + y0, xs.min() + x0], [ys.max() + y0, xs.max() + x0]])

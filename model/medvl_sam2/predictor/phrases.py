@@ -1,0 +1,57 @@
+"""From what an annotator types to what the language model was trained to read."""
+
+from __future__ import annotations
+
+import re
+
+from medvl_sam2.errors import PromptError
+from medvl_sam2.modeling.prompts import REPORT_PROMPTS, segment_prompt
+from medvl_sam2.vocabulary import CLASSES, spoken
+
+REPORT_REQUEST = REPORT_PROMPTS[0]
+"""The wording that asks for a report."""
+
+MAX_CHARACTERS = 2_000
+"""Longer prompts are refused: nobody refers to one object in more words, and a paste error would stall everyone."""
+
+_REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
+_FILLER = re.compile(
+    r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?((the|a|an|all)\s+)?",
+    re.IGNORECASE,
+)
+
+
+def checked(text: str, what: str) -> str:
+    """Collapsed text; raises :class:`PromptError` when it is empty or longer than :data:`MAX_CHARACTERS`."""
+    if len(text) > MAX_CHARACTERS:
+        raise PromptError(f"the {what} has {len(text)} characters; at most {MAX_CHARACTERS} are read: shorten it")
+    plain = " ".join(text.split())
+    if not plain:
+        raise PromptError(f"the {what} is empty; type some words")
+    return plain
+
+
+def spoken_request(text: str) -> str:
+    """A request as it is, a bare phrase turned into one; class names in snake case are spoken."""
+    plain = checked(text, "prompt")
+    if plain in CLASSES:
+        plain = spoken(plain)
+    if _REQUEST.match(plain):
+        return plain
+    return segment_prompt([re.sub(r"^the\s+", "", plain.rstrip("."), flags=re.IGNORECASE)])
+
+
+def vocabulary_match(text: str) -> str | None:
+    """The class whose plain name the text is ("the right kidney", "Segment kidney_right."), or None."""
+    bare = _FILLER.sub("", " ".join(text.lower().split())).strip(" .?!")
+    for name in CLASSES:
+        if bare in (name, spoken(name), name.replace("_", " ")):
+            return name
+    return None
+
+
+def short_name(text: str) -> str:
+    """A segment name of at most 40 characters from free text."""
+    bare = _FILLER.sub("", " ".join(text.split())).strip(" .?!") or "object"
+    name = re.sub(r"[^0-9A-Za-z]+", "_", bare).strip("_").lower()
+    return name[:40].rstrip("_") or "object"

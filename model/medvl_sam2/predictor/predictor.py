@@ -1,0 +1,268 @@
+"""The one object the app, the scripts and the evaluation talk to.
+
+Concurrency: one :class:`Predictor` serves all sessions; every public method holds ``_lock``, because one model on one
+device gains nothing from interleaving and a session's caches are not thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
+from medvl_sam2.config import ModelConfig
+from medvl_sam2.errors import PromptError
+from medvl_sam2.geometry import global_view
+from medvl_sam2.intensity import global_channel
+from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
+from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
+from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
+from medvl_sam2.predictor.phrases import REPORT_REQUEST, checked, short_name, spoken_request, vocabulary_match
+from medvl_sam2.predictor.session import Session
+from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.vocabulary import spoken
+
+MULTIPLE = ("lesion",)
+"""Classes that may have several separate components; organs keep their largest."""
+
+Progress = Callable[[float, str], None]
+
+
+class Predictor:
+    """Prompts and questions in, masks on the stored grid and text out."""
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        meta: CheckpointMeta,
+        interactive: InteractiveConfig | None = None,
+        named: NamedConfig | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.meta = meta
+        self.interactive = InteractiveEngine(model.segmenter, interactive)
+        self.named = NamedEngine(model.segmenter, named)
+        self._lock = threading.RLock()
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Predictor:
+        """Load a checkpoint directory; None takes the demo weights shipped with the package."""
+        checkpoint = load_checkpoint(path or shipped_checkpoint())
+        model = UnifiedModel(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
+        load_into(model, checkpoint.state)
+        return cls(model, checkpoint.meta)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Configuration of the loaded model."""
+        return self.model.config
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names :meth:`segment_classes` takes, in label order."""
+        return self.model.config.classes
+
+    def open(self, volume: Volume) -> Session:
+        """Start a session. Costs nothing until the first request."""
+        return Session(volume)
+
+    # --- interactive ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def segment_prompt(self, session: Session, prompt: Prompt, name: str = "object") -> Segmentation:
+        """Segment one object from all its prompts so far (cumulative).
+
+        Clicks that were already applied are recognised; only new ones cost time. When a prompt was taken back or the
+        box changed, the object is built again from the remaining prompts.
+
+        Raises:
+            PromptError: a prompt lies outside the volume, or nothing says where the object is.
+        """
+        prompt = prompt.validated(session.volume.geometry.shape)
+        with self._lock:
+            state = self._interactive_state(session, prompt, name)
+            session.objects[name] = state
+            mask = session.transform.inverse_array(state.mask()).astype(np.uint8)
+        return Segmentation(
+            np.ascontiguousarray(mask), session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))}
+        )
+
+    def _interactive_state(self, session: Session, prompt: Prompt, name: str) -> ObjectState:
+        clicks = _canonical_clicks(session, prompt)
+        box = None if prompt.box is None else session.transform.forward_box(prompt.box)
+        state = session.objects.get(name)
+        if state is None or not _continues(state, clicks, box) or prompt.mask is not None:
+            state, clicks = self._first_state(session, prompt, clicks, box)
+        else:
+            done = {(c.position, c.label) for c in state.clicks}
+            clicks = [c for c in clicks if (c.position, c.label) not in done]
+        for click in clicks:
+            state = self.interactive.click(state, session.spacing, click)
+        return state
+
+    def _first_state(
+        self, session: Session, prompt: Prompt, clicks: list[CanonicalClick], box: np.ndarray | None
+    ) -> tuple[ObjectState, list[CanonicalClick]]:
+        """State from the strongest prompt, and the clicks still to be applied."""
+        args = (session.image, session.spacing, session.intensity)
+        if prompt.mask is not None and prompt.mask.any():
+            canonical = np.ascontiguousarray(session.transform.forward_array(prompt.mask))
+            return self.interactive.from_mask(*args, canonical), clicks
+        if box is not None:
+            return self.interactive.from_box(*args, box), clicks
+        first = next((c for c in clicks if c.label == 1), None)
+        if first is None:
+            raise PromptError("nothing says where the object is; place a foreground point, a box or a mask")
+        rest = list(clicks)
+        rest.remove(first)
+        return self.interactive.from_click(*args, first), rest
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def segment_classes(
+        self, session: Session, classes: Sequence[str] = (), progress: Progress | None = None
+    ) -> Segmentation:
+        """Segment vocabulary classes; mask value ``n`` is ``classes[n - 1]`` (empty: the whole vocabulary).
+
+        Raises:
+            PromptError: a class is not in the vocabulary.
+        """
+        names = tuple(classes) or self.classes
+        unknown = [n for n in names if n not in self.classes]
+        if unknown:
+            raise PromptError(f"class {unknown[0]!r} is not in the vocabulary; choose from {', '.join(self.classes)}")
+        if len(set(names)) != len(names):
+            raise PromptError(f"classes {list(names)} name one class twice; list each once")
+        with self._lock:
+            tokens = self._class_tokens(session, names)
+            mask, scores = self._segment_tokens(session, names, tokens, progress)
+        return Segmentation(mask, session.volume.geometry, names, scores)
+
+    @torch.inference_mode()
+    def segment_text(self, session: Session, text: str) -> Segmentation:
+        """Segment what a sentence refers to; ``names`` holds one short name, ``text`` the model's reply.
+
+        An empty mask with the model's reply is a valid answer: the object is not there.
+
+        Raises:
+            PromptError: the text is empty or too long.
+        """
+        with self._lock:
+            request = spoken_request(text)
+            tokens = self._image_tokens(session)
+            reply = self.model.answer(tokens, [request], max_new_tokens=48)[0]
+            name = vocabulary_match(text) or short_name(text)
+            if "[SEG]" not in reply:
+                empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
+                return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
+            vectors = self.model.language_tokens(tokens, [request], [reply])
+            several = name in MULTIPLE or vectors.shape[0] > 1
+            mask, scores = self._segment_tokens(session, (name,), vectors[:1], None, single=not several)
+        return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
+
+    @torch.inference_mode()
+    def answer(self, session: Session, question: str) -> Answer:
+        """Answer a question about the volume.
+
+        Raises:
+            PromptError: the question is empty or too long.
+        """
+        question = checked(question, "question")
+        with self._lock:
+            text = self.model.answer(self._image_tokens(session), [question])[0]
+        return Answer(question, text.replace("[SEG]", "").strip(), self.meta.notice)
+
+    def report(self, session: Session) -> Answer:
+        """Draft a report."""
+        return self.answer(session, REPORT_REQUEST)
+
+    @torch.inference_mode()
+    def uncertainty(self, session: Session) -> float:
+        """How unsure the model is about this volume: mean boundary entropy over the classes it finds, in [0, 1].
+
+        Every class counts once and entropy is taken near its own boundary, so neither organ size nor the field of
+        view drives the ranking. 1.0 when nothing is found at all.
+        """
+        with self._lock:
+            names = tuple(n for n in self.classes if n not in MULTIPLE)
+            tokens = self._class_tokens(session, names)
+            stack, searched, coarse = self._locate(session, tokens)
+            found = [
+                self.named.delineate(stack, session.spacing, searched, coarse[k], tokens[k], single=True)
+                for k in range(len(names))
+            ]
+        values = [f.entropy for f in found if f.score > 0]
+        return float(np.mean(values)) if values else 1.0
+
+    # --- shared ---------------------------------------------------------------------------------------------------
+
+    def _image_tokens(self, session: Session) -> Tensor:
+        if session.image_tokens is None:
+            view = global_view(
+                global_channel(session.image, session.volume.modality), self.config.vision.input_size
+            )
+            extent = torch.tensor([[n * s for n, s in zip(session.image.shape, session.spacing, strict=True)]])
+            session.image_tokens = self.model.language.encode_image(view[None], extent.float())
+        return session.image_tokens
+
+    def _class_tokens(self, session: Session, names: Sequence[str]) -> Tensor:
+        requests = [segment_prompt([spoken(n)]) for n in names]
+        replies = [segment_reply([spoken(n)], [True]) for n in names]
+        return self.model.language_tokens(self._image_tokens(session), requests, replies)
+
+    def _locate(self, session: Session, tokens: Tensor):  # type: ignore[no-untyped-def]
+        if session.whole is None:
+            session.whole = self.named.whole_stack(session.image, session.spacing, session.intensity)
+        searched, coarse = self.named.locate(session.whole, session.spacing, tokens)
+        return session.whole, searched, coarse
+
+    def _segment_tokens(
+        self,
+        session: Session,
+        names: Sequence[str],
+        tokens: Tensor,
+        progress: Progress | None,
+        single: bool | None = None,
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Label map on the stored grid (later names never overwrite surer ones) and scores."""
+        if progress is not None:
+            progress(0.05, "encoding slices")
+        stack, searched, coarse = self._locate(session, tokens)
+        results: list[NamedResult] = []
+        for k, name in enumerate(names):
+            if progress is not None:
+                progress(0.3 + 0.7 * k / len(names), f"delineating {name}")
+            alone = (name not in MULTIPLE) if single is None else single
+            results.append(self.named.delineate(stack, session.spacing, searched, coarse[k], tokens[k], alone))
+        label_map = np.zeros(session.image.shape, dtype=np.uint8)
+        # Lesions lie inside organs and must stay visible, so they are painted last; otherwise the surer class wins.
+        order = sorted(range(len(names)), key=lambda k: (names[k] in MULTIPLE, results[k].score))
+        for k in order:
+            label_map[results[k].mask] = k + 1
+        stored = np.ascontiguousarray(session.transform.inverse_array(label_map))
+        scores = {n: float(np.clip(r.score, 0, 1)) for n, r in zip(names, results, strict=True)}
+        return stored, scores
+
+
+def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
+    points = session.transform.forward_points(prompt.points)
+    return [
+        CanonicalClick((float(p[0]), float(p[1]), float(p[2])), int(label))
+        for p, label in zip(points, prompt.labels, strict=True)
+    ]
+
+
+def _continues(state: ObjectState, clicks: list[CanonicalClick], box: np.ndarray | None) -> bool:
+    """True when everything applied so far is still asked for, so that only additions are left."""
+    same_box = (box is None) == (state.box is None) and (box is None or np.array_equal(box, state.box))
+    asked = {(c.position, c.label) for c in clicks}
+    return same_box and all((c.position, c.label) in asked for c in state.clicks)

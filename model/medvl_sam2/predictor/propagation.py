@@ -1,0 +1,77 @@
+"""Carry a mask from prompted slices up and down through a stack, with SAM2's memory across slices.
+
+The two directions keep separate banks (as MedSAM2's reset between passes); prompted slices serve both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt
+from medvl_sam2.predictor.stack import SliceStack
+
+EMPTY_RUN = 3
+"""Stop an open-ended propagation after this many slices without the object."""
+
+
+@dataclass
+class ObjectMemory:
+    """Memories of one object: ``conditioning`` of prompted slices, ``tracked`` of the others, keyed by position."""
+
+    conditioning: dict[int, SliceMemory] = field(default_factory=dict)
+    tracked: dict[int, SliceMemory] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language prompt (1, C) and the extent (first, last canonical z) its heights refer to."""
+
+    token: Tensor
+    slices: int
+
+    def prompt(self, z: list[int]) -> SlicePrompt:
+        """Language-only prompt for rows on slices ``z``."""
+        heights = torch.tensor(z, dtype=torch.float32, device=self.token.device) / max(1, self.slices - 1)
+        empty = SlicePrompt.empty(len(z), self.token.device)
+        return replace(empty, language=self.token.expand(len(z), -1), height=heights)
+
+
+def propagate(
+    stack: SliceStack,
+    memory: ObjectMemory,
+    plan: list[int],
+    start: int,
+    stop_when_empty: bool,
+    language: Language | None = None,
+) -> dict[int, SliceOutput]:
+    """Decode the slices of ``plan`` outwards from ``start`` (already in ``memory.conditioning``).
+
+    ``plan`` is sorted canonical z and contains ``start``; memory distances count positions in it. With
+    ``stop_when_empty`` a direction ends after :data:`EMPTY_RUN` slices without the object.
+    """
+    outputs: dict[int, SliceOutput] = {}
+    origin = plan.index(start)
+    conditioning = {plan.index(z): m for z, m in memory.conditioning.items() if z in plan}
+    for step in (1, -1):
+        tracked: dict[int, SliceMemory] = {}
+        empty = 0
+        position = origin + step
+        while 0 <= position < len(plan):
+            z = plan[position]
+            if z in memory.conditioning:
+                break
+            here = stack.features([z])
+            fused = stack.segmenter.attend(here, position, conditioning, tracked, len(plan), reverse=step < 0)
+            prompt = SlicePrompt.empty(1, fused.device) if language is None else language.prompt([z])
+            output = stack.segmenter.decode(here, prompt, fused)
+            outputs[z] = output
+            tracked[position] = stack.segmenter.remember(here, output.logits, output.presence, output.pointer)
+            memory.tracked[z] = tracked[position]
+            empty = 0 if bool((output.logits > 0).any()) and float(output.presence) > 0 else empty + 1
+            if stop_when_empty and empty >= EMPTY_RUN:
+                break
+            position += step
+    return outputs

@@ -1,0 +1,59 @@
+"""Everything remembered about one volume for one annotator: encodings and the objects being worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from medvl_sam2.geometry import CanonicalTransform
+from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.stack import SliceStack
+from medvl_sam2.types import Volume
+
+
+@dataclass
+class Session:
+    """Opened by ``Predictor.open``; not thread-safe by itself (the predictor serialises access).
+
+    Caches fill lazily: opening costs nothing, the first use of each path pays for its encoding.
+    """
+
+    volume: Volume
+    objects: dict[str, ObjectState] = field(default_factory=dict)
+    """Interactive objects by the name the annotator gave them."""
+    whole: SliceStack | None = None
+    """Whole slices for text prompts."""
+    image_tokens: Tensor | None = None
+    """Global view for the language model (1, n, H)."""
+    located: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def transform(self) -> CanonicalTransform:
+        """Stored to canonical voxels and back."""
+        return CanonicalTransform(self.volume.geometry)
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """Canonical image (Z, Y, X), contiguous."""
+        return np.ascontiguousarray(self.transform.forward_array(self.volume.array))
+
+    @cached_property
+    def intensity(self) -> SliceIntensity:
+        """Grey mapping of the whole volume."""
+        return SliceIntensity.of(self.image, self.volume.modality)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Canonical spacing (sz, sy, sx) in mm."""
+        return self.transform.spacing
+
+    @property
+    def bytes(self) -> int:
+        """Approximate memory held: image, encoded slices, image tokens."""
+        stacks = [s.stack for s in self.objects.values()] + ([self.whole] if self.whole is not None else [])
+        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks)
+        return held + (self.image.nbytes if "image" in self.__dict__ else 0)

@@ -1,0 +1,157 @@
+"""Training-only heads of the language phase: dense label cells, findings read from image tokens, ``[SEG]`` places.
+
+Measured by the relatives and again here: from little data a volume encoder learns through dense supervision, not
+through the language loss alone. The heads are not part of the model and are not shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medvl_sam2.config import ModelConfig, VisionConfig
+from medvl_sam2.training.language_data import ORGANS, LanguageCase
+
+_SIZES_MM = (8.0, 12.0, 16.0, 22.0, 30.0)
+_STAGES = (0, 1, 2, 3)
+
+
+class FactVocabulary:
+    """Names of everything the heads predict, collected from the training cases.
+
+    ``lesions``: ``organ|kind`` pairs (dense); ``facts``: presence of organs, lesions, places, sizes and the phase.
+    """
+
+    def __init__(self, lesions: Sequence[str], facts: Sequence[str]):
+        self.lesions = tuple(lesions)
+        self.facts = tuple(facts)
+        self._lesion_index = {name: index for index, name in enumerate(self.lesions)}
+        self._fact_index = {name: index for index, name in enumerate(self.facts)}
+
+    @classmethod
+    def collect(cls, cases: Iterable[LanguageCase], minimum: int = 3) -> FactVocabulary:
+        """Facts seen in at least ``minimum`` cases."""
+        lesions: set[str] = set()
+        counts: dict[str, int] = {}
+        for case in cases:
+            lesions.update(lesion_name(case, index) for index in range(len(case.findings)))
+            for fact in case_facts(case):
+                counts[fact] = counts.get(fact, 0) + 1
+        return cls(sorted(lesions), sorted(fact for fact, count in counts.items() if count >= minimum))
+
+    def fact_targets(self, cases: Sequence[LanguageCase]) -> Tensor:
+        """(B, facts) of 0 and 1."""
+        targets = torch.zeros(len(cases), max(1, len(self.facts)))
+        for row, case in enumerate(cases):
+            for fact in case_facts(case):
+                if fact in self._fact_index:
+                    targets[row, self._fact_index[fact]] = 1.0
+        return targets
+
+    def cell_targets(self, cases: Sequence[LanguageCase]) -> Tensor:
+        """(B, organs + 1 + lesions, d, h, w) in [0, 1]: organ shares, any lesion, then lesions by organ and kind."""
+        grid = cases[0].organ_cells.shape[1:]
+        targets = torch.zeros(len(cases), len(ORGANS) + 1 + len(self.lesions), *grid)
+        for row, case in enumerate(cases):
+            targets[row, : len(ORGANS)] = torch.from_numpy(case.organ_cells.astype(np.float32) / 255.0)
+            for index in range(len(case.findings)):
+                cells = torch.from_numpy(case.lesion_cells[index])
+                targets[row, len(ORGANS)][cells] = 1.0
+                channel = self._lesion_index.get(lesion_name(case, index))
+                if channel is not None:
+                    targets[row, len(ORGANS) + 1 + channel][cells] = 1.0
+        return targets
+
+
+def lesion_name(case: LanguageCase, index: int) -> str:
+    """``organ|kind`` of one finding."""
+    return f"{case.findings[index].organ}|{case.findings[index].kind}"
+
+
+def case_facts(case: LanguageCase) -> set[str]:
+    """Everything worth reading off the image, as short strings."""
+    facts = {f"present|{organ}" for organ in ORGANS if case.present(organ)} | {f"phase|{case.phase}"}
+    for index, finding in enumerate(case.findings):
+        size = sum(finding.diameter_mm >= edge for edge in _SIZES_MM)
+        facts |= {lesion_name(case, index), f"at|{finding.location}|{finding.kind}", f"at|{finding.location}"}
+        facts |= {f"size|{size}|{finding.organ}", f"in|{finding.organ}", f"kind|{finding.kind}"}
+    for organ in {finding.organ for finding in case.findings}:
+        facts.add(f"count|{organ}|{sum(finding.organ == organ for finding in case.findings)}")
+    facts.add(f"total|{min(len(case.findings), 4)}")
+    return facts
+
+
+class DenseHeads(nn.Module):
+    """Linear read-out of organ and lesion cells from every stage's tokens."""
+
+    def __init__(self, vision: VisionConfig, vocabulary: FactVocabulary):
+        super().__init__()
+        self.grids = [vision.grid(stage) for stage in _STAGES]
+        channels = len(ORGANS) + 1 + len(vocabulary.lesions)
+        self.heads = nn.ModuleList(nn.Linear(vision.channels[stage], channels) for stage in _STAGES)
+        for head in self.heads:
+            assert isinstance(head, nn.Linear)
+            nn.init.constant_(head.bias, -4.0)
+
+    def forward(self, maps: Sequence[Tensor], cells: Tensor) -> Tensor:
+        """Loss: BCE plus soft Dice of every stage against ``cells`` (B, C, d, h, w) on the stem's grid."""
+        total = cells.new_zeros(())
+        for stage, head, grid in zip(_STAGES, self.heads, self.grids, strict=True):
+            logits = head(maps[stage]).transpose(1, 2)
+            target = torch.cat(
+                [
+                    functional.adaptive_avg_pool3d(cells[:, : len(ORGANS)], grid),
+                    functional.adaptive_max_pool3d(cells[:, len(ORGANS) :], grid),
+                ],
+                dim=1,
+            ).flatten(2)
+            weight = torch.where(target > 0, 4.0, 1.0)
+            bce = functional.binary_cross_entropy_with_logits(logits, target, weight=weight)
+            share = torch.sigmoid(logits)
+            overlap = (share * target).sum(dim=(0, 2))
+            dice = 1 - (2 * overlap + 1) / (share.sum(dim=(0, 2)) + target.sum(dim=(0, 2)) + 1)
+            seen = target.sum(dim=(0, 2)) > 0
+            total = total + 4 * bce + (dice[seen].mean() if bool(seen.any()) else 0.0)
+        return total / len(_STAGES)
+
+
+class FactHead(nn.Module):
+    """One learned query per fact looks at the image tokens, as a word of the language model would."""
+
+    def __init__(self, hidden: int, facts: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.query = nn.Parameter(torch.randn(max(1, facts), hidden) * hidden**-0.5)
+        self.weight = nn.Parameter(torch.randn(max(1, facts), hidden) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.full((max(1, facts),), -2.0))
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        """(B, n, hidden) to logits (B, facts)."""
+        tokens = self.norm(image_tokens)
+        attention = torch.softmax(tokens @ self.query.T, dim=1)
+        return torch.einsum("bnf,bnh,fh->bf", attention, tokens, self.weight) + self.bias
+
+
+class SegPlace(nn.Module):
+    """Where a projected ``[SEG]`` state points: occupancy of a coarse grid, and the classes it stands for."""
+
+    def __init__(self, config: ModelConfig, grid: tuple[int, int, int] = (8, 8, 8)):
+        super().__init__()
+        self.grid = grid
+        width = config.slices.d_model
+        self.cells = nn.Linear(width, grid[0] * grid[1] * grid[2])
+        self.classes = nn.Linear(width, len(ORGANS) + 1)
+        nn.init.constant_(self.cells.bias, -3.0)
+
+    def forward(self, embeddings: Tensor, cells: Tensor, classes: Tensor) -> Tensor:
+        """Loss of (N, d_model) against ``cells`` (N, d, h, w) in [0, 1] and ``classes`` (N,) indices."""
+        target = functional.adaptive_max_pool3d(cells[:, None], self.grid)[:, 0].flatten(1)
+        logits = self.cells(embeddings)
+        share = torch.sigmoid(logits)
+        dice = 1 - (2 * (share * target).sum(1) + 1) / (share.sum(1) + target.sum(1) + 1)
+        bce = functional.binary_cross_entropy_with_logits(logits, target, weight=torch.where(target > 0, 3.0, 1.0))
+        return dice.mean() + bce + functional.cross_entropy(self.classes(embeddings), classes)

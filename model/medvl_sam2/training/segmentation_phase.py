@@ -1,0 +1,186 @@
+"""Pretraining of the slice segmenter: image phase, then memory phase with the encoder frozen.
+
+``python -m medvl_sam2.training.segmentation_phase --out RUN`` writes ``segmenter.safetensors`` and resumes by itself
+when RUN already holds a state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from medvl_sam2.config import ModelConfig
+from medvl_sam2.files import write_json_atomically
+from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
+from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
+from medvl_sam2.training.slice_batches import SliceSampler
+from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
+
+
+@dataclass(frozen=True)
+class SegmentationPhaseConfig:
+    """Budget in wall minutes, because the machine decides how many steps that is; both are recorded."""
+
+    image_minutes: float = 40.0
+    memory_minutes: float = 20.0
+    whole_slices: int = 8
+    concepts_per_slice: int = 6
+    windows: int = 14
+    clips: int = 6
+    clip_length: int = 6
+    learning_rate: float = 6e-4
+    memory_learning_rate: float = 5e-4
+    warmup_steps: int = 80
+    seed: int = 0
+
+
+class SegmentationPhase:
+    """Runs both phases; one optimiser each."""
+
+    def __init__(self, config: SegmentationPhaseConfig, volumes: Sequence[LabelledVolume], weights: Sequence[float],
+                 model: ModelConfig, out: Path) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.out = config, out
+        self.learner = SegmentationLearner(SliceSegmenter(model.slices))
+        self.steps = SegmentationSteps(self.learner, config.seed + 1)
+        self.sampler = SliceSampler(volumes, weights, config.seed + 2, model.slices.image_size)
+        self.progress: dict[str, float] = {"image_steps": 0, "image_seconds": 0.0, "memory_steps": 0, "memory_seconds": 0.0}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        """Image phase, then memory phase, from wherever the last run stopped."""
+        self._resume()
+        self._phase("image", self.config.image_minutes * 60, self._image_step, self.config.learning_rate)
+        for parameter in self.learner.segmenter.sam2.image_encoder.parameters():
+            parameter.requires_grad_(False)
+        for head in (self.learner.segmenter.sam2.sam_mask_decoder.conv_s0, self.learner.segmenter.sam2.sam_mask_decoder.conv_s1):
+            head.requires_grad_(False)
+        self._phase("memory", self.config.memory_minutes * 60, self._memory_step, self.config.memory_learning_rate)
+        self._save(None)
+
+    def _image_step(self) -> tuple[torch.Tensor, dict[str, float]]:
+        config, sampler = self.config, self.sampler
+        done = self.progress["image_seconds"] / max(1.0, config.image_minutes * 60)
+        named, dice = self.steps.named_loss(
+            [sampler.whole_slice(config.concepts_per_slice) for _ in range(config.whole_slices)],
+            dense_weight=1.0 if done < 0.6 else 0.3,
+        )
+        rounds = 0 if done < 0.15 else int(self.steps.rng.integers(0, 4))
+        prompted, before, after = self.steps.window_loss([sampler.window() for _ in range(config.windows)], rounds)
+        return named + prompted, {"named": dice, "window": before, "clicked": after}
+
+    def _memory_step(self) -> tuple[torch.Tensor, dict[str, float]]:
+        config, sampler = self.config, self.sampler
+        clips = [sampler.window(config.clip_length) for _ in range(config.clips)]
+        loss, dice = self.steps.memory_loss(clips)
+        figures = {"tracked": dice}
+        if self.progress["memory_steps"] % 3 == 0:  # keep what the image phase taught the shared decoder
+            named, figures["named"] = self.steps.named_loss(
+                [sampler.whole_slice(config.concepts_per_slice) for _ in range(4)], dense_weight=0.0
+            )
+            rounds = int(self.steps.rng.integers(1, 4))
+            prompted, figures["window"], figures["clicked"] = self.steps.window_loss(
+                [sampler.window() for _ in range(8)], rounds
+            )
+            loss = loss + named + prompted
+        return loss, figures
+
+    def _phase(self, name: str, budget: float, step_function, peak: float) -> None:  # type: ignore[no-untyped-def]
+        config, progress = self.config, self.progress
+        if progress[f"{name}_seconds"] >= budget:
+            return
+        self.learner.train()
+        trained = [p for p in self.learner.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
+        state = self.out / f"{name}_optimiser.pt"
+        if state.exists() and progress[f"{name}_steps"]:
+            optimiser.load_state_dict(torch.load(state, weights_only=True))
+        smooth: dict[str, float] = {}
+        last_save = time.monotonic()
+        log = (self.out / "log.jsonl").open("a")
+        with tqdm(total=round(budget), desc=f"{name} phase", unit="s", mininterval=10) as bar:
+            bar.update(int(progress[f"{name}_seconds"]))
+            while progress[f"{name}_seconds"] < budget:
+                start = time.monotonic()
+                share = progress[f"{name}_seconds"] / budget
+                warm = min(1.0, (progress[f"{name}_steps"] + 1) / config.warmup_steps)
+                for group in optimiser.param_groups:
+                    group["lr"] = peak * warm * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, share)))))
+                loss, figures = step_function()
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimiser.step()
+                progress[f"{name}_steps"] += 1
+                figures["loss"] = loss.item()
+                for key, value in figures.items():
+                    if np.isfinite(value):
+                        smooth[key] = 0.97 * smooth.get(key, value) + 0.03 * value
+                seconds = time.monotonic() - start
+                progress[f"{name}_seconds"] += seconds
+                bar.update(int(progress[f"{name}_seconds"]) - bar.n)
+                if progress[f"{name}_steps"] % 25 == 0:
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in smooth.items()})
+                    log.write(json.dumps({"phase": name, "step": progress[f"{name}_steps"], **smooth}) + "\n")
+                    log.flush()
+                if time.monotonic() - last_save > 120:
+                    self._save(optimiser, name)
+                    last_save = time.monotonic()
+        log.close()
+        self._save(optimiser, name)
+
+    def _save(self, optimiser: torch.optim.Optimizer | None, name: str = "") -> None:
+        temporary = self.out / "state.tmp"
+        save_file({k: v.contiguous() for k, v in self.learner.state_dict().items()}, temporary)
+        temporary.replace(self.out / "segmenter.safetensors")
+        if optimiser is not None:
+            partial = self.out / "optimiser.tmp"
+            torch.save(optimiser.state_dict(), partial)
+            partial.replace(self.out / f"{name}_optimiser.pt")
+        record = {**self.progress, "config": asdict(self.config), "threads": torch.get_num_threads()}
+        write_json_atomically(self.out / "progress.json", record)
+
+    def _resume(self) -> None:
+        record, state = self.out / "progress.json", self.out / "segmenter.safetensors"
+        if record.exists() and state.exists():
+            stored = json.loads(record.read_text())
+            self.progress.update({k: stored[k] for k in self.progress})
+            self.learner.load_state_dict(load_file(state))
+            skip = int(self.progress["image_steps"] + self.progress["memory_steps"])
+            self.sampler.rng = np.random.default_rng([self.config.seed + 2, skip])  # do not replay the same rows
+            self.steps.rng = np.random.default_rng([self.config.seed + 1, skip])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--image-minutes", type=float, default=40.0)
+    parser.add_argument("--memory-minutes", type=float, default=20.0)
+    parser.add_argument("--generated", type=int, default=240, help="generated training cases")
+    parser.add_argument("--real", type=Path, help="folder with the trainable real cases; none by default")
+    parser.add_argument("--cache", type=Path, help="folder that keeps generated cases between runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    source = SourceConfig(generated=options.generated, real=options.real, cache=options.cache, seed=options.seed)
+    volumes, weights = training_volumes(source)
+    config = SegmentationPhaseConfig(
+        image_minutes=options.image_minutes, memory_minutes=options.memory_minutes, seed=options.seed
+    )
+    SegmentationPhase(config, volumes, weights, ModelConfig.tiny(), options.out).run()
+
+
+if __name__ == "__main__":
+    main()

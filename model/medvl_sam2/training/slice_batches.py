@@ -1,0 +1,214 @@
+"""Random training rows from labelled volumes: whole slices with named targets, and windows round one object.
+
+Everything here is drawn from one ``numpy`` generator, so a seed fixes the whole stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.training.clicks import box_prompt_2d
+from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
+from medvl_sam2.types import Modality
+
+TRUTH_SIZE = 64
+"""Side of the truth grid: twice the decoder's 32, so that the loss sees sub-pixel boundaries."""
+
+MIN_MM_PER_PX = 3.0
+"""Whole-slice pixels never get finer than this: organs keep their physical size whatever the field of view."""
+
+
+@dataclass(frozen=True)
+class WholeSlice:
+    """A whole slice with named targets: image (3, S, S), concepts (K,), truth (K, T, T), height in [0, 1]."""
+
+    image: Tensor
+    concepts: tuple[int, ...]
+    truth: Tensor
+    height: float
+    dense: Tensor
+    """(number of concepts, h, h) soft occupancy for the auxiliary head; -1 where the concept is unlabelled."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """T neighbouring slices round one object: images (T, 3, S, S), truth (T, T', T'), prompted slice index 0.
+
+    ``boxes`` (T, 4) x0, y0, x1, y1 in model pixels of the object's box on each slice (NaN where absent);
+    ``guess`` (T, T', T') a corrupted mask to start from.
+    """
+
+    images: Tensor
+    truth: Tensor
+    boxes: np.ndarray
+    guess: Tensor
+    concept: int | None
+    height: Tensor
+
+
+class SliceSampler:
+    """Draws training rows from a list of volumes with given weights."""
+
+    def __init__(self, volumes: Sequence[LabelledVolume], weights: Sequence[float], seed: int, image_size: int) -> None:
+        self.volumes = list(volumes)
+        chance = np.asarray(weights, dtype=np.float64)
+        self.chance = chance / chance.sum()
+        self.rng = np.random.default_rng(seed)
+        self.size = image_size
+        self.intensities = [SliceIntensity.of(v.image, v.modality) for v in self.volumes]
+        named = [sum(t.concept is not None for t in v.targets) for v in self.volumes]
+        self.named = np.minimum(np.asarray(named) / 8.0, 1.0)  # volumes with one named organ teach little of naming
+
+    def whole_slice(self, targets: int) -> WholeSlice:
+        """A whole slice with ``targets`` concepts: present here, elsewhere in the volume, or nowhere in it."""
+        rng = self.rng
+        chance = self.chance * self.named
+        number = int(rng.choice(len(self.volumes), p=chance / chance.sum()))
+        volume = self.volumes[number]
+        z = int(rng.integers(volume.image.shape[0]))
+        crop = SliceCrop.whole(volume.image.shape[1:], volume.spacing[1:], self.size, MIN_MM_PER_PX)
+        shift = rng.normal(0, 0.04, 2) * crop.extent_mm
+        crop = replace(
+            crop,
+            center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]),
+            extent_mm=crop.extent_mm * float(rng.uniform(0.85, 1.2)),
+        )
+        image = self._image(number, [z], crop)[0]
+        known = [t for t in volume.targets if t.concept is not None]
+        present = [t for t in known if volume.areas[t.name][z] > 0]
+        dense = torch.full((len(CONCEPTS), self.size // 4, self.size // 4), -1.0)
+        for name in volume.known:
+            if name in CONCEPTS:
+                dense[CONCEPTS.index(name)] = 0.0
+        coarse = replace(crop, size=self.size // 4)
+        if present:
+            stack = torch.from_numpy(np.stack([volume.mask(t, z) for t in present]).astype(np.float32))
+            dense[[t.concept for t in present]] = coarse.sample(stack)[:, 0]  # type: ignore[index]
+        chosen: list[int] = [t.concept for t in rng.permutation(np.array(present, dtype=object))][: targets - 1]  # type: ignore[misc]
+        others = [CONCEPTS.index(n) for n in sorted(volume.known) if n in CONCEPTS]
+        others = [c for c in others if c not in {t.concept for t in present}]
+        rng.shuffle(others)
+        chosen = [*chosen, *others][:targets]
+        fine = replace(crop, size=TRUTH_SIZE)
+        by_concept = {t.concept: t for t in present}
+        truth = torch.zeros(len(chosen), TRUTH_SIZE, TRUTH_SIZE)
+        rows = [i for i, c in enumerate(chosen) if c in by_concept]
+        if rows:
+            masks = np.stack([volume.mask(by_concept[chosen[i]], z) for i in rows]).astype(np.float32)
+            truth[rows] = fine.sample(torch.from_numpy(masks))[:, 0]
+        return WholeSlice(image, tuple(chosen), truth, z / max(1, volume.image.shape[0] - 1), dense)
+
+    def window(self, length: int = 1) -> Window:
+        """``length`` slices in one direction from a slice that shows the object; the tail may run past its end."""
+        rng = self.rng
+        number = int(rng.choice(len(self.volumes), p=self.chance))
+        volume = self.volumes[number]
+        target = self._target(volume)
+        areas = volume.areas[target.name]
+        shown = np.flatnonzero(areas >= max(4, 0.02 * areas.max()))
+        if len(shown) == 0:
+            shown = np.flatnonzero(areas)
+        z0 = int(rng.choice(shown)) if length == 1 or rng.random() < 0.4 else int(shown[len(shown) // 2])
+        z = self._walk(z0, length, volume.image.shape[0], volume.spacing[0])
+        masks = volume.mask(target, z)
+        crop = self._window_crop(masks[0], volume)
+        images = self._image(number, z, crop)
+        truth = replace(crop, size=TRUTH_SIZE).sample(torch.from_numpy(masks.astype(np.float32)))[:, 0]
+        boxes = np.full((length, 4), np.nan, dtype=np.float32)
+        for row, mask in enumerate(masks):
+            if mask.any():
+                corners = crop.forward_points(box_prompt_2d(mask, rng, 0.08) + np.array([[-0.5], [0.5]]))
+                boxes[row] = corners.reshape(-1)
+        height = torch.as_tensor(z / max(1, volume.image.shape[0] - 1), dtype=torch.float32)
+        window = Window(images, truth, boxes, self._corrupt(truth), target.concept, height)
+        return _turned(window, int(rng.integers(8)), self.size) if rng.random() < 0.5 else window
+
+    def _target(self, volume: LabelledVolume) -> Target:
+        """Prefer neither huge nor tiny objects: weight by the cube root of size."""
+        sizes = np.array([float(volume.areas[t.name].sum()) for t in volume.targets])
+        weight = np.cbrt(sizes) * (sizes >= 30)
+        if not weight.any():
+            weight = sizes
+        return volume.targets[int(self.rng.choice(len(sizes), p=weight / weight.sum()))]
+
+    def _walk(self, z0: int, length: int, count: int, spacing: float) -> np.ndarray:
+        """Slice indices from ``z0`` in a random direction, ``stride`` apart, clamped to the stack."""
+        step = int(self.rng.choice([-1, 1]))
+        most = max(1, int(round(6.0 / spacing)))
+        stride = int(self.rng.integers(1, most + 1)) * step
+        return np.clip(z0 + stride * np.arange(length), 0, count - 1)
+
+    def _window_crop(self, mask: np.ndarray, volume: LabelledVolume) -> SliceCrop:
+        rng = self.rng
+        box = box_prompt_2d(mask).astype(np.float64)
+        crop = SliceCrop.around(box, volume.spacing[1:], float(rng.uniform(1.25, 2.6)), self.size, 12.0)
+        shift = rng.uniform(-0.08, 0.08, 2) * crop.extent_mm
+        return replace(crop, center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]))
+
+    def _image(self, number: int, z: Sequence[int] | np.ndarray, crop: SliceCrop) -> Tensor:
+        """Sample, perturb and window slices (N, 3, S, S)."""
+        rng, intensity = self.rng, self.intensities[number]
+        raw = torch.from_numpy(self.volumes[number].image[np.asarray(z)].astype(np.float32))
+        pixels = crop.sample(raw, pad=intensity.pad)
+        if rng.random() < 0.7:
+            span = intensity.span
+            pixels = pixels * float(rng.uniform(0.9, 1.1)) + span * float(rng.normal(0, 0.03))
+            noise = torch.from_numpy(rng.normal(0, 1, tuple(pixels.shape)).astype(np.float32))
+            pixels = pixels + noise * span * float(rng.uniform(0, 0.05))
+        if rng.random() < 0.2:  # a window whose scale the model cannot rely on, as in MR or exported pictures
+            intensity = SliceIntensity.of(pixels.numpy(), Modality.OTHER)
+        channels = intensity.channels(pixels[:, 0])
+        if rng.random() < 0.3:
+            gamma = float(np.exp(rng.normal(0, 0.25)))
+            channels = ((channels + 1) / 2).clamp(0, 1) ** gamma * 2 - 1
+        return channels
+
+    def _corrupt(self, truth: Tensor) -> Tensor:
+        """A plausible wrong mask: shifted, grown or shrunk, with a bite taken out or a blob added."""
+        rng = self.rng
+        out = []
+        for plane in truth.numpy() > 0.5:
+            mask = np.roll(plane, tuple(int(s) for s in rng.integers(-4, 5, 2)), axis=(0, 1))
+            steps = int(rng.integers(-3, 4))
+            if steps > 0:
+                mask = ndimage.binary_dilation(mask, iterations=steps)
+            elif steps < 0:
+                mask = ndimage.binary_erosion(mask, iterations=-steps)
+            if rng.random() < 0.5:
+                cy, cx = rng.integers(0, TRUTH_SIZE, 2)
+                radius = int(rng.integers(3, 12))
+                yy, xx = np.ogrid[:TRUTH_SIZE, :TRUTH_SIZE]
+                mask = np.where((yy - cy) ** 2 + (xx - cx) ** 2 < radius**2, rng.random() < 0.3, mask)
+            out.append(mask)
+        return torch.from_numpy(np.stack(out).astype(np.float32))
+
+
+def _turned(window: Window, turn: int, size: int) -> Window:
+    """One of the eight flips and quarter turns; the object loses its name, because left and right no longer hold."""
+
+    def turned(pixels: Tensor) -> Tensor:
+        pixels = pixels.flip(-1) if turn & 4 else pixels
+        return torch.rot90(pixels, turn & 3, dims=(-2, -1)).contiguous()
+
+    corners = window.boxes.reshape(-1, 2, 2)
+    if turn & 4:
+        corners = np.stack([size - 1 - corners[..., 0], corners[..., 1]], axis=-1)
+    for _ in range(turn & 3):  # torch.rot90 from y to x: (x, y) becomes (y, size - 1 - x)
+        corners = np.stack([corners[..., 1], size - 1 - corners[..., 0]], axis=-1)
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
+    return replace(
+        window,
+        images=turned(window.images),
+        truth=turned(window.truth),
+        guess=turned(window.guess),
+        boxes=boxes,
+        concept=None,
+    )
