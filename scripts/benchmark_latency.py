@@ -33,7 +33,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volumes", nargs="*", type=Path, help="image files or DICOM folders")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--objects", type=int, default=6, help="objects a volume, each in a new session")
     parser.add_argument("--clicks", type=int, default=5, help="clicks an object")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     rng = np.random.default_rng(options.seed)
     try:
-        predictor = Predictor.load(options.checkpoint, device=options.device)
+        predictor = Predictor.load(options.checkpoint)
         if options.volumes:
             volumes = [(str(path), read_volume(path)) for path in options.volumes]
         else:
@@ -139,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.json,
             {
                 "threads": torch.get_num_threads(),
-                "device": options.device,
-                "checkpoint": predictor.checkpoint.version,
+                "checkpoint": predictor.meta.version,
                 "peak_rss_gib": peak_memory_gib(),
                 "volumes": results,
             },

@@ -30,7 +30,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
     parser.add_argument("--controls-only", action="store_true", help="no model: only the controls' click curves")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--generated", type=int, default=0, metavar="N", help="number of generated cases")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first generated case")
     parser.add_argument("--real", type=Path, metavar="DIR", help="folder with the unseen real cases")
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads > 0:
         torch.set_num_threads(options.threads)
     try:
-        predictor = None if options.controls_only else Predictor.load(options.checkpoint, device=options.device)
+        predictor = None if options.controls_only else Predictor.load(options.checkpoint)
         settings = options.settings.split(",")
         unknown = sorted(set(settings) - {setting.value for setting in Setting})
         if unknown:
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         figures = runner.figures()
         figures["options"] = {name: str(value) for name, value in vars(options).items()}
-        figures["checkpoint"] = None if predictor is None else predictor.checkpoint.version
+        figures["checkpoint"] = None if predictor is None else predictor.meta.version
         figures["seconds"] = seconds
         write_json_atomically(options.json, figures)
     return 0

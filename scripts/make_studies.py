@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in tqdm(range(options.seed, options.seed + options.count), desc="studies", unit="study"):
         case = generate_case(seed)
         path = write_study(case, options.out, options.with_labels)
-        summary.append({"file": path.name, "shape": case.image.shape, "spacing_mm": case.spacing, "report": case.report})
+        facts = {"shape": case.image.shape, "spacing_mm": case.spacing, "report": case.report}
+        summary.append({"file": path.name, **facts})
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{options.count} studies in {options.out}")

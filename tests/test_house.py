@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from import_graph import imports_of
 
 MAX_LINES = 450
 MAX_WEIGHTS_BYTES = 25 * 1024 * 1024
@@ -116,12 +120,31 @@ def test_requirements_pin_every_direct_dependency(repository: Path) -> None:
     pins = {_normal(line.split("==")[0]) for line in lines if "==" in line}
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     direct = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {_normal(re.split(r"[<>=~!;\[ ]", requirement)[0]) for requirement in direct}
+    names = {_requirement_name(requirement) for requirement in direct}
     assert names - pins == set()
     assert lines[-1] == "-e ."
     assert [
         line for line in lines[:-1] if not line.startswith("#") and not re.match(r"[\w.-]+==[\w.]+(?: ; .+)?$", line)
     ] == []
+
+
+def test_every_import_is_a_declared_dependency(tracked: list[Path], repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {_requirement_name(r) for r in (*project["dependencies"], *project["optional-dependencies"]["dev"])}
+    local = [path for path in tracked if path.relative_to(repository).parts[0] in {"tests", "scripts"}]
+    ours = {"medvl_sam2", "lib", "main"} | {path.stem for path in local} | {path.parent.name for path in local}
+    providers = metadata.packages_distributions()
+    undeclared = set()
+    for path in tracked:
+        if path.suffix != ".py":
+            continue
+        for wanted in imports_of(path.read_text(encoding="utf-8"), path.stem, is_package=False):
+            top = wanted.module.split(".")[0]
+            if top in sys.stdlib_module_names or top in ours:
+                continue
+            if not {_normal(name) for name in providers.get(top, ())} & declared:
+                undeclared.add(f"{path.relative_to(repository)}:{wanted.line} imports {top}")
+    assert sorted(undeclared) == []
 
 
 def test_every_package_folder_has_an_init(tracked: list[Path], repository: Path) -> None:
@@ -145,6 +168,10 @@ def _loads_unsafely(line: str) -> bool:
 
 def _lines(text: str) -> list[tuple[int, str]]:
     return list(enumerate(text.splitlines(), start=1))
+
+
+def _requirement_name(requirement: str) -> str:
+    return _normal(re.split(r"[<>=~!;\[ ]", requirement)[0])
 
 
 def _normal(name: str) -> str:

@@ -21,7 +21,7 @@ class VisionConfig:
     """Global view (D, H, W) = canonical (z, y, x) voxels."""
     blocks: tuple[int, ...] = (1, 1, 1, 1, 1)
     """Blocks of stem s0 and stages s1..s4."""
-    channels: tuple[int, ...] = (32, 32, 64, 128, 256)
+    channels: tuple[int, ...] = (32, 64, 128, 192, 256)
     """Channels of s0..s4."""
     kernels: tuple[int, ...] = (13, 11, 9, 7)
     """Depthwise kernel of stages s1..s4."""

@@ -20,22 +20,27 @@ MAD_TO_SIGMA = 1.4826
 class GrowRule:
     """How far intensities may differ and how the grown region is cleaned.
 
-    ``k``: accepted distance from the core's median in robust standard deviations.
-    ``floor``: smallest accepted distance as a share of the region's robust intensity range, for noise-free cores.
-    ``blur_mm``: Gaussian smoothing before the comparison. ``open_mm``, ``close_mm``: radii of the morphology.
+    ``k``: accepted distance from the core's median in robust standard deviations. ``floor``: smallest accepted distance
+    as a share of the region's robust intensity range, for noise-free cores. ``blur_mm``: Gaussian smoothing before the
+    comparison. ``vote_mm``: width of the majority vote that closes the pores noise leaves, before any morphology.
+    ``open_mm``, ``close_mm``: radii of the morphology.
     """
 
-    k: float = 2.5
-    floor: float = 0.04
+    k: float = 1.8
+    floor: float = 0.02
     blur_mm: float = 1.0
-    open_mm: float = 1.5
-    close_mm: float = 3.0
+    vote_mm: float = 1.5
+    open_mm: float = 2.5
+    close_mm: float = 5.0
 
 
+DEFAULT_RULE = GrowRule()
 Region = tuple[slice, slice, slice]
 
 
-def bounding_region(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], margin: np.ndarray | float = 0) -> Region:
+def bounding_region(
+    low: np.ndarray, high: np.ndarray, shape: tuple[int, ...], margin: np.ndarray | float = 0
+) -> Region:
     """Slices covering voxels ``low``..``high`` (inclusive) plus ``margin`` voxels, inside ``shape``."""
     start = np.clip(np.floor(low - margin).astype(int), 0, np.array(shape) - 1)
     stop = np.clip(np.ceil(high + margin).astype(int) + 1, start + 1, shape)
@@ -66,9 +71,7 @@ def ball(shape: tuple[int, int, int], center: np.ndarray, radius_mm: float, spac
     return result
 
 
-def ellipsoid(
-    shape: tuple[int, int, int], box: np.ndarray, scale: float = 1.0, power: float = 2.0
-) -> np.ndarray:
+def ellipsoid(shape: tuple[int, int, int], box: np.ndarray, scale: float = 1.0, power: float = 2.0) -> np.ndarray:
     """Bool (Z, Y, X): the ellipsoid inscribed in ``box`` (2, 3), inclusive corners, semi-axes times ``scale``.
 
     ``power`` above 2 bulges towards the box (superellipsoid |z|^p + |y|^p + |x|^p <= 1).
@@ -96,7 +99,7 @@ def grow(
     spacing: tuple[float, float, float],
     allowed: np.ndarray,
     core: np.ndarray,
-    rule: GrowRule = GrowRule(),
+    rule: GrowRule = DEFAULT_RULE,
 ) -> np.ndarray:
     """Region of the core's intensities: bool (Z, Y, X), a subset of ``allowed``, connected to ``core``.
 
@@ -113,14 +116,23 @@ def grow(
     region = bounding_region(where.min(0), where.max(0), image.shape, margin)
     local = np.asarray(image[region], dtype=np.float32)
     local_allowed, local_core = allowed[region], core[region]
-    smooth = ndimage.gaussian_filter(local, [rule.blur_mm / s for s in spacing], truncate=2.0) if rule.blur_mm else local
+    smooth = (
+        ndimage.gaussian_filter(local, [rule.blur_mm / s for s in spacing], truncate=2.0) if rule.blur_mm else local
+    )
     median, sigma = robust_center(smooth[local_core])
     low, high = np.percentile(smooth[local_allowed], (2, 98))
     limit = max(rule.k * sigma, rule.floor * float(high - low))
-    similar = (np.abs(smooth - median) <= limit) & local_allowed
+    similar = _majority((np.abs(smooth - median) <= limit) & local_allowed, spacing, rule.vote_mm) & local_allowed
     similar = _touching(_open(similar, rule.open_mm, spacing), local_core, similar)
     result[region] = _fill(_close(similar, rule.close_mm, spacing)) & local_allowed
     return result
+
+
+def _majority(mask: np.ndarray, spacing: tuple[float, ...], width_mm: float) -> np.ndarray:
+    """Voxels whose weighted neighbourhood is mostly in ``mask``; without it an opening eats a noisy region whole."""
+    if width_mm <= 0:
+        return mask
+    return ndimage.gaussian_filter(mask.astype(np.float32), [width_mm / s for s in spacing], truncate=2.0) > 0.5
 
 
 def _touching(opened: np.ndarray, core: np.ndarray, similar: np.ndarray) -> np.ndarray:

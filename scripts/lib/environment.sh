@@ -16,7 +16,7 @@ timed() {
     shift
     printf '== %s\n' "$label"
     "$@" || status=$?
-    printf '== %s: %s after %d s\n' "$label" "$([ "$status" -eq 0 ] && echo done || echo FAILED)" "$((SECONDS - started))"
+    printf '== %s: %s after %d s\n' "$label" "$([ "$status" -eq 0 ] && echo "done" || echo "FAILED")" "$((SECONDS - started))"
     return "$status"
 }
 

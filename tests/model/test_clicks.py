@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
+
 from medvl_sam2.errors import DataError
 from medvl_sam2.training.clicks import box_prompt, box_prompt_2d, middle_slice, next_click, next_click_2d
-from scipy import ndimage
 
 
 def block(shape: tuple[int, ...], *spans: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from medvl_sam2.errors import ConfigError, DataError
 from medvl_sam2.synthesis import (
@@ -105,13 +106,13 @@ def test_attenuation_is_that_of_ct(whole: list[Case]) -> None:
     for case in whole:
         clean = case.lesions == 0
         means = {
-            name: float(case.image[(case.organs == value(name)) & clean].mean())
+            name: float(np.median(case.image[(case.organs == value(name)) & clean]))
             for name in ("liver", "lung_left", "aorta", "vertebrae")
         }
         assert -900 < means["lung_left"] < -600
         assert 35 < means["liver"] < 140
         assert means["vertebrae"] > 150
-        assert (means["aorta"] > 120) == (case.phase != "non-contrast")
+        assert (means["aorta"] > 80) == (case.phase != "non-contrast")
 
 
 def test_every_finding_has_its_lesion(cases: list[Case]) -> None:
@@ -126,7 +127,8 @@ def test_every_finding_has_its_lesion(cases: list[Case]) -> None:
             assert spoken(finding.organ) in finding.location
             assert finding.location in case.report
             inside = float(np.median(case.image[lesion]))
-            around = (case.organs == value(finding.organ)) & (case.lesions == 0)
+            # Away from the border, where partial volume with fat blurs the comparison.
+            around = ndimage.binary_erosion(case.organs == value(finding.organ)) & (case.lesions == 0)
             outside = float(np.median(case.image[around]))
             brighter = finding.kind in ("hyperdense lesion", "nodule")
             assert (inside > outside) == brighter, (case.seed, finding)
@@ -198,7 +200,11 @@ def test_referring_sentences_mean_what_they_say(cases: list[Case]) -> None:
         sizes = {f.value: f.diameter_mm for f in case.findings}
         by_text = {r.text: r.values for r in case.referring if r.kind == "lesion"}
         for text, ids in by_text.items():
-            group = [f for f in case.findings if text.endswith((f"in the {f.location}", f"in the {spoken(f.organ)}"))]
+            group = [
+                f
+                for f in case.findings
+                if text.rstrip("?").endswith((f"in the {f.location}", f"in the {spoken(f.organ)}"))
+            ]
             pool = [f.value for f in group] or list(sizes)
             assert set(ids) <= set(pool), text
             if "largest" in text:

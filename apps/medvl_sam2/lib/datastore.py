@@ -23,12 +23,12 @@ import requests
 from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
 from filelock import FileLock
-from lib.request_parsing import UnknownImageError
-from lib.result_writing import http_errors
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 
+from lib.request_parsing import UnknownImageError
+from lib.result_writing import http_errors
 from medvl_sam2.errors import GeometryError, PromptError, VolumeError
 from medvl_sam2.types import Geometry
 from medvl_sam2.volume_io import read_mask
@@ -51,6 +51,11 @@ class GuardedStore(LocalDatastore):
         self._thread_lock = threading.RLock()
         self._process_lock: FileLock | None = None
         super().__init__(*args, **kwargs)
+
+    @property
+    def folder(self) -> Path:
+        """Where images and labels lie: the studies, or the cache of a DICOMweb server."""
+        return Path(self._datastore_path)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

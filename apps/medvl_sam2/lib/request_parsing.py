@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 
+from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from medvl_sam2.errors import PromptError, VolumeError
 from medvl_sam2.types import Prompt
 from medvl_sam2.vocabulary import CLASSES, spoken
@@ -74,14 +74,15 @@ def parse_request(request: Mapping[str, Any]) -> InferRequest:
     extension = str(request.get("result_extension") or ".nrrd").lower()
     if extension not in EXTENSIONS:
         raise PromptError(f"result_extension {extension!r} cannot be written; use one of {', '.join(EXTENSIONS)}")
-    output = request.get("output")
+    # Without the server front the output is not known, and a missing file would be an error where one is wanted.
+    output = request.get("output", "image")
     return InferRequest(
         image=_image(request),
         client=client,
         client_id=client_id if client is Client.SLICER and isinstance(client_id, str) else client.value,
         extension=extension,
         compress=_flag(request.get("result_compress"), default=client is not Client.OHIF),
-        wants_file=output in ("image", "all") or (output is None and client is not Client.API) or "output" not in request,
+        wants_file=output in ("image", "all") or (output is None and client is not Client.API),
         reset=_flag(request.get("reset_state"), default=False),
     )
 

@@ -17,8 +17,8 @@ from typing import Any
 import nrrd
 import numpy as np
 from fastapi import HTTPException
-from lib.request_parsing import TextTooLongError, UnknownImageError
 
+from lib.request_parsing import TextTooLongError, UnknownImageError
 from medvl_sam2.errors import (
     Cancelled,
     CheckpointError,

@@ -13,12 +13,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
-
 from medvl_sam2.checkpoint import read_published
 from medvl_sam2.errors import CheckpointError, MedVLError
 from medvl_sam2.types import Geometry, Volume
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Loader = Callable[[Path | None, str], "Predictor"]
+Loader = Callable[[Path | None], "Predictor"]
 
 
 class Held(NamedTuple):
@@ -37,7 +35,6 @@ class Held(NamedTuple):
 
     predictor: Predictor
     session: Session
-    volume: Volume
 
 
 class _Key(NamedTuple):
@@ -45,12 +42,6 @@ class _Key(NamedTuple):
     image: Path
     stamp: int
     """Modification time in ns: an image sent again under its old name starts afresh."""
-
-
-@dataclass
-class _Entry:
-    session: Session
-    volume: Volume
 
 
 class Runtime:
@@ -63,7 +54,7 @@ class Runtime:
         self._predictor: Predictor | None = None
         self._served: Path | None = None
         self._refused: Path | None = None
-        self._sessions: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._sessions: OrderedDict[_Key, Session] = OrderedDict()
         self._volumes: weakref.WeakValueDictionary[tuple[Path, int], Volume] = weakref.WeakValueDictionary()
         self._geometries: dict[tuple[Path, int], Geometry] = {}
 
@@ -76,15 +67,14 @@ class Runtime:
         with self._lock:
             predictor = self._current_predictor()
             key = _Key(client, image, image.stat().st_mtime_ns)
+            session = self._sessions.get(key)
+            if session is None:
+                session = self._sessions[key] = predictor.open(self._volume(image, key.stamp))
             if reset:
-                self._sessions.pop(key, None)
-            entry = self._sessions.get(key)
-            if entry is None:
-                volume = self._volume(image, key.stamp)
-                entry = self._sessions[key] = _Entry(predictor.open(volume), volume)
+                session.objects.clear()  # the encoded image stays good
             self._sessions.move_to_end(key)
             try:
-                yield Held(predictor, entry.session, entry.volume)
+                yield Held(predictor, session)
             except MedVLError:
                 raise
             except BaseException:
@@ -130,9 +120,9 @@ class Runtime:
             return self._predictor
         if self._predictor is not None and wanted in (self._served, self._refused):
             return self._predictor
-        logger.info("Loading weights %s on %s", wanted or "shipped", self._config.device or "the default device")
+        logger.info("Loading weights %s", wanted or "shipped")
         try:
-            predictor = self._load(wanted, self._config.device)
+            predictor = self._load(wanted)
         except CheckpointError:
             if self._predictor is None:
                 raise
@@ -155,20 +145,14 @@ class Runtime:
         budget = self._config.session_megabytes * 1_000_000
         while len(self._sessions) > 1 and (
             len(self._sessions) > self._config.max_sessions
-            or sum(_bytes(entry) for entry in self._sessions.values()) > budget
+            or sum(session.bytes for session in self._sessions.values()) > budget
         ):
             key, _ = self._sessions.popitem(last=False)
             logger.info("Dropped the session of %s on %s", key.client, key.image.name)
 
 
-def load_predictor(path: Path | None, device: str) -> Predictor:
-    """Load published weights, or the shipped ones for None, on ``device`` (empty: CUDA where there is one)."""
-    import torch
+def load_predictor(path: Path | None) -> Predictor:
+    """Load published weights, or the shipped ones for None."""
+    from medvl_sam2.predictor import Predictor  # torch and all: not before somebody asks
 
-    from medvl_sam2.predictor import Predictor
-
-    return Predictor.load(path, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _bytes(entry: _Entry) -> int:
-    return entry.volume.array.nbytes + entry.session.nbytes
+    return Predictor.load(path)

@@ -1,0 +1,1 @@
+"""Scores of a checkpoint beside controls without a network."""

@@ -1,6 +1,7 @@
 """Controls of the interactive protocol: the same loop with the network removed.
 
-Two of them, deliberately strong (their constants were tuned on a training volume for the best Dice after five clicks):
+Two of them, deliberately strong: their constants were tuned on 22 structures of a training volume (TotalSegmentator's
+whole abdomen at 3 mm) for the best mean Dice after five clicks, in both settings.
 
 * :class:`ShapeControl`: an ellipsoid in the box (a ball at the first click), then painted balls at the clicks;
 * :class:`GrowControl`: a region grown from the intensities of the prompt's core, then balls at the clicks that
@@ -29,8 +30,8 @@ class BrushRule:
     ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
     """
 
-    share: float = 1.0
-    low_mm: float = 4.0
+    share: float = 1.3
+    low_mm: float = 2.0
     high_mm: float = 30.0
     box_share: float = 0.25
 
@@ -41,13 +42,19 @@ class BrushRule:
         return float(max(min(self.share * distance, high), min(self.low_mm, high)))
 
 
+_SHAPE_BRUSH = BrushRule()
+_GROW_BRUSH = BrushRule(share=1.6, high_mm=50.0, box_share=0.35)
+_REGION = GrowRule()
+_STROKE = GrowRule(k=3.0, floor=0.04, open_mm=0.0, close_mm=3.0)
+
+
 @dataclass(frozen=True)
 class ShapeRule:
-    """Constants of :class:`ShapeControl`. ``power``: of the superellipsoid; ``first_mm``: ball at a lone first click."""
+    """Constants of :class:`ShapeControl`. ``power``: of the superellipsoid; ``first_mm``: radius at a first click."""
 
     power: float = 2.5
-    first_mm: float = 18.0
-    brush: BrushRule = BrushRule()
+    first_mm: float = 22.0
+    brush: BrushRule = _SHAPE_BRUSH
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,18 @@ class IntensityRule:
     """Constants of :class:`GrowControl`.
 
     ``scale``: ellipsoid that limits the growth, relative to the box. ``core``: ellipsoid of the core, relative to the
-    box. ``reach_mm``, ``core_mm``: the same as balls when there is no box. ``brush_grow``: intensities of a brush.
+    box. ``least_share``: a region below this share of the ellipsoid gives way to it. ``reach_mm``, ``core_mm``: the same as balls when there is no box. ``brush_grow``: intensities of a brush.
     """
 
-    scale: float = 1.15
+    scale: float = 1.0
     power: float = 2.5
     core: float = 0.5
+    least_share: float = 0.3
     reach_mm: float = 40.0
     core_mm: float = 5.0
-    grow: GrowRule = GrowRule()
-    brush: BrushRule = BrushRule()
-    brush_grow: GrowRule = GrowRule(k=3.0, open_mm=0.0)
+    grow: GrowRule = _REGION
+    brush: BrushRule = _GROW_BRUSH
+    brush_grow: GrowRule = _STROKE
     brush_core_mm: float = 4.0
 
 
@@ -78,6 +86,12 @@ class Scene:
     points: np.ndarray
     labels: np.ndarray
     box: np.ndarray | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Canonical shape (Z, Y, X)."""
+        z, y, x = self.image.shape
+        return z, y, x
 
     @property
     def diagonal(self) -> float:
@@ -125,12 +139,12 @@ class ShapeControl(_Control):
 
     name = "shape control"
 
-    def __init__(self, rule: ShapeRule = ShapeRule()) -> None:
-        self.rule = rule
+    def __init__(self, rule: ShapeRule | None = None) -> None:
+        self.rule = rule or ShapeRule()
 
     def paint(self, scene: Scene) -> np.ndarray:
         """Bool (Z, Y, X); see the class."""
-        shape = scene.image.shape
+        shape = scene.shape
         mask, start = _base(scene, self.rule.first_mm, self.rule.power)
         for point, label in zip(scene.points[start:], scene.labels[start:], strict=True):
             radius = self.rule.brush.radius(mask, point, int(label), np.asarray(scene.spacing), scene.diagonal)
@@ -144,17 +158,20 @@ class GrowControl(_Control):
 
     name = "grow control"
 
-    def __init__(self, rule: IntensityRule = IntensityRule()) -> None:
-        self.rule = rule
+    def __init__(self, rule: IntensityRule | None = None) -> None:
+        self.rule = rule or IntensityRule()
 
     def paint(self, scene: Scene) -> np.ndarray:
         """Bool (Z, Y, X); see the class."""
-        rule, shape, spacing = self.rule, scene.image.shape, scene.spacing
+        rule, shape, spacing = self.rule, scene.shape, scene.spacing
         if scene.box is not None:
             allowed = ellipsoid(shape, scene.box, rule.scale, rule.power)
             allowed[: int(scene.box[0, 0])] = False
             allowed[int(scene.box[1, 0]) + 1 :] = False
             mask, start = grow(scene.image, spacing, allowed, ellipsoid(shape, scene.box, rule.core), rule.grow), 0
+            if mask.sum() < rule.least_share * allowed.sum():
+                # Mixed intensities: the box knows more than the region that was found.
+                mask = allowed
         else:
             first = int(np.flatnonzero(scene.labels == 1)[0])
             center = scene.points[first]
@@ -168,23 +185,21 @@ class GrowControl(_Control):
 
     def _brush(self, scene: Scene, point: np.ndarray, radius: float) -> np.ndarray:
         """Ball at a click, kept to the intensities next to the click."""
-        whole = ball(scene.image.shape, point, radius, scene.spacing)
-        core = ball(scene.image.shape, point, min(self.rule.brush_core_mm, radius), scene.spacing)
+        whole = ball(scene.shape, point, radius, scene.spacing)
+        core = ball(scene.shape, point, min(self.rule.brush_core_mm, radius), scene.spacing)
         return grow(scene.image, scene.spacing, whole, core, self.rule.brush_grow) | (core & whole)
 
 
 def _base(scene: Scene, first_mm: float, power: float) -> tuple[np.ndarray, int]:
     """First mask and the number of clicks it has used up."""
-    shape = scene.image.shape
+    shape = scene.shape
     if scene.box is not None:
         return ellipsoid(shape, scene.box, 1.0, power), 0
     first = int(np.flatnonzero(scene.labels == 1)[0])
     return ball(shape, scene.points[first], first_mm, scene.spacing), first + 1
 
 
-def _border_distance(
-    mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float
-) -> float:
+def _border_distance(mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float) -> float:
     """Distance in mm from ``point`` to the nearest voxel of (``inside``: outside) the mask, at most ``limit_mm``."""
     reach = limit_mm / spacing
     region = bounding_region(point - reach, point + reach, mask.shape)

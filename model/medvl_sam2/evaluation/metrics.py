@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import string
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.metrics import compute_surface_dice
+from monai.metrics.surface_dice import compute_surface_dice
 
 from medvl_sam2.errors import DataError
 
@@ -44,9 +45,12 @@ def surface_dice(
     crop = tuple(slice(int(low), int(high) + 1) for low, high in zip(where.min(0), where.max(0), strict=True))
     # One voxel of background all round, so that a surface at the border of the crop stays a surface.
     pair = [torch.from_numpy(np.pad(mask[crop].astype(np.uint8), 2))[None, None] for mask in (prediction, truth)]
-    value = compute_surface_dice(
-        pair[0], pair[1], [tolerance_mm], include_background=True, spacing=list(spacing), use_subvoxels=True
-    )
+    with warnings.catch_warnings():
+        # MONAI 1.5 calls a function of its own with an argument it has deprecated.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        value = compute_surface_dice(
+            pair[0], pair[1], [tolerance_mm], include_background=True, spacing=list(spacing), use_subvoxels=True
+        )
     return float(value[0, 0])
 
 
@@ -74,9 +78,7 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap(
-    values: Sequence[float], groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
-) -> Interval | None:
+def bootstrap(values: Sequence[float], groups: Sequence[Hashable], draws: int = 2000, seed: int = 0) -> Interval | None:
     """Mean of ``values`` with a 95% percentile interval; whole ``groups`` (patients) are drawn, not single values.
 
     Structures of one patient are not independent, so the patient is the unit. None without values; with a single group

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -55,7 +56,7 @@ def draw(
     for column, (plane, axis, (down, across)) in enumerate(_PLANES):
         axes = figure.add_subplot(1, 3, column + 1)
         aspect = transform.spacing[down] / transform.spacing[across]
-        origin = "lower" if down == 0 else "upper"
+        origin: Literal["lower", "upper"] = "lower" if down == 0 else "upper"
         cut = center[axis]
         axes.imshow(
             np.take(image, cut, axis), cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect, origin=origin

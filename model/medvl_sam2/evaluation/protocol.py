@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ from medvl_sam2.training.clicks import box_prompt, next_click
 from medvl_sam2.types import Prompt, Segmentation, Volume
 
 
-class Setting(str, Enum):
+class Setting(StrEnum):
     """What the simulated annotator starts with."""
 
     BOX = "box"
@@ -121,7 +121,7 @@ def run_object(
     with_nsd: bool = False,
     watch: Watch | None = None,
 ) -> Curve:
-    """Run the loop on one object. ``truth`` is bool (I, J, K) on the stored grid of ``volume``; it must not be empty."""
+    """Run the loop on one object: ``truth`` is bool (I, J, K) on the stored grid of ``volume``, not empty."""
     transform = CanonicalTransform(volume.geometry)
     target = np.ascontiguousarray(transform.forward_array(truth.astype(bool, copy=False)))
     if not target.any():

@@ -19,7 +19,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = []
     for line in lines:
-        cells = [cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
         text.append("  ".join(cells).rstrip())
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)
@@ -130,7 +132,14 @@ def interactive_text(figures: Sequence[Mapping[str, Any]]) -> str:
         engines = record["engines"]
         steps = list(next(iter(engines.values()))["steps"])
         label = {"0": "box"}
-        head = ["Dice after", *[label.get(step, f"+{step}") for step in steps], "95% CI last", "DSC_AUC", "s first", "s next"]
+        head = [
+            "Dice after",
+            *[label.get(step, f"+{step}") for step in steps],
+            "95% CI last",
+            "DSC_AUC",
+            "s first",
+            "s next",
+        ]
         rows = []
         for name, engine in engines.items():
             last = engine["steps"][steps[-1]]["dice"]
@@ -182,7 +191,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def mask_figures(scores: Sequence[MaskScore]) -> list[dict[str, Any]]:
-    """Semantic or referring scores: one record a split, with the mean by the rule, present ones only, and structures."""
+    """Semantic or referring scores: one record a split with the mean by the rule, of present ones, and structures."""
     figures = []
     for split in sorted({score.split for score in scores}):
         chosen = [score for score in scores if score.split == split]
@@ -223,7 +232,8 @@ def mask_text(title: str, figures: Sequence[Mapping[str, Any]]) -> str:
             for name, cell in record["structures"].items()
         ]
         mean, present = record["mean"], record["mean_present"]
-        tail = f"mean {mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]; by structure {record['mean_of_structures']:.3f}"
+        tail = f"mean {mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+        tail += f"; mean of structures {record['mean_of_structures']:.3f}"
         if present:
             tail += f"; present only {present['mean']:.3f} [{present['low']:.3f}, {present['high']:.3f}]"
         parts.append(

@@ -59,6 +59,18 @@ class Plan:
 Progress = Callable[[str], None]
 
 
+class _Last:
+    """Keeps the state after the last prompt of a loop."""
+
+    def __init__(self) -> None:
+        self.prompt: Prompt | None = None
+        self.mask: np.ndarray | None = None
+        self.step: Step | None = None
+
+    def __call__(self, prompt: Prompt, mask: np.ndarray, step: Step) -> None:
+        self.prompt, self.mask, self.step = prompt, mask, step
+
+
 class Runner:
     """Collects scores of a predictor (None: controls only) and of the controls over evaluation cases."""
 
@@ -114,25 +126,29 @@ class Runner:
             for number, (structure, truth) in enumerate(objects):
                 for setting in self.plan.settings:
                     progress(f"{case.name}: {engine.name}, {structure}, {setting.value}")
-                    last: list[tuple[Prompt, np.ndarray, Step]] = []
-
-                    def keep(
-                        prompt: Prompt,
-                        mask: np.ndarray,
-                        step: Step,
-                        kept: list[tuple[Prompt, np.ndarray, Step]] = last,
-                    ) -> None:
-                        kept[:] = [(prompt, mask, step)]
-
+                    last = _Last()
                     curve = run_object(
-                        engine, opened, case.volume, truth, structure, setting, self.plan.clicks, self.plan.with_nsd, keep
+                        engine,
+                        opened,
+                        case.volume,
+                        truth,
+                        structure,
+                        setting,
+                        self.plan.clicks,
+                        self.plan.with_nsd,
+                        last,
                     )
                     self.curves.append(ScoredCurve(case.name, case.patient, case.split, int(truth.sum()), curve))
-                    if self.plan.pictures is not None and isinstance(engine, PredictorEngine):
-                        prompt, mask, step = last[0]
-                        title = f"{case.name}, {structure}, {setting.value}: Dice {step.dice:.3f} ({step.clicks} clicks)"
-                        path = self.plan.pictures / f"{case.name}_{number:02d}_{structure}_{setting.value}.png"
-                        pictures.draw(path, case.volume, mask, title, truth=truth, prompt=prompt)
+                    if isinstance(engine, PredictorEngine):
+                        self._picture(case, truth, last, f"{number:02d}_{structure}_{setting.value}")
+
+    def _picture(self, case: EvaluationCase, truth: np.ndarray, last: _Last, label: str) -> None:
+        """PNG of the state after the last prompt, where pictures are wanted."""
+        if self.plan.pictures is None or last.step is None or last.mask is None:
+            return
+        title = f"{case.name} {label}: Dice {last.step.dice:.3f} ({last.step.clicks} clicks)"
+        path = self.plan.pictures / f"{case.name}_{label}.png"
+        pictures.draw(path, case.volume, last.mask, title, truth=truth, prompt=last.prompt)
 
     def figures(self) -> dict[str, Any]:
         """All figures as plain JSON values."""

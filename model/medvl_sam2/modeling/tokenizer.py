@@ -32,7 +32,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer has special token ids {ids}, expected 0..5; restore tokenizer.json")
         self._fast = fast
         self._fast.encode_special_tokens = True
-        self.pad_id, self.eos_id, self.image_id, self.seg_id = ids[:4]
+        self.pad_id, self.eos_id, self.image_id, self.seg_id = range(4)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

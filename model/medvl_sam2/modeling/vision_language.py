@@ -205,7 +205,7 @@ class VisionLanguage(nn.Module):
     def _pad(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Equal-length ids (B, L) and the bool mask (B, L) of real positions."""
         length = max(len(row) for row in rows)
-        device = self.extent[0].weight.device
+        device = self.lm.device
         ids = torch.full((len(rows), length), self.tokenizer.pad_id, device=device)
         for index, row in enumerate(rows):
             place = slice(length - len(row), length) if left else slice(0, len(row))

@@ -13,9 +13,6 @@ import numpy as np
 from medvl_sam2.synthesis.shapes import Canvas, Region, smooth_path
 from medvl_sam2.synthesis.tissues import Tissue
 
-Z_RANGE = (-300.0, 275.0)
-"""Lowest and highest reference z that the trunk covers, mm."""
-
 
 @dataclass(frozen=True)
 class Patient:
@@ -114,7 +111,7 @@ def paint_trunk(canvas: Canvas, patient: Patient, rng: np.random.Generator) -> T
     _paint_ribs(canvas, wall, rng)
     _paint_lungs(canvas, trunk)
     _paint_mediastinum(canvas, patient, rng)
-    _paint_pelvis(canvas, patient, rng)
+    _paint_pelvis(canvas)
     _paint_back(canvas, patient)
     if patient.arms:
         _paint_arms(canvas, patient, rng)
@@ -206,7 +203,11 @@ def paint_great_vessels(canvas: Canvas, patient: Patient, rng: np.random.Generat
     """Aorta from the root to the bifurcation, iliac arteries, vena cava inferior and iliac veins."""
     s = patient.shift_x
     wide = rng.uniform(0.85, 1.25)
-    front = lambda z: float(patient.spine_y(z)) - 28  # noqa: E731 - the vessel bed in front of the vertebral bodies
+
+    def front(z: float) -> float:
+        """The vessel bed in front of the vertebral bodies."""
+        return float(patient.spine_y(z)) - 28
+
     ascending = [[146, -24, -2 + s, 14], [176, -26, -10 + s, 14], [202, -16, -6 + s, 14], [210, 2, 8 + s, 13]]
     descending = [[200, 24, 20 + s, 12.5], [170, 32, 25 + s, 12], [120, front(120) + 8, 22 + s, 11.5]]
     abdominal = [[z, front(z), x + s, r] for z, x, r in ((70, 14, 11), (20, 11, 10), (-40, 9, 9.5), (-92, 6, 9))]
@@ -261,7 +262,7 @@ def _paint_back(canvas: Canvas, patient: Patient) -> None:
     tissue[(ring < patient.cord_radius) & (z > -132)] = Tissue.CORD
 
 
-def _paint_pelvis(canvas: Canvas, patient: Patient, rng: np.random.Generator) -> None:
+def _paint_pelvis(canvas: Canvas) -> None:
     """Iliac wings as curved plates, hip joints, femora and gluteal muscles."""
     if canvas.axes[0][0] > -60:
         return
@@ -279,7 +280,6 @@ def _paint_pelvis(canvas: Canvas, patient: Patient, rng: np.random.Generator) ->
             canvas.paint(canvas.ellipsoid(centre, (radius - 5,) * 3, rough=0.05), Tissue.MARROW)
         femur = np.array([[-252.0, 2, 100 * side], [-300, 6, 136 * side]])
         canvas.paint(canvas.tube(femur, np.array([22.0, 18])), Tissue.BONE)
-    del rng, patient
 
 
 def _subtract(mask: np.ndarray, region: Region, other: Region) -> None:
@@ -299,7 +299,13 @@ def _paint_arms(canvas: Canvas, patient: Patient, rng: np.random.Generator) -> N
     gap = patient.fat + patient.wall + rng.uniform(48, 60)
     for side in (-1, 1):
         path = np.array([[z, rng.uniform(0, 30), (124 + gap) * side] for z in (260, 60, -120, -300)])
-        for radius, tissue in ((39, Tissue.SKIN), (36.5, Tissue.FAT), (30, Tissue.MUSCLE), (11, Tissue.BONE), (5, Tissue.MARROW)):
+        for radius, tissue in (
+            (39, Tissue.SKIN),
+            (36.5, Tissue.FAT),
+            (30, Tissue.MUSCLE),
+            (11, Tissue.BONE),
+            (5, Tissue.MARROW),
+        ):
             region = canvas.tube(path, np.full(4, float(radius)))
             if region is None:
                 break

@@ -28,11 +28,9 @@ def spline_matrix(count: int, spacing: float, control: float, phase: float = 0.0
 def smooth_field(
     rng: np.random.Generator, shape: tuple[int, ...], spacing: tuple[float, ...], control: float | tuple[float, ...]
 ) -> np.ndarray:
-    """Random field (Z, Y, X) float32 of about zero mean and unit spread, smooth over ``control`` mm (one or per axis)."""
+    """Random field (Z, Y, X) float32, about zero mean and unit spread, smooth over ``control`` mm (one or per axis)."""
     controls = (control,) * len(shape) if isinstance(control, (int, float)) else control
-    matrices = [
-        spline_matrix(n, s, c, float(rng.uniform())) for n, s, c in zip(shape, spacing, controls, strict=True)
-    ]
+    matrices = [spline_matrix(n, s, c, float(rng.uniform())) for n, s, c in zip(shape, spacing, controls, strict=True)]
     field = rng.standard_normal([m.shape[1] for m in matrices], dtype=np.float32)
     for axis, matrix in enumerate(matrices):
         field = np.moveaxis(np.tensordot(matrix, field, axes=(1, axis)), 0, axis)
@@ -40,7 +38,10 @@ def smooth_field(
 
 
 def smooth_displacement(
-    rng: np.random.Generator, shape: tuple[int, int, int], spacing: tuple[float, float, float], amplitude: float,
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    amplitude: float,
     control: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three fields (Z, Y, X) of displacements in mm with standard deviation ``amplitude``, clipped at 2.5 of it."""

@@ -129,7 +129,12 @@ def _grow(
 
 
 def _shade(
-    rng: np.random.Generator, hu: np.ndarray, mask: np.ndarray, kind: str, organ_hu: float, spacing: tuple[float, float, float]
+    rng: np.random.Generator,
+    hu: np.ndarray,
+    mask: np.ndarray,
+    kind: str,
+    organ_hu: float,
+    spacing: tuple[float, float, float],
 ) -> None:
     """Write the attenuation of a lesion into ``hu`` (a view), at least 40 HU off its organ."""
     texture = smooth_field(rng, hu.shape, spacing, 7.0)

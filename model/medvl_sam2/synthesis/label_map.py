@@ -134,9 +134,9 @@ def _warp(
         step = np.eye(3)
         step[[a, a, b, b], [a, b, a, b]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
         rotation = rotation @ step
-    matrix = (rotation * (1 + rng.uniform(-stretch, stretch, 3) * 0.6) * (1 + rng.uniform(-stretch, stretch) * 0.6)).astype(
-        np.float32
-    )
+    matrix = (
+        rotation * (1 + rng.uniform(-stretch, stretch, 3) * 0.6) * (1 + rng.uniform(-stretch, stretch) * 0.6)
+    ).astype(np.float32)
     grids = np.ogrid[:nz, :ny, :nx]
     offsets = [(g - c).astype(np.float32) * s for g, c, s in zip(grids, centre, mm, strict=True)]
     moves = smooth_displacement(rng, (nz, ny, nx), spacing, amplitude, 45.0)
@@ -181,7 +181,7 @@ def _random_crop(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[slic
         return tuple(slice(0, n) for n in shape)
     out = []
     for n in shape:
-        kept = max(2, int(round(n * rng.uniform(_LEAST_KEPT, 1.0))), int(np.ceil(n * _LEAST_KEPT)))
+        kept = max(2, round(n * float(rng.uniform(_LEAST_KEPT, 1.0))), int(np.ceil(n * _LEAST_KEPT)))
         start = int(rng.integers(0, n - kept + 1))
         out.append(slice(start, start + kept))
     return tuple(out)

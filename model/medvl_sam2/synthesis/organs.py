@@ -46,7 +46,9 @@ def draw_layout(rng: np.random.Generator, patient: Patient, removed: frozenset[s
     return Layout(centres, radii, removed)
 
 
-def paint_organs(canvas: Canvas, trunk: Trunk, patient: Patient, layout: Layout, rng: np.random.Generator) -> dict[str, int]:
+def paint_organs(
+    canvas: Canvas, trunk: Trunk, patient: Patient, layout: Layout, rng: np.random.Generator
+) -> dict[str, int]:
     """Paint all abdominal organs. Returns, for each removed organ, the voxels it would have taken."""
     missing: dict[str, int] = {}
     _paint_small_bowel(canvas, trunk)
@@ -56,7 +58,7 @@ def paint_organs(canvas: Canvas, trunk: Trunk, patient: Patient, layout: Layout,
     _paint_colon(canvas, trunk, patient, layout, rng)
     for side, sign in (("right", -1), ("left", 1)):
         _paint_kidney(canvas, layout, side, sign, missing)
-    _paint_pancreas(canvas, patient, layout, rng)
+    _paint_pancreas(canvas, layout, rng)
     _paint_gallbladder(canvas, layout, missing)
     bladder = canvas.ellipsoid(layout.centres["urinary_bladder"], layout.radii["urinary_bladder"] + 4, rough=0.03)
     canvas.paint(bladder, Tissue.SOFT)
@@ -138,7 +140,9 @@ def _paint_kidney(canvas: Canvas, layout: Layout, side: str, sign: int, missing:
         hole = np.zeros(canvas.tissue.shape, dtype=bool)
         hole[sinus.box] = sinus.mask
         inside = inside & ~hole[region.box]
-    cortex, medulla = (Tissue.KIDNEY_RIGHT, Tissue.MEDULLA_RIGHT) if sign < 0 else (Tissue.KIDNEY_LEFT, Tissue.MEDULLA_LEFT)
+    cortex, medulla = (
+        (Tissue.KIDNEY_RIGHT, Tissue.MEDULLA_RIGHT) if sign < 0 else (Tissue.KIDNEY_LEFT, Tissue.MEDULLA_LEFT)
+    )
     _paint_or_miss(canvas, region, inside, cortex, name, layout, missing)
     if name not in layout.removed:
         pyramids = inside & (region.value < -0.30) & (canvas.noises[6][region.box] > -0.35)
@@ -150,14 +154,22 @@ def _paint_gallbladder(canvas: Canvas, layout: Layout, missing: dict[str, int]) 
     """A pear below the liver."""
     region = canvas.ellipsoid(layout.centres["gallbladder"], layout.radii["gallbladder"], (-0.3, -0.15), rough=0.03)
     if region is not None:
-        wall = canvas.ellipsoid(layout.centres["gallbladder"], layout.radii["gallbladder"] + 2, (-0.3, -0.15), rough=0.03)
-        if "gallbladder" not in layout.removed:
+        wall = canvas.ellipsoid(
+            layout.centres["gallbladder"], layout.radii["gallbladder"] + 2, (-0.3, -0.15), rough=0.03
+        )
+        if wall is not None and "gallbladder" not in layout.removed:
             canvas.paint(wall, Tissue.SOFT, _soft_only(canvas, wall))
         _paint_or_miss(canvas, region, _soft_only(canvas, region), Tissue.GALLBLADDER, "gallbladder", layout, missing)
 
 
 def _paint_or_miss(
-    canvas: Canvas, region: Region, inside: np.ndarray, tissue: Tissue, name: str, layout: Layout, missing: dict[str, int]
+    canvas: Canvas,
+    region: Region,
+    inside: np.ndarray,
+    tissue: Tissue,
+    name: str,
+    layout: Layout,
+    missing: dict[str, int],
 ) -> None:
     """Paint an organ, or only note how much of it the field of view would have shown."""
     if name in layout.removed:
@@ -166,9 +178,8 @@ def _paint_or_miss(
         canvas.paint(region, tissue, inside)
 
 
-def _soft_only(canvas: Canvas, region: Region | None) -> np.ndarray:
+def _soft_only(canvas: Canvas, region: Region) -> np.ndarray:
     """Voxels that the gallbladder may displace."""
-    assert region is not None
     return np.isin(canvas.tissue[region.box], _CAPSULE_REPLACES)
 
 
@@ -202,12 +213,13 @@ def _paint_stomach(canvas: Canvas, trunk: Trunk, layout: Layout, rng: np.random.
 _STOMACH_YIELDS = (Tissue.SPLEEN, Tissue.MUSCLE, Tissue.AORTA, Tissue.CAVA)
 
 
-def _paint_pancreas(canvas: Canvas, patient: Patient, layout: Layout, rng: np.random.Generator) -> None:
+def _paint_pancreas(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     """A curved tube from the duodenal loop over the spine to the splenic hilum."""
     shift = layout.centres["pancreas"]
     s = rng.uniform(0.85, 1.15)
     control = np.array([
-        [-34, -8, -34, 13], [-14, -16, -28, 15], [0, -24, -6, 11], [8, -24, 20, 10.5], [16, -6, 48, 10], [26, 16, 74, 8],
+        [-34, -8, -34, 13], [-14, -16, -28, 15], [0, -24, -6, 11], [8, -24, 20, 10.5], [16, -6, 48, 10],
+        [26, 16, 74, 8],
     ])  # fmt: skip
     path = smooth_path(control * np.array([1, 1, 1, s]) + np.array([*shift, 0]), 3)
     duodenum = smooth_path(np.array([[2, -20, -50, 12], [-20, -4, -58, 13], [-44, 6, -50, 12], [-52, 0, -14, 11]])
@@ -222,7 +234,6 @@ def _paint_pancreas(canvas: Canvas, patient: Patient, layout: Layout, rng: np.ra
     splenic = canvas.tube(vein, np.full(len(vein), 4.5))
     if splenic is not None:
         canvas.paint(splenic, Tissue.VEIN, canvas.tissue[splenic.box] == Tissue.VISCERAL_FAT)
-    del patient
 
 
 def _paint_colon(canvas: Canvas, trunk: Trunk, patient: Patient, layout: Layout, rng: np.random.Generator) -> None:

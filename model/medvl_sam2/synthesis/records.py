@@ -84,7 +84,9 @@ class Case:
     def target(self, referring: Referring) -> np.ndarray:
         """Bool (Z, Y, X) mask of what a referring sentence means."""
         source = self.organs if referring.kind == "class" else self.lesions
-        return np.isin(source, referring.values)
+        wanted = np.zeros(256, dtype=bool)
+        wanted[list(referring.values)] = True
+        return wanted[source]
 
     def volume(self) -> Volume:
         """The image as a :class:`Volume` whose stored axes are the canonical (z, y, x)."""

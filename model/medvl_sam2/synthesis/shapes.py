@@ -63,8 +63,8 @@ class Canvas:
 
     def ellipsoid(
         self,
-        centre: Sequence[float],
-        radii: Sequence[float],
+        centre: Sequence[float] | np.ndarray,
+        radii: Sequence[float] | np.ndarray,
         tilt: tuple[float, float] = (0.0, 0.0),
         rough: float = 0.0,
         power: float = 2.0,
@@ -88,7 +88,7 @@ class Canvas:
         return Region(box, self._roughen(value, box, rough))
 
     def tube(self, points: np.ndarray, radii: np.ndarray, rough: float = 0.0, flat: float = 1.0) -> Region | None:
-        """Tube along a polyline ``points`` (N, 3) with ``radii`` (N,) mm; value is about the distance to the wall in mm.
+        """Tube along a polyline ``points`` (N, 3) with ``radii`` (N,) mm; value: about mm to the wall.
 
         ``flat`` > 1 flattens the tube along y. ``rough`` is border noise in mm.
         """

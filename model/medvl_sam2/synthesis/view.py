@@ -79,7 +79,7 @@ def draw_view(
         extents = np.array([height, width])
         spacing = float(np.clip(width / rng.integers(94, 126), 2.4, 4.2))
         mid_y, mid_x = rng.uniform(-12, 16), rng.uniform(-14, 14)
-    ny, nx = (int(round(e / spacing)) for e in extents)
+    ny, nx = (round(float(e) / spacing) for e in extents)
     y = (mid_y + (np.arange(ny) - (ny - 1) / 2) * spacing) / sy
     x = (mid_x + (np.arange(nx) - (nx - 1) / 2) * spacing) / sx
     region = spoken_region(float(z[0]), float(z[-1]))

@@ -13,6 +13,7 @@ Axis order is the caller's: (Z, Y, X) canonical voxels throughout this project.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import cc3d
 import numpy as np
@@ -105,7 +106,11 @@ def _span(line: np.ndarray) -> np.ndarray:
 
 
 def _click(
-    truth: np.ndarray, prediction: np.ndarray | None, connectivity: int, rng: np.random.Generator | None, core: float
+    truth: np.ndarray,
+    prediction: np.ndarray | None,
+    connectivity: Literal[8, 26],
+    rng: np.random.Generator | None,
+    core: float,
 ) -> Click | None:
     truth = truth.astype(bool, copy=False)
     if prediction is None:
@@ -123,7 +128,7 @@ def _click(
     return Click(position, int(truth[position]))
 
 
-def _largest_component(error: np.ndarray, connectivity: int) -> tuple[np.ndarray, tuple[int, ...]] | None:
+def _largest_component(error: np.ndarray, connectivity: Literal[8, 26]) -> tuple[np.ndarray, tuple[int, ...]] | None:
     """Largest component on its own crop (one voxel of margin where the array goes on) and the crop's origin.
 
     Only the crop reaches the distance transform: on 512 x 512 slices the transform of the whole grid costs more time

@@ -22,8 +22,14 @@ from medvl_sam2.types import Modality, Volume
 
 MIN_VOXELS = 50
 """Smaller structures have too little outline to judge."""
-SUSPECT_MEAN = 0.7
-"""Mean rank below which a set of labels is suspect; chance is 0.5, see :func:`suspicion`."""
+EXPECTED_MEAN = 0.78
+"""Mean rank expected of true labels, before the allowance of :func:`suspicion`; chance is 0.5.
+
+Measured on whole real CT and MR volumes of 9 to 61 structures: true labels 0.86 to 1.00, displaced ones 0.49 to 0.61,
+mirrored ones 0.50 to 0.79. A mirror image of a nearly symmetric body can therefore pass; names and sides are the
+business of the comparison with the served model."""
+MIN_STRUCTURES = 4
+"""Fewer judged structures give no verdict."""
 
 _COPIES = 24
 _CT_RANGE = (-300.0, 400.0)
@@ -45,65 +51,81 @@ def edge_rank(image: np.ndarray, mask: np.ndarray, spacing: Sequence[float], mod
     """
     if image.shape != mask.shape:
         raise DataError(f"label of shape {mask.shape} does not fit the image of shape {image.shape}")
-    if int(mask.sum()) < MIN_VOXELS:
-        return None
-    edges, normals = _outline(mask, spacing)
-    gradient = _gradient(image, spacing, modality)
-    own = _fit(gradient, edges, normals)
-    displaced = [_fit(gradient, edges + shift, normals) for shift in _shifts(mask)]
-    judged = [value for value in displaced if value is not None]
-    if own is None or len(judged) < _COPIES // 3:
-        return None
-    return float(np.mean([(value < own) + 0.5 * (value == own) for value in judged]))
+    return _rank(_gradient(image, spacing, modality), mask, spacing)
 
 
 def judge_labels(volume: Volume, masks: Mapping[str, np.ndarray]) -> Plausibility:
-    """Ranks of the named masks (I, J, K) of one volume."""
+    """Ranks of the named masks (I, J, K) of one volume; structures that cannot be judged are left out."""
+    gradient = _gradient(volume.array, volume.geometry.spacing, volume.modality)
     ranks = {}
     for name, mask in masks.items():
-        rank = edge_rank(volume.array, mask > 0, volume.geometry.spacing, volume.modality)
+        if tuple(mask.shape) != volume.geometry.shape:
+            raise DataError(f"label {name!r} of shape {mask.shape} does not fit the image {volume.geometry.shape}")
+        rank = _rank(gradient, mask > 0, volume.geometry.spacing)
         if rank is not None:
             ranks[name] = rank
     return Plausibility(float(np.mean(list(ranks.values()))) if ranks else None, ranks)
 
 
 def suspicion(judged: Sequence[Plausibility]) -> str | None:
-    """Why a set of labels cannot be trusted, or None. The mean is over all structures of all its volumes."""
+    """Why a set of labels cannot be trusted, or None. The mean is over all structures of all its volumes.
+
+    Fewer than :data:`MIN_STRUCTURES` give no verdict: a single true outline may well be faint (a tumour in muscle).
+    """
     ranks = [rank for one in judged for rank in one.ranks.values()]
-    if not ranks:
+    if len(ranks) < MIN_STRUCTURES:
         return None
     mean = float(np.mean(ranks))
-    # With few structures chance alone moves the mean: allow for its spread (uniform ranks: sigma 0.29).
-    limit = SUSPECT_MEAN - min(0.2, 0.29 / np.sqrt(len(ranks)) * 0.5)
+    # Few structures: chance alone moves the mean (uniform ranks have sigma 0.29), so less is demanded.
+    limit = EXPECTED_MEAN - 0.29 / np.sqrt(len(ranks))
     if mean >= limit:
         return None
     return (
         f"outlines follow the image no better than displaced copies do (mean rank {mean:.2f} over {len(ranks)} "
-        f"structures, chance is 0.50, at least {limit:.2f} is expected); look at the labels before training on them"
+        f"structures; chance is 0.50, at least {limit:.2f} is expected)"
     )
+
+
+def _rank(gradient: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> float | None:
+    if int(mask.sum()) < MIN_VOXELS:
+        return None
+    points, normals = _outline(mask, spacing)
+    own = _fit(gradient, points, normals)
+    displaced = (_fit(gradient, points + shift, normals) for shift in _shifts(points))
+    judged = [value for value in displaced if value is not None]
+    if own is None or len(judged) < _COPIES // 3:
+        return None
+    return float(np.mean([(value < own) + 0.5 * (value == own) for value in judged]))
 
 
 def _gradient(image: np.ndarray, spacing: Sequence[float], modality: Modality) -> np.ndarray:
     """Intensity change per mm (3, I, J, K), extremes clipped so that bone and metal do not decide alone."""
     values = np.asarray(image, dtype=np.float32)
     low, high = _CT_RANGE if modality is Modality.CT else np.percentile(values, (1.0, 99.0))
-    smooth = ndimage.gaussian_filter(np.clip(values, low, max(high, low + 1e-6)), sigma=0.7)
-    axes = [np.gradient(smooth, step, axis=axis) if smooth.shape[axis] > 1 else np.zeros_like(smooth)
-            for axis, step in enumerate(spacing)]
-    return np.stack(axes)
+    return _slopes(ndimage.gaussian_filter(np.clip(values, low, max(high, low + 1e-6)), sigma=0.7), spacing)
+
+
+def _slopes(values: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Change per mm along each axis (3, I, J, K); 0 along an axis of one voxel."""
+    return np.stack(
+        [
+            np.gradient(values, step, axis=axis) if values.shape[axis] > 1 else np.zeros_like(values)
+            for axis, step in enumerate(spacing)
+        ]
+    )
 
 
 def _outline(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Surface voxels (N, 3) and their unit normals (N, 3)."""
-    solid = mask.astype(np.float32)
-    surface = np.argwhere(mask & ~ndimage.binary_erosion(mask, border_value=1))
-    smooth = ndimage.gaussian_filter(solid, sigma=1.0)
-    axes = [np.gradient(smooth, step, axis=axis) if mask.shape[axis] > 1 else np.zeros_like(smooth)
-            for axis, step in enumerate(spacing)]
-    normals = np.stack([axis[tuple(surface.T)] for axis in axes], axis=1)
+    """Surface voxels (N, 3) and their unit normals (N, 3); the border of the volume is no surface."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    low = np.array([max(0, side.start - 2) for side in box])
+    crop = mask[tuple(slice(int(start), side.stop + 2) for start, side in zip(low, box, strict=True))]
+    surface = np.argwhere(crop & ~ndimage.binary_erosion(crop, border_value=1))
+    slopes = _slopes(ndimage.gaussian_filter(crop.astype(np.float32), sigma=1.0), spacing)
+    normals = slopes[:, *surface.T].T
     length = np.linalg.norm(normals, axis=1)
     keep = length > 1e-6
-    return surface[keep], normals[keep] / length[keep, None]
+    return surface[keep] + low, normals[keep] / length[keep, None]
 
 
 def _fit(gradient: np.ndarray, points: np.ndarray, normals: np.ndarray) -> float | None:
@@ -116,12 +138,11 @@ def _fit(gradient: np.ndarray, points: np.ndarray, normals: np.ndarray) -> float
     return float(np.abs((here.T * normals[inside]).sum(axis=1)).mean())
 
 
-def _shifts(mask: np.ndarray) -> np.ndarray:
-    """Displacements (K, 3) voxels by 20-50% of the structure's extents, at least 2 voxels; always the same draw."""
-    where = np.argwhere(mask)
-    extent = where.max(axis=0) - where.min(axis=0) + 1
+def _shifts(points: np.ndarray) -> np.ndarray:
+    """Displacements (K, 3) voxels by 30-75% of the structure's extents along a random line; always the same draw."""
+    extent = np.ptp(points, axis=0) + 1 if len(points) else np.ones(3)
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(_COPIES, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    reach = np.maximum(extent * rng.uniform(0.2, 0.5, size=(_COPIES, 1)), 2.0)
-    return np.rint(directions * reach * 1.5).astype(np.int64)
+    reach = np.maximum(extent * rng.uniform(0.3, 0.75, size=(_COPIES, 1)), 3.0)
+    return np.rint(directions * reach).astype(np.int64)

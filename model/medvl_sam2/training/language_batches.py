@@ -31,8 +31,10 @@ class PackedBatch:
 
 
 def stack_views(cases: Sequence[LanguageCase], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-    """Views (B, 1, D, H, W) float32 and extents (B, 3) in mm; ``rng`` adds intensity changes (no mirroring: the
-    texts name sides)."""
+    """Views (B, 1, D, H, W) float32 and extents (B, 3) in mm.
+
+    ``rng`` adds gain, bias and noise; None leaves the views alone. Nothing is mirrored: the texts name sides.
+    """
     views = torch.from_numpy(np.stack([case.view for case in cases]).astype(np.float32))[:, None]
     extents = torch.tensor([case.extent_mm for case in cases], dtype=torch.float32)
     if rng is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import DataError
@@ -110,21 +111,38 @@ def prepare_case(case: Case, vision: VisionConfig, wordings: int = 1) -> Languag
     )
 
 
-def load_cases(
-    seeds: Sequence[int], vision: VisionConfig, cache: Path, wordings: int = 1, progress: bool = True
-) -> list[LanguageCase]:
-    """Generate the cases of ``seeds``, or read those already in the folder ``cache`` (about 2.5 MB each)."""
-    if not seeds:
-        raise DataError("no seed given; ask for at least one training case")
-    cache.mkdir(parents=True, exist_ok=True)
-    shape = "x".join(str(size) for size in vision.input_size)
-    cases = []
-    for seed in tqdm(seeds, desc="cases", disable=not progress, mininterval=5):
-        path = cache / f"language_v{_VERSION}_{shape}_w{wordings}_{seed:08d}.npz"
+class CaseStore(Sequence[LanguageCase]):
+    """The cases of ``seeds`` in a folder (about 2.5 MB each): read when asked for, generated when missing."""
+
+    def __init__(self, seeds: Sequence[int], vision: VisionConfig, folder: Path, wordings: int = 1):
+        if not seeds:
+            raise DataError("no seed given; ask for at least one case")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._seeds = tuple(seeds)
+        self._vision = vision
+        self._folder = folder
+        self._wordings = wordings
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @overload
+    def __getitem__(self, index: int) -> LanguageCase: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[LanguageCase]: ...
+
+    def __getitem__(self, index: int | slice) -> LanguageCase | list[LanguageCase]:
+        if isinstance(index, slice):
+            return [self._case(seed) for seed in self._seeds[index]]
+        return self._case(self._seeds[index])
+
+    def _case(self, seed: int) -> LanguageCase:
+        shape = "x".join(str(size) for size in self._vision.input_size)
+        path = self._folder / f"language_v{_VERSION}_{shape}_w{self._wordings}_{seed:08d}.npz"
         if not path.exists():
-            write_case(prepare_case(generate_case(seed), vision, wordings), path)
-        cases.append(read_case(path))
-    return cases
+            write_case(prepare_case(generate_case(seed), self._vision, self._wordings), path)
+        return read_case(path)
 
 
 def write_case(case: LanguageCase, path: Path) -> None:
@@ -138,7 +156,7 @@ def write_case(case: LanguageCase, path: Path) -> None:
         "phase": case.phase,
         "seed": case.seed,
     }
-    partial = path.with_suffix(".partial.npz")
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
     np.savez(
         partial,
         view=case.view,
@@ -163,7 +181,9 @@ def read_case(path: Path) -> LanguageCase:
             findings=tuple(FindingRecord(**finding) for finding in texts["findings"]),
             reports=tuple(texts["reports"]),
             qa=tuple(QA(**{**item, "choices": tuple(item["choices"])}) for item in texts["qa"]),
-            referring=tuple(ReferringRecord(**{**item, "lesions": tuple(item["lesions"])}) for item in texts["referring"]),
+            referring=tuple(
+                ReferringRecord(**{**item, "lesions": tuple(item["lesions"])}) for item in texts["referring"]
+            ),
             phase=texts["phase"],
         )
 

@@ -17,7 +17,7 @@ from medvl_sam2.config import ModelConfig, VisionConfig
 from medvl_sam2.training.language_data import ORGANS, LanguageCase
 
 _SIZES_MM = (8.0, 12.0, 16.0, 22.0, 30.0)
-_STAGES = (0, 1, 2, 3)
+_STAGES = (0, 1, 2, 3, 4)
 
 
 class FactVocabulary:
@@ -101,7 +101,7 @@ class DenseHeads(nn.Module):
         """Loss: BCE plus soft Dice of every stage against ``cells`` (B, C, d, h, w) on the stem's grid."""
         total = cells.new_zeros(())
         for stage, head, grid in zip(_STAGES, self.heads, self.grids, strict=True):
-            logits = head(maps[stage]).transpose(1, 2)
+            logits = head(maps[stage]).float().transpose(1, 2)
             target = torch.cat(
                 [
                     functional.adaptive_avg_pool3d(cells[:, : len(ORGANS)], grid),
@@ -150,8 +150,8 @@ class SegPlace(nn.Module):
     def forward(self, embeddings: Tensor, cells: Tensor, classes: Tensor) -> Tensor:
         """Loss of (N, d_model) against ``cells`` (N, d, h, w) in [0, 1] and ``classes`` (N,) indices."""
         target = functional.adaptive_max_pool3d(cells[:, None], self.grid)[:, 0].flatten(1)
-        logits = self.cells(embeddings)
+        logits = self.cells(embeddings).float()
         share = torch.sigmoid(logits)
         dice = 1 - (2 * (share * target).sum(1) + 1) / (share.sum(1) + target.sum(1) + 1)
         bce = functional.binary_cross_entropy_with_logits(logits, target, weight=torch.where(target > 0, 3.0, 1.0))
-        return dice.mean() + bce + functional.cross_entropy(self.classes(embeddings), classes)
+        return dice.mean() + bce + functional.cross_entropy(self.classes(embeddings).float(), classes)

@@ -22,8 +22,11 @@ _REPORT_TOKENS = 224
 
 @dataclass(frozen=True)
 class LanguageScores:
-    """Shares in [0, 1]. ``closed``: right replies over all closed questions; ``closed_by_kind`` the same per kind;
-    ``open_exact``: open replies equal to the reference; ``report_f1``: micro F1 of report findings."""
+    """Shares in [0, 1].
+
+    ``closed``: right replies over all closed questions, ``closed_by_kind`` the same per kind; ``open_exact``: open
+    replies equal to the reference; ``report_f1``: micro F1 of the findings read back from the reports.
+    """
 
     closed: float
     closed_by_kind: dict[str, float]
@@ -44,7 +47,9 @@ def closed_correct(reply: str, choices: Sequence[str], answer: str) -> bool:
     return reply.lower() == answer.lower()
 
 
-def closed_accuracy(model: VisionLanguage, cases: Sequence[LanguageCase], progress: bool = True) -> dict[str, list[bool]]:
+def closed_accuracy(
+    model: VisionLanguage, cases: Sequence[LanguageCase], progress: bool = True
+) -> dict[str, list[bool]]:
     """Right or wrong of every closed question, by kind, in the order of the cases."""
     results: dict[str, list[bool]] = {}
     for case in tqdm(cases, desc="closed questions", disable=not progress, mininterval=5):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.training.corpus import build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
-from medvl_sam2.training.language_data import LanguageCase, load_cases
+from medvl_sam2.training.language_data import CaseStore, LanguageCase
 from medvl_sam2.training.language_heads import DenseHeads, FactHead, FactVocabulary, SegPlace
 from medvl_sam2.training.language_metrics import language_scores
 
@@ -37,14 +37,19 @@ HELD_OUT_SEED = 1_000_000
 """First seed of the held-out generated cases; training seeds count from 0."""
 
 _WORDINGS = 6
-_SECONDS_PER_VISION_STEP = 1.1
-_SECONDS_PER_LANGUAGE_STEP = 1.5
+_SURVEYED = 400
+"""So many cases are read through for the tokenizer's corpus and the list of facts."""
+_VISION_SHARE = 0.28
+_SECONDS_PER_VISION_STEP = 0.7
+_SECONDS_PER_LANGUAGE_STEP = 1.0
 
 
 @dataclass(frozen=True)
 class LanguagePhaseConfig:
-    """Numbers of the language phase. Each step's randomness depends only on ``seed`` and the step, so a resumed run
-    continues exactly."""
+    """Numbers of the language phase.
+
+    Each step's randomness depends only on ``seed`` and the step, so a resumed run continues exactly.
+    """
 
     seed: int = 0
     vision_steps: int = 500
@@ -63,6 +68,8 @@ class LanguagePhaseConfig:
     fact_weight: float = 2.0
     dense_weight: float = 1.0
     seg_weight: float = 0.5
+    bfloat16: bool = True
+    """Autocast on the CPU: measured 2.4 times faster where the processor has bfloat16 units, slower elsewhere."""
     save_every: int = 50
 
     @property
@@ -71,12 +78,12 @@ class LanguagePhaseConfig:
         return self.vision_steps + self.language_steps
 
     def within(self, minutes: float) -> LanguagePhaseConfig:
-        """Step counts for about ``minutes`` on one CPU thread, a third of it for the encoder."""
+        """Step counts for about ``minutes`` on one CPU thread with bfloat16 units."""
         seconds = 60.0 * minutes
         return replace(
             self,
-            vision_steps=max(1, round(seconds / 3 / _SECONDS_PER_VISION_STEP)),
-            language_steps=max(1, round(seconds * 2 / 3 / _SECONDS_PER_LANGUAGE_STEP)),
+            vision_steps=max(1, round(_VISION_SHARE * seconds / _SECONDS_PER_VISION_STEP)),
+            language_steps=max(1, round((1 - _VISION_SHARE) * seconds / _SECONDS_PER_LANGUAGE_STEP)),
         )
 
 
@@ -96,7 +103,7 @@ class LanguageTrainer(nn.Module):
         self.model = model
         self.config = config
         self.cases = cases
-        self.vocabulary = FactVocabulary.collect(cases)
+        self.vocabulary = FactVocabulary.collect(cases[:_SURVEYED])
         self.dense = DenseHeads(model.config.vision, self.vocabulary)
         self.facts = FactHead(model.config.language.hidden_size, len(self.vocabulary.facts))
         self.place = SegPlace(model.config)
@@ -105,9 +112,8 @@ class LanguageTrainer(nn.Module):
         """Loss of one step and its parts."""
         rng = np.random.default_rng((self.config.seed, step))
         torch.manual_seed(int(rng.integers(2**31)))
-        if step < self.config.vision_steps:
-            return self._vision_loss(rng)
-        return self._language_loss(rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
+            return self._vision_loss(rng) if step < self.config.vision_steps else self._language_loss(rng)
 
     def _pick(self, rng: np.random.Generator, count: int) -> list[LanguageCase]:
         chosen = rng.choice(len(self.cases), size=count, replace=len(self.cases) < count)
@@ -151,7 +157,7 @@ class LanguageTrainer(nn.Module):
 
     def _fact_loss(self, tokens: Tensor, cases: Sequence[LanguageCase]) -> Tensor:
         targets = self.vocabulary.fact_targets(cases)
-        loss = functional.binary_cross_entropy_with_logits(self.facts(tokens), targets, reduction="none")
+        loss = functional.binary_cross_entropy_with_logits(self.facts(tokens).float(), targets, reduction="none")
         return (loss * torch.where(targets > 0, 3.0, 1.0)).mean()
 
     def optimizer(self, step: int) -> torch.optim.Optimizer:
@@ -170,8 +176,8 @@ class LanguageTrainer(nn.Module):
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warm-up, then cosine to 2 % of the peak, in each part."""
         early = step < self.config.vision_steps
-        start, count = (0, self.config.vision_steps) if early else (self.config.vision_steps, self.config.language_steps)
-        done = step - start
+        count = self.config.vision_steps if early else self.config.language_steps
+        done = step if early else step - self.config.vision_steps
         factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / max(1, count)))
         factor *= min(1.0, (done + 1) / max(1, min(self.config.warmup, count // 4)))
         for group in optimizer.param_groups:
@@ -277,12 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model_config = ModelConfig.tiny()
     cache = options.cache or options.out / "cache"
-    cases = load_cases(range(options.cases), model_config.vision, cache, wordings=_WORDINGS)
-    held_out = load_cases(range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out), model_config.vision, cache)
+    cases = CaseStore(range(options.cases), model_config.vision, cache, wordings=_WORDINGS)
+    held_out = CaseStore(range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out), model_config.vision, cache)
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(cases, model_config.language.vocab_size)
+    tokenizer = build_tokenizer(cases[:_SURVEYED], model_config.language.vocab_size)
     tokenizer.save(options.out / "tokenizer.json")
-    config = replace(LanguagePhaseConfig(seed=options.seed).within(options.minutes))
+    config = LanguagePhaseConfig(seed=options.seed).within(options.minutes)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")
     training = time.perf_counter()
     result = train_language(config, model_config, tokenizer, cases, run=options.out)

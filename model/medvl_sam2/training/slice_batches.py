@@ -74,13 +74,7 @@ class SliceSampler:
         number = int(rng.choice(len(self.volumes), p=chance / chance.sum()))
         volume = self.volumes[number]
         z = int(rng.integers(volume.image.shape[0]))
-        crop = SliceCrop.whole(volume.image.shape[1:], volume.spacing[1:], self.size, MIN_MM_PER_PX)
-        shift = rng.normal(0, 0.04, 2) * crop.extent_mm
-        crop = replace(
-            crop,
-            center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]),
-            extent_mm=crop.extent_mm * float(rng.uniform(0.85, 1.2)),
-        )
+        crop = self._whole_crop(volume)
         image = self._image(number, [z], crop)[0]
         known = [t for t in volume.targets if t.concept is not None]
         present = [t for t in known if volume.areas[t.name][z] > 0]
@@ -105,6 +99,36 @@ class SliceSampler:
             masks = np.stack([volume.mask(by_concept[chosen[i]], z) for i in rows]).astype(np.float32)
             truth[rows] = fine.sample(torch.from_numpy(masks))[:, 0]
         return WholeSlice(image, tuple(chosen), truth, z / max(1, volume.image.shape[0] - 1), dense)
+
+    def whole_slice_of(self, number: int, target: Target | None, shown: bool) -> tuple[Tensor, float, Tensor]:
+        """One whole slice of volume ``number``: image (3, S, S), height, truth (T, T) of ``target`` (None: absent).
+
+        With ``shown`` the slice shows the target if the volume has it; otherwise any slice may come.
+        """
+        volume, rng = self.volumes[number], self.rng
+        z = int(rng.integers(volume.image.shape[0]))
+        planes: np.ndarray | None = None
+        if target is not None:
+            planes = volume.mask(target, slice(None))
+            where = np.flatnonzero(planes.any(axis=(1, 2)))
+            if shown and len(where):
+                z = int(rng.choice(where))
+        crop = self._whole_crop(volume)
+        truth = torch.zeros(TRUTH_SIZE, TRUTH_SIZE)
+        if planes is not None:
+            plane = torch.from_numpy(planes[z : z + 1].astype(np.float32))
+            truth = replace(crop, size=TRUTH_SIZE).sample(plane)[0, 0]
+        return self._image(number, [z], crop)[0], z / max(1, volume.image.shape[0] - 1), truth
+
+    def _whole_crop(self, volume: LabelledVolume) -> SliceCrop:
+        """The whole slice, a little shifted and scaled."""
+        crop = SliceCrop.whole(volume.image.shape[1:], volume.spacing[1:], self.size, MIN_MM_PER_PX)
+        shift = self.rng.normal(0, 0.04, 2) * crop.extent_mm
+        return replace(
+            crop,
+            center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]),
+            extent_mm=crop.extent_mm * float(self.rng.uniform(0.85, 1.2)),
+        )
 
     def window(self, length: int = 1) -> Window:
         """``length`` slices in one direction from a slice that shows the object; the tail may run past its end."""

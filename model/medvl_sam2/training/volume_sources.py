@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 from tqdm import tqdm
 
 from medvl_sam2.geometry import CanonicalTransform
@@ -15,7 +16,9 @@ from medvl_sam2.training.samples import CONCEPTS, LESION_ORGANS, LabelledVolume,
 from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+_BODY_HU = -300
+"""Above this a voxel belongs to the patient or the table; lungs are filled slice by slice."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,15 @@ def _deformed(volume: LabelledVolume, seed: int) -> LabelledVolume:
 def _dressed(volume: LabelledVolume, seed: int) -> LabelledVolume:
     """The label map deformed and dressed in random intensities (contrast-free anatomy)."""
     codes, table = _stacked(volume)
-    image, labels = synthesise_from_labels(codes, volume.spacing, seed)
+    names = {}
+    for target in volume.targets:
+        if target.name in CLASSES:
+            rows = np.flatnonzero(np.isin(table[:, target.map], target.values))
+            names.update({int(row): target.name for row in rows})
+    body = None
+    if volume.modality is Modality.CT:
+        body = np.stack([ndimage.binary_fill_holes(plane) for plane in volume.image > _BODY_HU])
+    image, labels = synthesise_from_labels(codes, volume.spacing, seed, names, body)
     return _unstacked(volume, image, labels, table, Modality.CT)
 
 

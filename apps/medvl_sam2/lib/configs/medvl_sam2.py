@@ -21,6 +21,9 @@ number, and Slicer counts values by position."""
 
 LABEL_VALUES: Mapping[str, int] = {name: value for value, name in enumerate(LABELS, start=1)}
 
+TRAINER = "medvl_sam2"
+"""The one train task: OHIF's button starts all there are."""
+
 HOLD_BACK_S = 900
 """For how long an image that went to one annotator is kept from the others while there is another one."""
 
@@ -31,8 +34,6 @@ class AppConfig:
 
     store: Path
     """Published weights, runs, scores and the retraining schedule (``--conf store DIR``; default ``<app>/model``)."""
-    device: str = ""
-    """Torch device (``--conf device cuda:0``); empty picks CUDA where there is one."""
     max_sessions: int = 8
     """Open sessions (annotator and image), least recently used dropped first."""
     session_megabytes: int = 1500
@@ -43,7 +44,6 @@ class AppConfig:
         """Read the settings; unknown names belong to MONAI Label and are left alone."""
         return cls(
             store=Path(conf.get("store") or app_dir / "model").resolve(),
-            device=conf.get("device", ""),
             max_sessions=_positive(conf, "max_sessions", cls.max_sessions),
             session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
         )

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
 from lib.request_parsing import InferRequest, parse_request
 from lib.result_writing import http_errors, write_label_map
 from lib.runtime import Held, Runtime
-from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
-
 from medvl_sam2.types import Geometry
 
 
@@ -67,7 +67,7 @@ class MedVLTask(InferTask):
             with self.runtime.use(parsed.image, parsed.client_id, parsed.reset) as held:
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
-                version = held.predictor.checkpoint.version
+                version = held.predictor.meta.version
             inferred = time.perf_counter()
             file = reply.file
             if reply.mask is not None and reply.geometry is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
 from lib.request_parsing import InferRequest, parse_label, parse_prompt
 from lib.runtime import Held, Runtime
-from monailabel.interfaces.tasks.infer_v2 import InferType
-
 from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Prompt
 
@@ -40,7 +40,7 @@ class InteractiveTask(MedVLTask):
         if _names_only(prompt):
             segmentation = held.predictor.segment_text(held.session, name)
         else:
-            prompt = prompt.validated(held.volume.geometry.shape)
+            prompt = prompt.validated(held.session.volume.geometry.shape)
             segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
         params = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
         return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)

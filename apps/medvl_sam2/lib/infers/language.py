@@ -18,12 +18,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
 from lib.infers.base import MedVLTask, Reply
 from lib.request_parsing import Client, InferRequest, parse_text
 from lib.result_writing import write_markups, write_untouched
 from lib.runtime import Held, Runtime
-from monailabel.interfaces.tasks.infer_v2 import InferType
-
 from medvl_sam2.types import Answer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class LanguageTask(MedVLTask):
         params = {"question": answer.question, "answer": answer.text, "notice": answer.notice}
         if request.get("save_label") or not parsed.wants_file:
             return Reply(params)
-        geometry = held.volume.geometry
+        geometry = held.session.volume.geometry
         if parsed.client is Client.SLICER:
             return Reply(params, file=write_markups(answer, geometry))
         return Reply(params, file=write_untouched(geometry))

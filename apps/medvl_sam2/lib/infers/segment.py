@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
 from lib.request_parsing import Client, InferRequest, parse_classes, parse_text, ticked_label
 from lib.runtime import Held, Runtime
-from monailabel.interfaces.tasks.infer_v2 import InferType
-
 from medvl_sam2.types import Segmentation
 from medvl_sam2.vocabulary import CLASSES, spoken
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.configs.medvl_sam2 import LABELS
-from lib.result_writing import http_errors
-from lib.scoring.score_file import ScoreFile
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from lib.label_names import stored_names
+from lib.result_writing import http_errors
+from lib.scoring.score_file import ScoreFile
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.volume_io import read_mask
 
@@ -54,22 +54,6 @@ class DiceScoring(ScoringMethod):
         return result
 
 
-def label_values(info: Mapping[str, Any]) -> dict[int, str]:
-    """Mask value to name of a stored label.
-
-    A prediction states ``params.label_names``; a submitted label ``label_info``, whose order gives the values (its
-    ``idx`` counts segments that were not saved, too); without either, the app's own values hold.
-    """
-    params = info.get("params")
-    names = params.get("label_names") if isinstance(params, Mapping) else None
-    if isinstance(names, Mapping) and names:
-        return {int(value): str(name) for name, value in names.items()}
-    listed = info.get("label_info")
-    if isinstance(listed, list) and listed and all(isinstance(item, Mapping) and item.get("name") for item in listed):
-        return {value: str(item["name"]) for value, item in enumerate(listed, start=1)}
-    return dict(enumerate(LABELS, start=1))
-
-
 def _compare(image_id: str, datastore: Datastore, truth_tag: str, proposed_tag: str) -> dict[str, float] | None:
     """Dice by name over what either label has voxels of; None when a label is missing."""
     tags = datastore.get_labels_by_image_id(image_id)
@@ -88,5 +72,5 @@ def _compare(image_id: str, datastore: Datastore, truth_tag: str, proposed_tag: 
 
 
 def _values_by_name(mask: np.ndarray, info: Mapping[str, Any]) -> dict[str, int]:
-    names = label_values(info)
-    return {names.get(int(value), f"label {value}"): int(value) for value in np.unique(mask) if value}
+    names = stored_names(info, np.unique(mask).tolist())
+    return {name: value for value, name in names.items()}

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lib.result_writing import http_errors
-from lib.runtime import Runtime
-from lib.scoring.score_file import ScoreFile
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from lib.result_writing import http_errors
+from lib.runtime import Runtime
+from lib.scoring.score_file import ScoreFile
 from medvl_sam2.errors import MedVLError
 
 logger = logging.getLogger(__name__)

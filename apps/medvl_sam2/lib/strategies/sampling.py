@@ -12,10 +12,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lib.configs.medvl_sam2 import HOLD_BACK_S
-from lib.scoring.score_file import ScoreFile
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
+
+from lib.configs.medvl_sam2 import HOLD_BACK_S
+from lib.scoring.score_file import ScoreFile
 
 _DAY_S = 86_400
 _UNCERTAIN_WEIGHT = 4.0

@@ -1,0 +1,113 @@
+"""What goes into a finetuning and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from medvl_sam2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of one finetuning. Dice points are fractions: 0.01 is one point."""
+
+    epochs: int = 8
+    steps_per_epoch: int = 30
+    minutes: float = 10.0
+    """Wall minutes of training (measuring not counted); the epoch that passes it is the last. 0: no limit."""
+    learning_rate: float = 1e-4
+    replay_share: float = 0.5
+    """Share of training rows drawn from generated cases against forgetting; at least 0.5."""
+    replay_cases: int = 12
+    """Generated cases replayed."""
+    clicks: int = 3
+    """Simulated corrective clicks when models are compared."""
+    objects: int = 24
+    """Most structures clicked at when models are compared, spread over the volumes."""
+    min_voxels: int = 200
+    """Smaller structures are not clicked at when models are compared."""
+    holdout_fraction: float = 0.2
+    margin: float = 0.005
+    """The candidate must be this much better on the hold-out than the served model."""
+    forgetting: float = 0.01
+    """The candidate may lose at most this much on generated cases."""
+    gate_cases: int = 2
+    """Generated cases, never trained on, that forgetting is measured on."""
+    trust_labels: bool = False
+    """Publish although the labels look implausible: for structures that are faint by nature, after a look at them."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict themselves."""
+        least = {"epochs": 1, "steps_per_epoch": 1, "replay_cases": 1, "clicks": 0, "objects": 1, "gate_cases": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least {low}")
+        if not 0.5 <= self.replay_share < 1.0:
+            raise ConfigError(f"replay_share {self.replay_share} must be at least 0.5 and below 1: less forgets")
+        if self.minutes < 0 or self.learning_rate <= 0:
+            raise ConfigError(f"minutes {self.minutes} must not be negative, learning_rate {self.learning_rate} not 0")
+        if self.margin < 0 or self.forgetting < 0:
+            raise ConfigError(f"margin {self.margin} and forgetting {self.forgetting} must not be negative")
+
+
+@dataclass(frozen=True)
+class FinetuneSample:
+    """One corrected image. ``names`` maps mask values to structure names, ``patient`` is the key of the split."""
+
+    image: Path
+    label: Path
+    names: Mapping[int, str]
+    patient: str
+    image_id: str = ""
+
+    @property
+    def id(self) -> str:
+        """Image id, or the image's file name without it."""
+        return self.image_id or self.image.name
+
+
+@dataclass(frozen=True)
+class FinetuneProgress:
+    """Where a finetuning stands. ``best_metric``: best hold-out score so far, 0..1, of what is or would be served."""
+
+    stage: str
+    """``measure``, ``train`` or ``done``."""
+    epoch: int
+    total_epochs: int
+    loss: float | None = None
+    best_metric: float | None = None
+    seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition for publishing, whether it holds, and the numbers behind it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """How a finetuning ended. ``published`` is the served version's directory, None when it was not published."""
+
+    run: Path
+    reason: str
+    """Why it was or was not published, in one sentence."""
+    published: Path | None = None
+    stopped: bool = False
+    """Stopped from outside; the next run on the same inputs resumes."""
+    resumed: bool = False
+    epochs: int = 0
+    gates: tuple[Gate, ...] = ()
+    served: Mapping[str, float] | None = None
+    """Scores of the served model: ``holdout`` and ``generated``, each also ``.interactive`` and ``.text``."""
+    candidate: Mapping[str, float] | None = None
+    skipped: tuple[str, ...] = ()
+    """Labels that could not be used, each with its reason."""
+    seconds: float = 0.0

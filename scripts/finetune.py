@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Finetune from corrected labels, exactly as the server does, and publish if the result is better.
+
+FOLDER is a studies folder of MONAI Label, or holds volumes with labels/<same name> and labels/labels.json (names by
+mask value). STORE holds published versions, the fixed hold-out and the runs; the server's is apps/medvl_sam2/model.
+
+Example: scripts/finetune.py studies/demo --store apps/medvl_sam2/model --minutes 10 --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from medvl_sam2.checkpoint import read_published, shipped_checkpoint
+from medvl_sam2.errors import MedVLError
+from medvl_sam2.files import write_json_atomically
+from medvl_sam2.training.finetune import run_finetune
+from medvl_sam2.training.finetune_learner import default_backend
+from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
+from medvl_sam2.training.finetune_samples import samples_from_folder
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line options; every field of :class:`FinetuneConfig` that a person may want to set."""
+    defaults = FinetuneConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="volumes with corrected labels")
+    parser.add_argument("--store", type=Path, required=True, help="folder of published versions and runs")
+    parser.add_argument("--base", type=Path, help="checkpoint to start from (default: the served one)")
+    for name in ("epochs", "steps_per_epoch", "clicks", "objects", "seed"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    for name in ("minutes", "learning_rate", "replay_share", "margin", "forgetting"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
+    parser.add_argument("--trust-labels", action="store_true", help="publish although the labels look implausible")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with all figures")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 when published, 3 when trained and not published, 130 when stopped, 1 on an error."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    stop = threading.Event()
+    # The first interrupt ends after the step in progress, so that the run can be resumed; the second one kills.
+    signal.signal(signal.SIGINT, lambda *_: (stop.set(), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    bar = tqdm(desc="finetuning", unit="epoch", total=options.epochs)
+
+    def show(progress: FinetuneProgress) -> None:
+        bar.update(progress.epoch - bar.n)
+        figures = {"loss": progress.loss, "hold-out": progress.best_metric}
+        bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if v is not None}, refresh=False)
+        bar.set_description(progress.message or progress.stage)
+
+    try:
+        names = {field.name for field in dataclasses.fields(FinetuneConfig)} & set(vars(options))
+        config = FinetuneConfig(**{name: getattr(options, name) for name in names})
+        base = options.base or read_published(options.store) or shipped_checkpoint()
+        samples = samples_from_folder(options.folder)
+        result = run_finetune(config, samples, base, options.store, show, stop.is_set, default_backend())
+    except (MedVLError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        bar.close()
+    for line in result.skipped:
+        print(f"left out: {line}")
+    for gate in result.gates:
+        print(f"{'pass' if gate.passed else 'FAIL'}  {gate.name}: {gate.detail}")
+    print(f"{result.reason}\nrun folder: {result.run}")
+    if options.json:
+        plain = dataclasses.asdict(result)
+        plain.update(run=result.run.name, published=None if result.published is None else result.published.name)
+        write_json_atomically(options.json, plain)
+    if result.stopped:
+        return 130
+    return 0 if result.published is not None else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

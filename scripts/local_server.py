@@ -1,0 +1,63 @@
+"""A throw-away annotation server of this checkout, for scripts that drive one over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from monailabel.client.client import MONAILabelClient, MONAILabelClientException
+
+from medvl_sam2.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    """A server of this checkout on a free port, with empty studies and a store of its own; stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    studies, store = folder / "studies", folder / "store"
+    studies.mkdir()
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--studies", str(studies), "--host", host]
+    command += ["--port", str(port), "--conf", "store", str(store)]
+    with open(folder / "server.log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+    try:
+        _wait_for(f"http://{host}:{port}", server, folder / "server.log")
+        yield f"http://{host}:{port}"
+    finally:
+        # Its own process group: a training is a child of the server and must not outlive it.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(server.pid, number)
+                server.wait(20)
+                break
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path, limit: float = 300.0) -> None:
+    client = MONAILabelClient(address)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            tail = log.read_text(errors="replace").splitlines()[-15:]
+            raise DataError("the server stopped while starting; the end of its log:\n" + "\n".join(tail))
+        try:
+            client.info()
+        except (OSError, MONAILabelClientException):
+            time.sleep(0.5)
+        else:
+            return
+    raise DataError(f"the server did not answer within {limit:.0f} s; see {log}")

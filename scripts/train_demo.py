@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Make the demo weights: segmentation phase, language phase, joint phase, checkpoint. Resumable; fixed seed.
+
+    python scripts/train_demo.py --out runs/demo [--real ../shared/data] [--image-minutes 52 ...]
+
+Everything is generated on the spot unless ``--real`` adds the trainable real volumes. Phases whose result lies in
+``--out`` already are not run again. Budgets are wall minutes on this machine's threads; steps done are recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from medvl_sam2.checkpoint import CheckpointMeta, save_checkpoint
+from medvl_sam2.config import ModelConfig
+from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.training import language_phase, segmentation_phase
+from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
+from medvl_sam2.training.language_phase import load_model_state
+from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+NOTICE = (
+    "Demo weights trained on generated phantoms and a few public scans for a few CPU hours; the text describes what "
+    "such a model sees and is not for clinical use."
+)
+
+
+def main() -> None:
+    """Run what is missing and write the checkpoint."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    out: Path = options.out
+    segmentation, language = out / "segmentation", out / "language"
+    if not (segmentation / "done").exists():
+        segmentation_phase.main(
+            ["--out", str(segmentation), "--image-minutes", str(options.image_minutes), "--memory-minutes",
+             str(options.memory_minutes), "--generated", str(options.generated), "--cache", str(out / "cache"),
+             "--seed", str(options.seed), "--threads", str(options.threads),
+             *(["--real", str(options.real)] if options.real else [])]
+        )  # fmt: skip
+        (segmentation / "done").touch()
+    if not (language / "vision_language.safetensors").exists():
+        language_phase.main(
+            ["--out", str(language), "--cache", str(out / "cache"), "--cases", str(options.language_cases),
+             "--minutes", str(options.language_minutes), "--seed", str(options.seed), "--threads", str(options.threads)]
+        )  # fmt: skip
+    joint(options, segmentation, language, out / "checkpoint")
+
+
+def joint(options: argparse.Namespace, segmentation: Path, language: Path, checkpoint: Path) -> None:
+    """Join the halves, train the seam and save the checkpoint."""
+    config = ModelConfig.tiny()
+    model = UnifiedModel(config, Tokenizer.load(language / "tokenizer.json"))
+    load_model_state(model.language, load_file(language / "vision_language.safetensors"))
+    state = load_file(segmentation / "segmenter.safetensors")
+    prefix = "segmenter."
+    model.segmenter.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    cases = [spoken_case(seed) for seed in tqdm(range(options.joint_cases), desc="spoken cases")]
+    volumes, weights = [*cases], [0.6 / len(cases)] * len(cases)
+    if options.real:
+        source = SourceConfig(generated=0, real=options.real, real_copies=16, label_copies=16, seed=options.seed)
+        real, chances = training_volumes(source)
+        named = [(v, w) for v, w in zip(real, chances, strict=True) if sum(t.concept is not None for t in v.targets) > 4]
+        total = sum(w for _, w in named)
+        volumes += [SpokenVolume(v) for v, _ in named]
+        weights += [0.4 * w / total for _, w in named]
+    started = time.monotonic()
+    phase = JointPhase(
+        JointConfig(minutes=options.joint_minutes, seed=options.seed), model, state["concept_tokens.weight"], volumes,
+        weights,
+    )  # fmt: skip
+    figures = phase.run(checkpoint.parent / "joint")
+    figures["seconds"] = time.monotonic() - started
+    facts = {
+        "segmentation": json.loads((segmentation / "progress.json").read_text()),
+        "language": {k: v for k, v in json.loads((language / "metrics.json").read_text()).items() if k != "history"},
+        "joint": figures,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}, CPU",
+        "real_volumes": bool(options.real),
+        "seed": options.seed,
+    }
+    meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-1", notice=NOTICE)
+    save_checkpoint(checkpoint, model.state_dict(), config, language / "tokenizer.json", meta, overwrite=True)
+    (checkpoint.parent / "training.json").write_text(json.dumps(facts, indent=2))
+    print(f"checkpoint written to {checkpoint}; measure it with scripts/evaluate.py --checkpoint {checkpoint}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--real", type=Path, help="folder with the trainable real cases; generated data only without")
+    parser.add_argument("--image-minutes", type=float, default=52.0)
+    parser.add_argument("--memory-minutes", type=float, default=20.0)
+    parser.add_argument("--language-minutes", type=float, default=30.0)
+    parser.add_argument("--joint-minutes", type=float, default=15.0)
+    parser.add_argument("--generated", type=int, default=300)
+    parser.add_argument("--language-cases", type=int, default=1000)
+    parser.add_argument("--joint-cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A predictor without a model: every answer follows from the request, so tests know it beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvl_sam2.checkpoint import CheckpointMeta
+from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.vocabulary import CLASSES, spoken
+
+NOTICE = "Trained on generated volumes."
+
+
+@dataclass
+class FakeSession:
+    volume: Volume
+    objects: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return self.volume.array.nbytes
+
+
+class FakePredictor:
+    """Marks exactly the voxels a prompt names; a class is the slice ``k = value - 1`` of the stored grid."""
+
+    def __init__(self, version: str = "shipped-1") -> None:
+        self.meta = CheckpointMeta("fake", version, NOTICE)
+        self.opened: list[Path | None] = []
+        self.prompts: list[tuple[str, Prompt]] = []
+        self.broken = False
+
+    @classmethod
+    def load(cls, path: Path | None) -> FakePredictor:
+        return cls(path.name if path else "shipped-1")
+
+    def open(self, volume: Volume) -> FakeSession:
+        self.opened.append(volume.source)
+        return FakeSession(volume)
+
+    def segment_prompt(self, session: FakeSession, prompt: Prompt, name: str = "object") -> Segmentation:
+        if self.broken:
+            raise RuntimeError("the fake is broken")
+        prompt = prompt.validated(session.volume.geometry.shape)
+        self.prompts.append((name, prompt))
+        session.objects[name] = prompt
+        mask = self._empty(session)
+        if prompt.mask is not None:
+            mask[prompt.mask] = 1
+        if prompt.box is not None:
+            low, high = prompt.box.astype(int)
+            mask[low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1] = 1
+        for point, label in zip(prompt.points.astype(int), prompt.labels, strict=True):
+            mask[tuple(point)] = label
+        return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5})
+
+    def segment_classes(self, session: FakeSession, classes: Sequence[str], progress: Any = None) -> Segmentation:
+        mask = self._empty(session)
+        for value, name in enumerate(classes, start=1):
+            k = CLASSES.index(name)
+            if k < mask.shape[2]:
+                mask[..., k] = value
+        return Segmentation(mask, session.volume.geometry, tuple(classes), dict.fromkeys(classes, 0.5))
+
+    def segment_text(self, session: FakeSession, text: str) -> Segmentation:
+        mask = self._empty(session)
+        mask[0, 0, 0] = 1
+        known = [name for name in CLASSES if spoken(name) == text.lower()]
+        name = known[0] if known else text.lower().removeprefix("the ")
+        return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5}, f"It is {name}.")
+
+    def answer(self, session: FakeSession, question: str) -> Answer:
+        return Answer(question, f"No, to {question!r}.", NOTICE)
+
+    def report(self, session: FakeSession) -> Answer:
+        return Answer("Write a report.", "Liver: normal. Spleen: normal.", NOTICE)
+
+    def uncertainty(self, session: FakeSession) -> float:
+        """The image's mean over 1000: the phantom's maker chooses it."""
+        return float(session.volume.array.mean()) / 1000
+
+    @staticmethod
+    def _empty(session: FakeSession) -> np.ndarray:
+        return np.zeros(session.volume.geometry.shape, np.uint8)

@@ -1,0 +1,238 @@
+"""Every infer task, asked as each client asks, answers in that client's own terms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nrrd
+import numpy as np
+import pytest
+
+from app.conftest import AFFINE, SHAPE, Running, multipart
+from app.fakes import NOTICE
+from medvl_sam2.vocabulary import CLASSES
+
+Read = Callable[[bytes, Path], np.ndarray]
+
+
+def test_slicer_click_lands_on_its_voxel(running: Running, read_label: Read, tmp_path: Path) -> None:
+    response = running.slicer(
+        "medvl_interactive", label="liver", foreground=[[1, 2, 3]], background=[[4, 5, 6]], dimension=3, unknown="x"
+    )
+    params, file, content = multipart(response)
+    assert file.endswith(".nrrd")
+    mask = read_label(content, tmp_path)
+    assert mask.shape == SHAPE
+    assert np.argwhere(mask).tolist() == [[1, 2, 3]]
+    assert mask[1, 2, 3] == 1
+    assert params["label_names"] == {"liver": 1}
+    name, prompt = running.predictors[0].prompts[0]
+    assert name == "liver"
+    assert prompt.labels.tolist() == [1, 0]
+
+
+def test_slicer_box(running: Running, read_label: Read, tmp_path: Path) -> None:
+    _, _, content = multipart(running.slicer("medvl_interactive", label="liver", roi=[5, 3, 2, 6, 9, 7]))
+    voxels = np.argwhere(read_label(content, tmp_path))
+    assert voxels.min(axis=0).tolist() == [3, 2, 7]
+    assert voxels.max(axis=0).tolist() == [5, 6, 9]
+
+
+def test_named_segment_without_points_is_a_text_prompt(running: Running, read_label: Read, tmp_path: Path) -> None:
+    params, _, content = multipart(running.slicer("medvl_interactive", label="left adrenal", foreground=[]))
+    assert params["label_names"] == {"left adrenal": 1}
+    assert np.argwhere(read_label(content, tmp_path)).tolist() == [[0, 0, 0]]
+    assert running.predictors[0].prompts == []
+
+
+def test_ohif_click(running: Running) -> None:
+    response = running.ohif("medvl_interactive", foreground=[[1, 2, 3]], background=[])
+    assert response.status_code == 200
+    values, header = _nrrd(response.content)
+    assert header["type"] in ("uint8", "unsigned char", "uchar")
+    assert header["encoding"] == "raw"
+    # OHIF pastes by flat voxel order, i fastest.
+    i, j, _ = SHAPE
+    assert values.ravel(order="F").nonzero()[0].tolist() == [1 + i * (2 + j * 3)]
+
+
+def test_written_grid_is_the_stored_one(running: Running) -> None:
+    _, header = _nrrd(running.ohif("medvl_interactive", foreground=[[1, 2, 3]]).content)
+    lps = np.diag([-1.0, -1.0, 1.0])
+    assert header["space"] == "left-posterior-superior"
+    np.testing.assert_allclose(header["space directions"], (lps @ AFFINE[:3, :3]).T)
+    np.testing.assert_allclose(header["space origin"], lps @ AFFINE[:3, 3])
+
+
+def test_semantic_values_for_slicer_count_from_one(running: Running, read_label: Read, tmp_path: Path) -> None:
+    params, _, content = multipart(running.slicer("medvl_semantic", classes="liver,spleen"))
+    assert params["label_names"] == {"liver": 1, "spleen": 2}  # only these segments are cleared and replaced
+    mask = read_label(content, tmp_path)
+    assert (mask[..., CLASSES.index("liver")] == 1).all()
+    assert (mask[..., CLASSES.index("spleen")] == 2).all()
+    assert np.unique(mask).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{"classes": "liver,spleen"}, {"label_prompt": [5, 1]}])
+def test_semantic_values_for_ohif_are_those_of_info(running: Running, options: dict[str, Any]) -> None:
+    values, _ = _nrrd(running.ohif("medvl_semantic", **options).content)
+    assert np.unique(values).tolist() == [0, 1, 5]
+    assert (values[..., CLASSES.index("liver")] == 5).all()
+
+
+def test_semantic_all_classes_agree_for_everyone(running: Running, read_label: Read, tmp_path: Path) -> None:
+    ohif, _ = _nrrd(running.ohif("medvl_semantic").content)
+    params, _, content = multipart(running.slicer("medvl_semantic", classes=""))
+    assert np.array_equal(ohif, read_label(content, tmp_path))
+    assert list(params["label_names"]) == list(CLASSES)
+
+
+def test_program_gets_values_that_match_the_names(running: Running, read_label: Read, tmp_path: Path) -> None:
+    params, _, content = multipart(running.infer("medvl_semantic", classes="liver"))
+    mask = read_label(content, tmp_path)
+    assert np.unique(mask).tolist() == [0, params["label_names"]["liver"]]
+    # Position equals value, so that Slicer reads a stored prediction rightly.
+    assert list(params["label_names"].values()) == list(range(1, len(params["label_names"]) + 1))
+    assert params["segmented"] == ["liver"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "value"),
+    [
+        ("right kidney", "kidney_right", 2),
+        ("the liver", "liver", 5),
+        ("the largest cyst in the left kidney", "largest cyst in the left kidney", 17),
+        ("the thing near the spine", "thing near the spine", 18),
+    ],
+)
+def test_referring(running: Running, read_label: Read, tmp_path: Path, prompt: str, name: str, value: int) -> None:
+    params, _, content = multipart(running.slicer("medvl_referring", prompt=prompt))
+    assert params["label_names"] == {name: 1}
+    assert read_label(content, tmp_path)[0, 0, 0] == 1
+    values, _ = _nrrd(running.ohif("medvl_referring", prompt=prompt).content)
+    assert np.unique(values).tolist() == [0, value]
+
+
+def test_referring_takes_the_label_ohif_ticked(running: Running) -> None:
+    values, _ = _nrrd(running.ohif("medvl_referring", prompt="the thing", label_prompt=[9]).content)
+    assert np.unique(values).tolist() == [0, 9]
+    values, _ = _nrrd(running.ohif("medvl_referring", prompt="liver", label_prompt=[9]).content)
+    assert np.unique(values).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        ("medvl_vqa", {"question": "is there a lesion?"}, "No, to 'is there a lesion?'."),
+        ("medvl_report", {}, "Liver: normal. Spleen: normal."),
+    ],
+)
+def test_text_answers(running: Running, tmp_path: Path, model: str, options: dict[str, Any], text: str) -> None:
+    for response in (running.infer(model, **options), running.infer(model, output="json", **options)):
+        assert response.headers["content-type"] == "application/json"
+        assert response.json()["answer"] == text
+        assert response.json()["notice"] == NOTICE
+
+    params, file, content = multipart(running.slicer(model, **options))
+    assert file.endswith(".json")
+    assert "markups-schema" in content[:300].decode()
+    points = json.loads(content)["markups"][0]["controlPoints"]
+    assert [point["label"] for point in points] == [text, NOTICE]
+    center = AFFINE @ [*((np.array(SHAPE) - 1) / 2), 1]
+    np.testing.assert_allclose(points[0]["position"], center[:3], atol=1e-3)
+    assert "label_names" not in params  # no segment may change
+
+    response = running.ohif(model, **options)
+    assert response.status_code == 200
+    path = tmp_path / "ohif.nrrd"
+    path.write_bytes(response.content)
+    values, _ = nrrd.read(str(path))
+    assert values.shape == SHAPE
+    assert not values.any()
+
+
+@pytest.mark.parametrize("model", ["medvl_vqa", "medvl_report"])
+def test_text_answers_are_never_stored_as_labels(running: Running, model: str) -> None:
+    response = running.slicer(model, question="why?", save_label=True, label_tag="original")
+    assert response.status_code == 200
+    assert running.app.datastore().get_labels_by_image_id("case_a") == {}
+
+
+def test_saved_prediction_is_what_slicer_reads_back(running: Running) -> None:
+    assert running.ohif("medvl_semantic", classes="liver", save_label=True).status_code == 200
+    info = running.client.get("/datastore/label/info", params={"label": "case_a", "tag": "original"}).json()
+    assert list(info["params"]["label_names"].values()) == list(range(1, len(CLASSES) + 2))
+    assert Path(running.app.datastore().get_label_uri("case_a", "original")).is_file()
+
+
+def test_result_files_are_throw_away(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    for _ in range(2):
+        assert running.slicer("medvl_semantic", classes="liver").status_code == 200
+        assert running.slicer("medvl_report").status_code == 200
+    assert list(scratch.iterdir()) == []
+    assert (running.studies / "case_a.nii.gz").is_file()
+
+
+def test_other_result_kinds(running: Running, tmp_path: Path) -> None:
+    import nibabel as nib
+
+    _, file, content = multipart(running.infer("medvl_semantic", classes="spleen", result_extension=".nii.gz"))
+    assert file.endswith(".nii.gz")
+    path = tmp_path / "received.nii.gz"
+    path.write_bytes(content)
+    image = nib.load(path)
+    np.testing.assert_allclose(image.affine, AFFINE)
+    assert np.asarray(image.dataobj)[..., 0].all()
+
+
+def test_uploaded_file_and_session(running: Running, tmp_path: Path) -> None:
+    from app.conftest import write_phantom
+
+    shape = (5, 6, 7)
+    path = write_phantom(tmp_path / "mine.nii.gz", 50, shape)
+    with open(path, "rb") as stream:
+        created = running.client.put("/session/", files={"files": (path.name, stream)}).json()
+    data = {"params": json.dumps({"client_id": "u", "foreground": [[4, 5, 6]]})}
+    query = {"image": "mine", "session_id": created["session_id"]}
+    response = running.client.post("/infer/medvl_interactive", params=query, data=data)
+    values, _ = _nrrd(multipart(response)[2])
+    assert values.shape == shape
+    with open(path, "rb") as stream:
+        response = running.client.post("/infer/medvl_interactive", data=data, files={"file": (path.name, stream)})
+    assert _nrrd(multipart(response)[2])[0].shape == shape
+
+
+def test_mask_prompt_by_upload(running: Running, tmp_path: Path, read_label: Read) -> None:
+    start = np.zeros(SHAPE, np.uint8)
+    start[7, 8, 9] = 1
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(start, AFFINE), tmp_path / "start.nii.gz")
+    with open(tmp_path / "start.nii.gz", "rb") as stream:
+        response = running.client.post(
+            "/infer/medvl_interactive", params={"image": "case_a"}, files={"label": ("start.nii.gz", stream)}
+        )
+    assert np.argwhere(read_label(multipart(response)[2], tmp_path)).tolist() == [[7, 8, 9]]
+
+
+def test_batch_inference_without_a_gpu(running: Running) -> None:
+    request = {"model": "medvl_semantic", "images": "all", "multi_gpu": True, "label_tag": "original"}
+    result = running.app.batch_infer(request)
+    assert sorted(result) == ["case_a", "case_b"]
+    assert running.app.datastore().get_labels_by_image_id("case_b") == {"original": "case_b"}
+
+
+def _nrrd(content: bytes) -> tuple[np.ndarray, dict[str, Any]]:
+    import io
+
+    stream = io.BytesIO(content)
+    header = nrrd.read_header(stream)
+    return nrrd.read_data(header, stream, index_order="F"), header

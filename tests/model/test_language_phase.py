@@ -1,0 +1,161 @@
+"""The language phase on two generated cases and a very small model: packing, resuming, scoring."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from medvl_sam2.errors import CheckpointError, DataError
+from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.synthesis.records import QA
+from medvl_sam2.training.corpus import build_tokenizer, class_cells, draw_samples, question_sample
+from medvl_sam2.training.language_batches import pack, stack_views
+from medvl_sam2.training.language_data import CaseStore, LanguageCase
+from medvl_sam2.training.language_heads import FactVocabulary, case_facts
+from medvl_sam2.training.language_metrics import closed_correct, language_scores
+from medvl_sam2.training.language_phase import LanguagePhaseConfig, load_model_state, model_state, train_language
+
+SMALL = ModelConfig(
+    name="small",
+    vision=VisionConfig(input_size=(32, 32, 32), channels=(4, 6, 8, 10, 12), kernels=(5, 5, 3, 3), taps=(1, 2)),
+    projector=ProjectorConfig(low_tokens=(6, 5), high_tokens=(4, 3)),
+    language=LanguageConfig(
+        vocab_size=420, hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2, max_length=384
+    ),
+)
+STEPS = LanguagePhaseConfig(
+    vision_steps=2, language_steps=2, vision_batch=2, language_batch=2, pack_length=256, questions=4, segments=1,
+    save_every=1, bfloat16=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[LanguageCase]:
+    store = CaseStore((3, 4), SMALL.vision, tmp_path_factory.mktemp("cases"), wordings=2)
+    store[0:2]
+    return store[0:2]  # the second time from the files
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cases: list[LanguageCase]) -> Tokenizer:
+    return build_tokenizer(cases, SMALL.language.vocab_size)
+
+
+def test_cases_keep_truth_and_wordings(cases: list[LanguageCase]) -> None:
+    for case in cases:
+        assert case.view.shape == SMALL.vision.input_size
+        assert 0 <= case.view.min() < case.view.max() <= 1
+        assert len(case.lesion_cells) == len(case.findings)
+        for finding, cells in zip(case.findings, case.lesion_cells, strict=True):
+            assert (class_cells(case, finding.organ)[cells] > 0).any()
+        assert len({item.text for item in case.referring}) > 10
+        assert f"total|{len(case.findings)}" in case_facts(case)
+
+
+def test_every_target_belongs_to_a_seg_token(cases: list[LanguageCase]) -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample for case in cases for sample in draw_samples(case, rng, 8, 6)]
+    assert {sample.group for sample in samples} == {"report", "closed", "open", "segment", "refer"}
+    assert all(sample.reply.count("[SEG]") == len(sample.targets) for sample in samples)
+
+
+def test_shuffled_choices_keep_the_answer() -> None:
+    item = QA("Which?", ("a", "b", "c"), "B. b", "phase")
+    replies = {question_sample(item, np.random.default_rng(seed)).reply for seed in range(20)}
+    assert replies == {"A. b", "B. b", "C. b"}
+
+
+def test_packed_loss_equals_the_exchanges_apart(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = VisionLanguage(SMALL, tokenizer).eval()
+    samples = draw_samples(cases[0], np.random.default_rng(1), 3, 1)
+    with torch.no_grad():
+        tokens = model.encode_image(*stack_views(cases[:1], None))
+        both = torch.cat([tokens, tokens])
+        batch = pack(model, [samples, samples[:2]], 1000)
+        hidden = model.hidden_states(both, batch.ids, batch.attention, batch.positions)
+        packed = model.token_losses(hidden, batch.labels)
+        apart = []
+        for sample in [*samples, *samples[:2]]:
+            single = pack(model, [[sample]], 1000)
+            apart.append(model.token_losses(model.hidden_states(tokens, single.ids), single.labels))
+    assert len(packed) == len(batch.weights)
+    assert torch.allclose(packed, torch.cat(apart), atol=1e-4)
+    assert len(batch.seg_classes) == int((batch.ids == tokenizer.seg_id).sum())
+
+
+def test_exchanges_that_do_not_fit_are_left_out(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    model = VisionLanguage(SMALL, tokenizer)
+    batch = pack(model, [draw_samples(cases[0], np.random.default_rng(1), 8, 4)], 120)
+    assert batch.ids.shape[1] <= 120
+    assert len(batch.seg_classes) == int((batch.ids == tokenizer.seg_id).sum())
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def test_stopped_run_resumes_to_the_same_weights(
+    cases: list[LanguageCase], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole = train_language(STEPS, SMALL, tokenizer, cases)
+
+    for stop in (1, 3):
+
+        def progress(share: float, line: str, stop: int = stop) -> None:
+            if re.search(rf"step {stop} ", line):
+                raise _StoppedError
+
+        with pytest.raises(_StoppedError):
+            train_language(STEPS, SMALL, tokenizer, cases, tmp_path, progress)
+    resumed = train_language(STEPS, SMALL, tokenizer, cases, tmp_path)
+    assert [entry["step"] for entry in resumed.history] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(entry.values())).all() for entry in resumed.history)
+    for name, tensor in model_state(whole.model).items():
+        assert torch.allclose(tensor, model_state(resumed.model)[name], atol=1e-6), name
+
+
+def test_state_loads_into_a_fresh_model(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    first, second = VisionLanguage(SMALL, tokenizer).eval(), VisionLanguage(SMALL, tokenizer).eval()
+    state = model_state(first)
+    load_model_state(second, state)
+    with torch.no_grad():
+        tokens = first.encode_image(*stack_views(cases[:1], None))
+    prompt = cases[0].qa[0].prompt
+    assert first.generate(tokens, [prompt], 5) == second.generate(tokens, [prompt], 5)
+    state.pop("extent.0.weight")
+    with pytest.raises(CheckpointError, match="extent"):
+        load_model_state(second, state)
+
+
+def test_scores_count_every_question(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    scores = language_scores(VisionLanguage(SMALL, tokenizer).eval(), cases, progress=False)
+    assert scores.closed_count == sum(bool(item.choices) for case in cases for item in case.qa)
+    assert 0 <= scores.closed <= 1
+    assert 0 <= scores.report_f1 <= 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"), [("B. no", True), ("b.", True), ("no", True), ("A. no", False), ("yes", False), ("", False)]
+)
+def test_closed_reply(reply: str, right: bool) -> None:
+    assert closed_correct(reply, ("yes", "no"), "no") is right
+
+
+def test_empty_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no case"):
+        train_language(STEPS, SMALL, tokenizer, [])
+    with pytest.raises(DataError, match="no seed"):
+        CaseStore((), SMALL.vision, tmp_path)
+
+
+def test_rare_facts_are_left_out(cases: list[LanguageCase]) -> None:
+    assert FactVocabulary.collect(cases, minimum=3).facts == ()
+    common = case_facts(cases[0]) & case_facts(cases[1])
+    assert set(FactVocabulary.collect(cases, minimum=2).facts) == common

@@ -1,0 +1,168 @@
+"""The predictor over random weights: frames, clicks, caching, text paths and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_model import oblique_volume, small_predictor
+
+from medvl_sam2.errors import PromptError
+from medvl_sam2.predictor import Predictor
+from medvl_sam2.types import Prompt, Volume
+from medvl_sam2.vocabulary import CLASSES
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return small_predictor()
+
+
+@pytest.fixture(scope="module")
+def study() -> tuple[Volume, np.ndarray]:
+    return oblique_volume()
+
+
+def clicks(*points: tuple[int, int, int, int]) -> Prompt:
+    array = np.array(points, dtype=np.float64)
+    return Prompt(points=array[:, :3], labels=array[:, 3].astype(np.int64))
+
+
+BOX = np.array([[6, 13, 5], [24, 27, 13]])
+
+
+def test_every_click_is_honoured_on_the_stored_grid(predictor: Predictor, study: tuple[Volume, np.ndarray]) -> None:
+    volume, _ = study
+    session = predictor.open(volume)
+    prompt = clicks((15, 20, 9, 1), (20, 22, 10, 1), (3, 4, 9, 0), (15, 20, 4, 1), (16, 21, 12, 0))
+    mask = predictor.segment_prompt(session, prompt).mask
+    assert mask.shape == volume.array.shape
+    assert mask.dtype == np.uint8
+    for (i, j, k), label in zip(prompt.points.astype(int), prompt.labels, strict=True):
+        assert mask[i, j, k] == label
+
+
+def test_a_box_bounds_the_mask_in_z_and_a_rough_start_finds_the_bright_object(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    volume, _ = study
+    session = predictor.open(volume)
+    mask = predictor.segment_prompt(session, Prompt(box=BOX)).mask
+    canonical = session.transform.forward_array(mask)
+    low, high = session.transform.forward_box(BOX)[:, 0]
+    shown = np.flatnonzero(canonical.any(axis=(1, 2)))
+    assert len(shown) == 0 or (shown.min() >= low and shown.max() <= high)
+
+
+def test_increments_equal_a_replay_and_undo_equals_the_shorter_list(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    volume, _ = study
+    first, second, third = (15, 20, 9, 1), (18, 22, 11, 1), (4, 30, 8, 0)
+    grown = predictor.open(volume)
+    for count in (1, 2, 3):
+        stepwise = predictor.segment_prompt(grown, clicks(*(first, second, third)[:count])).mask
+    at_once = predictor.segment_prompt(predictor.open(volume), clicks(first, second, third)).mask
+    assert np.array_equal(stepwise, at_once)
+    undone = predictor.segment_prompt(grown, clicks(first, second)).mask
+    short = predictor.segment_prompt(predictor.open(volume), clicks(first, second)).mask
+    assert np.array_equal(undone, short)
+
+
+def test_a_known_prompt_list_costs_no_new_encoding(
+    predictor: Predictor, study: tuple[Volume, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = predictor.open(study[0])
+    before = predictor.segment_prompt(session, Prompt(box=BOX)).mask
+    calls: list[int] = []
+    original = predictor.model.segmenter.encode
+    monkeypatch.setattr(predictor.model.segmenter, "encode", lambda images: calls.append(len(images)) or original(images))
+    again = predictor.segment_prompt(session, Prompt(box=BOX)).mask
+    assert not calls
+    assert np.array_equal(before, again)
+
+
+def test_objects_of_one_session_do_not_mix(predictor: Predictor, study: tuple[Volume, np.ndarray]) -> None:
+    volume, _ = study
+    alone = predictor.segment_prompt(predictor.open(volume), clicks((15, 20, 9, 1)), "a").mask
+    session = predictor.open(volume)
+    predictor.segment_prompt(session, clicks((30, 5, 3, 1)), "b")
+    assert np.array_equal(predictor.segment_prompt(session, clicks((15, 20, 9, 1)), "a").mask, alone)
+
+
+def test_an_earlier_mask_is_taken_over_and_only_corrected_where_clicked(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    volume, truth = study
+    session = predictor.open(volume)
+    taken = predictor.segment_prompt(session, Prompt(mask=truth)).mask > 0
+    overlap = 2 * (taken & truth).sum() / (taken.sum() + truth.sum())
+    assert overlap > 0.85  # resampled to the decoder's grid and back
+    corrected = predictor.segment_prompt(session, replace(clicks((15, 20, 9, 0)), mask=truth)).mask > 0
+    assert not corrected[15, 20, 9]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (clicks((40, 0, 0, 1)), "outside the volume"),
+        (clicks((-2, 0, 0, 1)), "outside the volume"),
+        (Prompt(points=np.array([[np.nan, 0, 0]]), labels=np.array([1])), "outside the volume"),
+        (clicks((5, 5, 5, 0)), "nothing says where"),
+        (Prompt(), "nothing says where"),
+        (Prompt(points=np.zeros((2, 3)), labels=np.array([1])), "2 points but 1 labels"),
+        (Prompt(points=np.zeros((1, 3)), labels=np.array([7])), "must be 1"),
+        (Prompt(box=np.array([[90, 0, 0], [99, 5, 5]])), "outside the volume"),
+        (Prompt(mask=np.ones((2, 2, 2))), "does not fit"),
+    ],
+)
+def test_bad_prompts_say_why(
+    predictor: Predictor, study: tuple[Volume, np.ndarray], prompt: Prompt, reason: str
+) -> None:
+    with pytest.raises(PromptError, match=reason):
+        predictor.segment_prompt(predictor.open(study[0]), prompt)
+
+
+def test_classes_come_in_the_order_asked_with_contiguous_values(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    seen: list[float] = []
+    result = predictor.segment_classes(
+        predictor.open(study[0]), ["liver", "lesion", "spleen"], lambda share, _: seen.append(share)
+    )
+    assert result.names == ("liver", "lesion", "spleen")
+    assert result.mask.shape == study[0].array.shape
+    assert set(np.unique(result.mask)) <= {0, 1, 2, 3}
+    assert seen == sorted(seen)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(("classes", "reason"), [(["livr"], "not in the vocabulary"), (["liver", "liver"], "twice")])
+def test_bad_classes_say_why(
+    predictor: Predictor, study: tuple[Volume, np.ndarray], classes: list[str], reason: str
+) -> None:
+    with pytest.raises(PromptError, match=reason):
+        predictor.segment_classes(predictor.open(study[0]), classes)
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "x" * 100_000])
+def test_empty_and_huge_texts_are_refused(predictor: Predictor, study: tuple[Volume, np.ndarray], text: str) -> None:
+    session = predictor.open(study[0])
+    for ask in (predictor.segment_text, predictor.answer):
+        with pytest.raises(PromptError):
+            ask(session, text)
+
+
+def test_text_answers_carry_the_notice_and_text_masks_a_name(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    session = predictor.open(study[0])
+    assert predictor.report(session).notice == "random test weights"
+    assert predictor.answer(session, "Is there a lesion in the liver?").question.startswith("Is there")
+    assert predictor.segment_text(session, "Segment the right kidney.").names == ("kidney_right",)
+    assert 0 <= predictor.uncertainty(session) <= 1
+
+
+def test_the_vocabulary_is_what_the_labels_say(predictor: Predictor) -> None:
+    assert predictor.classes == CLASSES
