@@ -142,19 +142,14 @@ class HttpEngine:
 
     name = "server"
 
-    def __init__(self, client: Any, study: Study) -> None:
-        """``study`` must have been uploaded."""
-        self.client, self.study = client, study
-        self.structure = "object"
+    def __init__(self, client: Any, study: Study, structure: str) -> None:
+        """``study`` must have been uploaded; one engine a structure."""
+        self.client, self.study, self.structure = client, study, structure
         self._first = True
 
     def open(self, volume: Volume) -> str:
         """The server knows the volume by its id."""
         return self.study.id
-
-    def begin(self, structure: str) -> None:
-        """The next request is about another structure."""
-        self.structure, self._first = structure, True
 
     def segment(self, opened: str, prompt: Prompt) -> np.ndarray:
         """One request; bool mask (I, J, K)."""
@@ -184,14 +179,18 @@ class HttpEngine:
 class Training:
     """What the server says about a finished training."""
 
-    status: str
     seconds: float
     stats: dict[str, Any]
 
     @property
     def published(self) -> bool:
         """True when the new model is served."""
-        return bool(self.stats.get("published"))
+        return bool(self.stats.get("published")) or self.reason.startswith("published")
+
+    @property
+    def reason(self) -> str:
+        """Why it was or was not published."""
+        return str(self.stats.get("reason") or self.stats.get("message") or "the server gave no reason")
 
 
 class Loop:
@@ -213,8 +212,7 @@ class Loop:
         found = {}
         jobs = [(study, name) for study in studies for name in large(study, self.objects, self.least)]
         for study, name in tqdm(jobs, desc=f"prompting {stage}", unit="structure"):
-            engine = HttpEngine(self.client, study)
-            engine.begin(name)
+            engine = HttpEngine(self.client, study, name)
             last: list[tuple[Prompt, np.ndarray, Step]] = []
             curve = run_object(
                 engine, study.id, study.volume, study.masks[name], name, Setting.BOX, self.clicks,
@@ -265,7 +263,7 @@ class Loop:
         if task["status"] != "DONE":
             lines = "\n".join(str(line) for line in task.get("details", [])[-8:])
             raise DataError(f"the training ended as {task['status']}; the end of its log:\n{lines}")
-        return Training(task["status"], time.monotonic() - started, stats)
+        return Training(time.monotonic() - started, stats)
 
     def _stats(self) -> dict[str, Any]:
         return dict(self.client.info().get("train_stats", {}).get(TRAINER, {}))
@@ -295,14 +293,14 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.after[0]:>9.3f}{row.after[-1]:>10.3f}{row.gain:>+9.3f}{row.seconds_after / (clicks + 1):>10.2f}"
         )
     means = [float(np.mean([getattr(row, side)[at] for row in rows])) for side in ("before", "after") for at in (0, -1)]
-    mean_gain = float(np.mean([row.gain for row in rows]))
-    lines.append(f"{'mean':<52}{means[0]:>7.3f}{means[1]:>10.3f}{means[2]:>9.3f}{means[3]:>10.3f}{mean_gain:>+9.3f}")
+    gain = float(np.mean([row.gain for row in rows]))
+    lines.append(f"{'mean':<52}{means[0]:>7.3f}{means[1]:>10.3f}{means[2]:>9.3f}{means[3]:>10.3f}{gain:>+9.3f}")
     return "\n".join(lines)
 
 
 def outcome(rows: Sequence[Row], training: Training, poison: str | None) -> tuple[bool, str]:
     """Whether the loop did what it should, and one sentence."""
-    reason = training.stats.get("reason") or "the server gave no reason"
+    reason = training.reason
     if poison:
         if training.published:
             return False, f"FAILED: a model trained on {poison} labels was published ({reason})"
@@ -356,7 +354,7 @@ def run(options: argparse.Namespace, address: str, folder: Path) -> bool:
     before = loop.prompt(held_out, "before")
     work = loop.prompt(annotated, "to annotate")
     saved = loop.correct(annotated, folder, options.poison)
-    request = {"minutes": options.minutes, **({"epochs": options.epochs} if options.epochs else {})}
+    request = {"minutes": options.minutes, **({"max_epochs": options.epochs} if options.epochs else {})}
     training = loop.train(request, options.train_limit)
     rows = rows_of(held_out, before, loop.prompt(held_out, "after"))
     good, sentence = outcome(rows, training, options.poison)

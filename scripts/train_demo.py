@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
 from medvl_sam2.checkpoint import CheckpointMeta, save_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.modeling.tokenizer import Tokenizer
@@ -24,8 +27,6 @@ from medvl_sam2.training import language_phase, segmentation_phase
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
 from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
-from safetensors.torch import load_file
-from tqdm import tqdm
 
 NOTICE = (
     "Demo weights trained on generated phantoms and a few public scans for a few CPU hours; the text describes what "
@@ -68,7 +69,9 @@ def joint(options: argparse.Namespace, segmentation: Path, language: Path, check
     if options.real:
         source = SourceConfig(generated=0, real=options.real, real_copies=16, label_copies=16, seed=options.seed)
         real, chances = training_volumes(source)
-        named = [(v, w) for v, w in zip(real, chances, strict=True) if sum(t.concept is not None for t in v.targets) > 4]
+        named = [
+            (v, w) for v, w in zip(real, chances, strict=True) if sum(t.concept is not None for t in v.targets) > 4
+        ]
         total = sum(w for _, w in named)
         volumes += [SpokenVolume(v) for v, _ in named]
         weights += [0.4 * w / total for _, w in named]

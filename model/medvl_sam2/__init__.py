@@ -27,7 +27,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Segmentation",
-    "VolumeError",
     "Volume",
+    "VolumeError",
     "__version__",
 ]

@@ -25,6 +25,9 @@ class VisionConfig:
     """Channels of s0..s4."""
     kernels: tuple[int, ...] = (13, 11, 9, 7)
     """Depthwise kernel of stages s1..s4."""
+    smoothing: int = 3
+    """Edge of the box filter before the stem, whose strided one-axis kernels see only lines of voxels; 1 is off, as
+    published."""
     taps: tuple[int, int] = (2, 3)
     """Stages whose token maps feed the projector: (low, high). Published size taps (3, 4)."""
 

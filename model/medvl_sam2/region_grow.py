@@ -23,15 +23,17 @@ class GrowRule:
     ``k``: accepted distance from the core's median in robust standard deviations. ``floor``: smallest accepted distance
     as a share of the region's robust intensity range, for noise-free cores. ``blur_mm``: Gaussian smoothing before the
     comparison. ``vote_mm``: width of the majority vote that closes the pores noise leaves, before any morphology.
-    ``open_mm``, ``close_mm``: radii of the morphology.
+    ``open_mm``, ``close_mm``: radii of the morphology. ``edge_mm``: how far the found region may widen to reach the
+    border half way to its surroundings.
     """
 
     k: float = 1.8
-    floor: float = 0.02
+    floor: float = 0.05
     blur_mm: float = 1.0
     vote_mm: float = 1.5
     open_mm: float = 2.5
     close_mm: float = 5.0
+    edge_mm: float = 2.0
 
 
 DEFAULT_RULE = GrowRule()
@@ -124,8 +126,26 @@ def grow(
     limit = max(rule.k * sigma, rule.floor * float(high - low))
     similar = _majority((np.abs(smooth - median) <= limit) & local_allowed, spacing, rule.vote_mm) & local_allowed
     similar = _touching(_open(similar, rule.open_mm, spacing), local_core, similar)
-    result[region] = _fill(_close(similar, rule.close_mm, spacing)) & local_allowed
+    found = _fill(_close(similar, rule.close_mm, spacing)) & local_allowed
+    result[region] = _reach_edge(found, smooth, local_allowed, median, spacing, rule.edge_mm)
     return result
+
+
+def _reach_edge(
+    found: np.ndarray, smooth: np.ndarray, allowed: np.ndarray, median: float, spacing: tuple[float, ...], edge_mm: float
+) -> np.ndarray:
+    """Widen a region by up to ``edge_mm`` to where intensities are half way to its surroundings.
+
+    Voxels that share the border with another tissue lie between both intensities, so a narrow limit stops short of it.
+    """
+    if edge_mm <= 0 or not found.any() or found.all():
+        return found
+    distance = ndimage.distance_transform_edt(~found, sampling=spacing)
+    shell = (distance > edge_mm) & (distance <= 3 * edge_mm + max(spacing))
+    if not shell.any():
+        return found
+    half = abs(float(np.median(smooth[shell])) - median) / 2
+    return found | ((distance <= max(edge_mm, min(spacing))) & allowed & (np.abs(smooth - median) < half))
 
 
 def _majority(mask: np.ndarray, spacing: tuple[float, ...], width_mm: float) -> np.ndarray:

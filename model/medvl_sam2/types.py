@@ -2,7 +2,7 @@
 
 Frames used everywhere in this package:
 
-* **stored voxel** ``(i, j, k)``: index into the array exactly as the file (or ITK) orders it, ``i`` fastest in the file.
+* **stored voxel** ``(i, j, k)``: index into the array exactly as the file (or ITK) orders it, ``i`` fastest.
   Clients speak this frame; masks go back on this grid.
 * **world**: RAS+ millimetres (NIfTI convention), reached from stored voxels through a 4x4 affine.
 * **canonical voxel** ``(z, y, x)``: the stored array with axes permuted and flipped (never resampled) so that
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from medvl_sam2.errors import GeometryError, PromptError
 
 
-class Modality(str, Enum):
+class Modality(StrEnum):
     """Decides the intensity mapping: CT is windowed in HU, everything else by percentiles."""
 
     CT = "CT"

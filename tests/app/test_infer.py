@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from app.conftest import AFFINE, SHAPE, Running, multipart
 from app.fakes import NOTICE
+from lib.result_writing import result_folder
 from medvl_sam2.vocabulary import CLASSES
 
 Read = Callable[[bytes, Path], np.ndarray]
@@ -168,17 +170,20 @@ def test_saved_prediction_is_what_slicer_reads_back(running: Running) -> None:
     assert Path(running.app.datastore().get_label_uri("case_a", "original")).is_file()
 
 
-def test_result_files_are_throw_away(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+def test_result_files_are_throw_away(running: Running) -> None:
     for _ in range(2):
         assert running.slicer("medvl_semantic", classes="liver").status_code == 200
         assert running.slicer("medvl_report").status_code == 200
-    assert list(scratch.iterdir()) == []
+        assert running.ohif("medvl_report").status_code == 200
+    assert list(result_folder().iterdir()) == []
     assert (running.studies / "case_a.nii.gz").is_file()
+
+
+def test_client_on_the_same_machine_keeps_what_it_received(running: Running) -> None:
+    """MONAI Label's client stores a result in the temporary folder under the server's name for it."""
+    _, file, _ = multipart(running.slicer("medvl_semantic", classes="liver"))
+    assert result_folder() != Path(tempfile.gettempdir())
+    assert not (Path(tempfile.gettempdir()) / file).exists()
 
 
 def test_other_result_kinds(running: Running, tmp_path: Path) -> None:

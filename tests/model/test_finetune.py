@@ -172,9 +172,11 @@ def test_other_labels_begin_another_run(tmp_path: Path) -> None:
     assert first.run != second.run
 
 
-def test_the_time_budget_ends_training_after_the_epoch_that_passes_it(tmp_path: Path) -> None:
+def test_the_time_budget_ends_training_after_the_step_that_passes_it(tmp_path: Path) -> None:
     config = FinetuneConfig(**{**QUICK.__dict__, "minutes": 1e-9})
-    assert run(tmp_path, make_samples(tmp_path, 3), FakeBackend(), config).epochs == 1
+    fake = FakeBackend()
+    assert run(tmp_path, make_samples(tmp_path, 3), fake, config).epochs == 1
+    assert fake.learners[0].steps == 1
 
 
 def test_a_model_published_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_model import oblique_volume, small_predictor
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.types import Prompt, Volume
 from medvl_sam2.vocabulary import CLASSES
+from small_model import oblique_volume, small_predictor
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def test_a_known_prompt_list_costs_no_new_encoding(
     before = predictor.segment_prompt(session, Prompt(box=BOX)).mask
     calls: list[int] = []
     original = predictor.model.segmenter.encode
-    monkeypatch.setattr(predictor.model.segmenter, "encode", lambda images: calls.append(len(images)) or original(images))
+    monkeypatch.setattr(
+        predictor.model.segmenter, "encode", lambda images: calls.append(len(images)) or original(images)
+    )
     again = predictor.segment_prompt(session, Prompt(box=BOX)).mask
     assert not calls
     assert np.array_equal(before, again)

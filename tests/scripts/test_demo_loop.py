@@ -159,8 +159,10 @@ def test_poisoned_labels_are_wrong_and_judged_by_not_being_published(
     assert not training.published
     assert demo.outcome(rows, training, kind)[0]
     assert not demo.outcome(rows, training, None)[0]
-    published = demo.Training("DONE", 1.0, {"published": True})
+    published = demo.Training(1.0, {"published": True})
     assert not demo.outcome(rows, published, kind)[0]
+    assert demo.Training(1.0, {"message": "published: better"}).published
+    assert not demo.Training(1.0, {"message": "not published: worse"}).published
 
 
 def test_a_failed_training_shows_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ Every file written here is a new temporary one: MONAI Label deletes what a task 
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +134,26 @@ def _control_point(number: int, label: str, description: str, position: np.ndarr
     }
 
 
+@cache
+def _own_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="medvl-results-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def result_folder() -> Path:
+    """Where results wait to be sent: a folder of this process.
+
+    Not the temporary folder itself. MONAI Label's client stores what it receives there under the name the server gave
+    it; on the same machine that would be the very file the server is about to delete.
+    """
+    folder = _own_folder()
+    folder.mkdir(mode=0o700, exist_ok=True)  # a machine's clean-up may have taken it
+    return folder
+
+
 def _temporary(extension: str) -> Path:
-    handle, name = tempfile.mkstemp(suffix=extension, prefix="medvl-")
+    handle, name = tempfile.mkstemp(suffix=extension, prefix="medvl-", dir=result_folder())
     os.close(handle)
     return Path(name)
 

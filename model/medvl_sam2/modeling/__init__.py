@@ -1,0 +1,1 @@
+"""Network modules: volume encoder, projector, language model, SAM2 over slices, and their composition."""

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import ConfigError
@@ -95,6 +96,8 @@ class DCFormer(nn.Module):
                 f"channels {config.channels}, kernels {config.kernels}"
             )
         self.config = config
+        if config.smoothing < 1 or config.smoothing % 2 == 0:
+            raise ConfigError(f"smoothing {config.smoothing} must be an odd number of voxels; 1 switches it off")
         width = config.channels[0]
         stem = [AxialConv(1, width, 7, stride=4)] + [AxialConv(width, width, 3) for _ in range(3)]
         self.s0 = nn.Sequential(nn.Sequential(*stem))
@@ -116,6 +119,9 @@ class DCFormer(nn.Module):
         The grid of map ``n`` is ``config.grid(n)`` when the input has ``config.input_size``.
         """
         maps = images.permute(0, 1, 3, 4, 2)  # published order (H, W, D)
+        if self.config.smoothing > 1:
+            size = self.config.smoothing
+            maps = functional.avg_pool3d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
         tokens = []
         for stage in (self.s0, self.s1, self.s2, self.s3, self.s4):
             maps = stage(maps)

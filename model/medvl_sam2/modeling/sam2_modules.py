@@ -82,7 +82,9 @@ def build_sam2(config: SliceConfig) -> Any:
             num_pos_feats=memory_dim, normalize=True, scale=None, temperature=10000
         ),
         mask_downsampler=MaskDownSampler(embed_dim=d, kernel_size=3, stride=2, padding=1),
-        fuser=Fuser(CXBlock(dim=d, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True), num_layers=2),
+        fuser=Fuser(
+            CXBlock(dim=d, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True), num_layers=2
+        ),
     )
     return _sized_base(config)(
         image_encoder=ImageEncoder(trunk=trunk, neck=neck, scalp=1),
@@ -136,11 +138,11 @@ def _check(config: SliceConfig) -> None:
 
 def _sized_base(config: SliceConfig) -> type[Any]:
     """Subclass of ``SAM2Base`` with head sizes from ``config`` (upstream hard-codes mlp 2048 and IoU hidden 256)."""
-    from sam2.modeling.sam2_base import SAM2Base
-    from sam2.modeling.sam2_utils import MLP
     from sam2.modeling.sam.mask_decoder import MaskDecoder
     from sam2.modeling.sam.prompt_encoder import PromptEncoder
     from sam2.modeling.sam.transformer import TwoWayTransformer
+    from sam2.modeling.sam2_base import SAM2Base
+    from sam2.modeling.sam2_utils import MLP
 
     class LanguagePromptEncoder(PromptEncoder):  # type: ignore[misc]
         """Upstream's prompt encoder plus per-row optional language tokens and per-row optional mask prompts."""

@@ -37,7 +37,7 @@ class UnifiedModel(nn.Module):
         self.segmenter = SliceSegmenter(config.slices)
 
     def answer(self, image_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 160) -> list[str]:
-        """Greedy replies to ``questions`` about one volume; ``image_tokens`` (1, n, H) from ``language.encode_image``."""
+        """Greedy replies about one volume; ``image_tokens`` (1, n, H) come from ``language.encode_image``."""
         return self.language.generate(image_tokens, questions, max_new_tokens)
 
     def language_tokens(self, image_tokens: Tensor, requests: Sequence[str], replies: Sequence[str]) -> Tensor:

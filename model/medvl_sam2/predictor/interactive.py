@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
-from medvl_sam2.predictor.objects import OUTSIDE, CanonicalClick, ObjectState
+from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.propagation import Language, propagate
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
 from medvl_sam2.region_grow import bounding_region, ellipsoid, grow
@@ -50,13 +49,20 @@ class InteractiveEngine:
         self.config = config or InteractiveConfig()
 
     def from_box(
-        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, box: np.ndarray,
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        box: np.ndarray,
         language: Language | None = None,
     ) -> ObjectState:
         """Start from a canonical 3D box (2, 3); the box bounds the object in z."""
-        low, high = (int(round(v)) for v in box[:, 0])
+        low, high = (round(float(v)) for v in box[:, 0])
         crop = SliceCrop.around(
-            box[:, 1:], spacing[1:], self.config.window_factor, self.segmenter.config.image_size,
+            box[:, 1:],
+            spacing[1:],
+            self.config.window_factor,
+            self.segmenter.config.image_size,
             self.config.min_window_mm,
         )
         stack = SliceStack(self.segmenter, image, intensity, crop)
@@ -93,8 +99,11 @@ class InteractiveEngine:
         where = np.argwhere(mask)
         low, high = where.min(axis=0), where.max(axis=0)
         crop = SliceCrop.around(
-            np.stack([low[1:], high[1:]]), spacing[1:], self.config.window_factor,
-            self.segmenter.config.image_size, self.config.min_window_mm,
+            np.stack([low[1:], high[1:]]),
+            spacing[1:],
+            self.config.window_factor,
+            self.segmenter.config.image_size,
+            self.config.min_window_mm,
         )
         stack = SliceStack(self.segmenter, image, intensity, crop)
         state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
@@ -147,7 +156,11 @@ class InteractiveEngine:
             state.logits = {z: v for z, v in state.logits.items() if state.low <= z <= state.high}
 
     def _best_scale(
-        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, click: CanonicalClick,
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        click: CanonicalClick,
         z: int,
     ) -> SliceCrop:
         """Window whose mask is believed most and fills it as training windows were filled."""
@@ -186,10 +199,11 @@ class InteractiveEngine:
         offset = np.array([s.start for s in region], dtype=np.float64)
         local = np.stack([low, high]) - offset
         small = image[region]
+        shape = (small.shape[0], small.shape[1], small.shape[2])
         tall = local.copy()  # full in-plane ellipse on every one of the few slices
         tall[:, 0] = [local[0, 0] - 50, local[1, 0] + 50]
-        allowed = ellipsoid(small.shape, tall, 1.1)
-        core = ellipsoid(small.shape, tall, 0.5)
+        allowed = ellipsoid(shape, tall, 1.1)
+        core = ellipsoid(shape, tall, 0.5)
         grown = grow(small, spacing, allowed, core)[int(start - offset[0])]
         if grown.sum() < 4:
             return None
@@ -210,7 +224,10 @@ class InteractiveEngine:
         point = np.array([click.position[1:]])
         corners = point if box is None else np.concatenate([box, point])
         wider = SliceCrop.around(
-            np.stack([corners.min(axis=0), corners.max(axis=0)]), spacing[1:], 1.4, crop.size,
+            np.stack([corners.min(axis=0), corners.max(axis=0)]),
+            spacing[1:],
+            1.4,
+            crop.size,
             max(self.config.min_window_mm, crop.extent_mm),
         )
         return state.moved(wider)
@@ -222,9 +239,7 @@ class InteractiveEngine:
         points, labels = self._click_points(state.stack.crop, on_slice)
         prompt = SlicePrompt(points, labels)
         if bool((before > 0).any()):
-            prompt = replace(
-                prompt, mask_logits=before[None, None], mask_present=torch.ones(1, dtype=torch.bool)
-            )
+            prompt = replace(prompt, mask_logits=before[None, None], mask_present=torch.ones(1, dtype=torch.bool))
         fused = None
         others: dict[int, SliceMemory] = {k: m for k, m in state.memory.conditioning.items() if k != z}
         if others and z not in state.memory.conditioning:

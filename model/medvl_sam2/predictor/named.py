@@ -62,10 +62,12 @@ class NamedEngine:
         self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity
     ) -> SliceStack:
         """Stack of whole slices for :meth:`locate`; keep it with the session."""
-        crop = SliceCrop.whole(image.shape[1:], spacing[1:], self.segmenter.config.image_size, MIN_MM_PER_PX)
+        crop = SliceCrop.whole((image.shape[1], image.shape[2]), spacing[1:], self.segmenter.config.image_size, MIN_MM_PER_PX)
         return SliceStack(self.segmenter, image, intensity, crop)
 
-    def locate(self, stack: SliceStack, spacing: tuple[float, float, float], tokens: Tensor) -> tuple[list[int], Tensor]:
+    def locate(
+        self, stack: SliceStack, spacing: tuple[float, float, float], tokens: Tensor
+    ) -> tuple[list[int], Tensor]:
         """Coarse logits (K, n, h, h) of K language ``tokens`` (K, C) on the searched slices, and their z."""
         count = stack.image.shape[0]
         searched = planned_slices(0, count - 1, 0, spacing[0], self.config.locate_step_mm)
@@ -76,9 +78,7 @@ class NamedEngine:
             part = rows[start : start + self.config.rows]
             features = stack.features([z for _, z in part])
             heights = torch.tensor([z / max(1, count - 1) for _, z in part], dtype=torch.float32)
-            prompt = replace(
-                SlicePrompt.empty(len(part)), language=tokens[[k for k, _ in part]], height=heights
-            )
+            prompt = replace(SlicePrompt.empty(len(part)), language=tokens[[k for k, _ in part]], height=heights)
             parts.append(self.segmenter.decode(features, prompt).logits[:, 0])
         size = self.segmenter.mask_size
         logits = torch.cat(parts).reshape(len(tokens), len(searched), size, size)
@@ -140,7 +140,10 @@ class NamedEngine:
         cell = stack.crop.size / part.shape[-1]
         corners = np.array([[xs.min(), ys.min()], [xs.max(), ys.max()]]) * cell + np.array([[0.0], [cell - 1]])
         crop = SliceCrop.around(
-            stack.crop.inverse_points(corners), spacing[1:], self.config.window_factor, stack.crop.size,
+            stack.crop.inverse_points(corners),
+            spacing[1:],
+            self.config.window_factor,
+            stack.crop.size,
             self.config.min_window_mm,
         )
         start = searched[int(shown[np.argmax(part[shown].sum(axis=(1, 2)))])]
@@ -152,7 +155,7 @@ class NamedEngine:
         evidence = torch.where(own, coarse, coarse.clamp(max=-2.0))
         rough = interpolate_logits(dict(zip(searched, evidence, strict=True)), 0, shape[0] - 1)[plan]
         small = replace(crop, size=self.segmenter.mask_size)
-        pasted = stack.crop.paste(rough, shape[1:], -6.0)
+        pasted = stack.crop.paste(rough, stack.plane, -6.0)
         prompts = small.sample(pasted, pad=-6.0).clamp(-8, 8)
         heights = torch.tensor(plan, dtype=torch.float32) / max(1, shape[0] - 1)
         prompt = replace(
@@ -165,7 +168,7 @@ class NamedEngine:
         output = self.segmenter.decode(window.features(plan), prompt)
         logits = output.logits[:, 0]
         full = interpolate_logits(dict(zip(plan, logits, strict=True)), low, high)
-        values, (y0, y1, x0, x1) = crop.paste_region(full, shape[1:])
+        values, (y0, y1, x0, x1) = crop.paste_region(full, stack.plane)
         inside = values.numpy() > 0
         result[low : high + 1, y0:y1, x0:x1] |= inside
         used = (logits > 0).any(dim=-1).any(dim=-1)
@@ -174,7 +177,7 @@ class NamedEngine:
 
 
 def _boundary_entropy(logits: Tensor) -> float:
-    """Mean binary entropy (bits) over the mask and a rim of about its own thickness: free of organ size and field of view."""
+    """Mean binary entropy (bits) over the mask and a rim of two cells: organ size and field of view cancel out."""
     mask = (logits > 0).float()
     if not bool(mask.any()):
         return 1.0

@@ -26,12 +26,12 @@ class CanonicalClick:
     @property
     def z(self) -> int:
         """Nearest slice."""
-        return int(round(self.position[0]))
+        return round(self.position[0])
 
 
 @dataclass
 class ObjectState:
-    """``logits`` (h, h) by canonical z inside ``stack.crop``; ``low``..``high`` is the range that may hold the object."""
+    """``logits`` (h, h) by canonical z inside ``stack.crop``; the object lies within ``low``..``high``."""
 
     stack: SliceStack
     low: int
@@ -54,12 +54,12 @@ class ObjectState:
         return self.logits[z] if z in self.logits else interpolate_logits(self.logits, z, z)[0]
 
     def mask(self) -> np.ndarray:
-        """Canonical mask (Z, Y, X) bool; every foreground click's voxel is in it and every background click's is not."""
+        """Canonical mask (Z, Y, X) bool; it holds every foreground click's voxel and no background click's."""
         shape = self.stack.image.shape
         result = np.zeros(shape, dtype=bool)
         if self.logits:
             stacked = interpolate_logits(self.logits, self.low, self.high)
-            values, (y0, y1, x0, x1) = self.stack.crop.paste_region(stacked, shape[1:])
+            values, (y0, y1, x0, x1) = self.stack.crop.paste_region(stacked, self.stack.plane)
             result[self.low : self.high + 1, y0:y1, x0:x1] = values.numpy() > 0
         for click in self.clicks:
             z, y, x = (int(np.clip(round(c), 0, n - 1)) for c, n in zip(click.position, shape, strict=True))
@@ -68,12 +68,12 @@ class ObjectState:
 
     def moved(self, crop: SliceCrop) -> ObjectState:
         """The same object seen through another window: logits resampled, memories dropped (they are window-bound)."""
-        old, shape = self.stack, self.stack.image.shape
+        old = self.stack
         stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
         logits: dict[int, Tensor] = {}
         if self.logits:
             order = sorted(self.logits)
-            pasted = old.crop.paste(torch.stack([self.logits[z] for z in order]), shape[1:], OUTSIDE)
+            pasted = old.crop.paste(torch.stack([self.logits[z] for z in order]), old.plane, OUTSIDE)
             size = old.segmenter.mask_size
             seen = replace(crop, size=size).sample(pasted, pad=OUTSIDE)[:, 0]
             logits = dict(zip(order, seen, strict=True))
@@ -83,9 +83,8 @@ class ObjectState:
         """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""
         if not self.logits:
             return None
-        shape = self.stack.image.shape
         top = torch.stack(list(self.logits.values())).amax(dim=0)
-        values, (y0, _, x0, _) = self.stack.crop.paste_region(top[None], shape[1:])
+        values, (y0, _, x0, _) = self.stack.crop.paste_region(top[None], self.stack.plane)
         ys, xs = np.nonzero(values[0].numpy() > 0)
         if len(ys) == 0:
             return None

@@ -16,7 +16,8 @@ MAX_CHARACTERS = 2_000
 
 _REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
 _FILLER = re.compile(
-    r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?((the|a|an|all)\s+)?",
+    r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?"
+    r"((the|a|an|all)\s+)?",
     re.IGNORECASE,
 )
 

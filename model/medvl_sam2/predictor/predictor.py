@@ -19,12 +19,12 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import PromptError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import global_channel
+from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
 from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
-from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.predictor.phrases import REPORT_REQUEST, checked, short_name, spoken_request, vocabulary_match
 from medvl_sam2.predictor.session import Session
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
@@ -207,9 +207,7 @@ class Predictor:
 
     def _image_tokens(self, session: Session) -> Tensor:
         if session.image_tokens is None:
-            view = global_view(
-                global_channel(session.image, session.volume.modality), self.config.vision.input_size
-            )
+            view = global_view(global_channel(session.image, session.volume.modality), self.config.vision.input_size)
             extent = torch.tensor([[n * s for n, s in zip(session.image.shape, session.spacing, strict=True)]])
             session.image_tokens = self.model.language.encode_image(view[None], extent.float())
         return session.image_tokens
@@ -263,6 +261,9 @@ def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
 
 def _continues(state: ObjectState, clicks: list[CanonicalClick], box: np.ndarray | None) -> bool:
     """True when everything applied so far is still asked for, so that only additions are left."""
-    same_box = (box is None) == (state.box is None) and (box is None or np.array_equal(box, state.box))
+    if box is None or state.box is None:
+        same_box = box is None and state.box is None
+    else:
+        same_box = np.array_equal(box, state.box)
     asked = {(c.position, c.label) for c in clicks}
     return same_box and all((c.position, c.label) in asked for c in state.clicks)

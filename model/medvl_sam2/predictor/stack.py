@@ -55,6 +55,11 @@ class SliceStack:
         )
 
     @property
+    def plane(self) -> tuple[int, int]:
+        """In-plane size (Y, X) of the canonical volume."""
+        return int(self.image.shape[1]), int(self.image.shape[2])
+
+    @property
     def bytes(self) -> int:
         """Memory held by the encoded slices."""
         return sum(

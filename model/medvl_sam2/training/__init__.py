@@ -1,0 +1,1 @@
+"""Pretraining phases and finetuning from corrected labels."""

@@ -243,13 +243,15 @@ class _Finetuning:
         if state.folder is not None:
             learner.load_state(run.path / state.folder)
         volumes, weights = self._training_set()
-        while state.epoch < config.epochs and not self._out_of_time(state):
+        while state.epoch < config.epochs and not self._over(state.seconds):
             begun = time.monotonic()
             learner.begin(volumes, weights, config.seed * 1000 + state.epoch)
             losses = []
             for _ in range(config.steps_per_epoch):
                 self._check()
                 losses.append(float(learner.step()))
+                if self._over(state.seconds + time.monotonic() - begun):
+                    break
             loss = float(np.mean(losses))
             if not np.isfinite(loss):
                 raise DataError(
@@ -265,8 +267,8 @@ class _Finetuning:
             self._tell("train", epoch, loss=loss)
         return learner
 
-    def _out_of_time(self, state: RunState) -> bool:
-        return self.config.minutes > 0 and state.seconds >= self.config.minutes * 60
+    def _over(self, seconds: float) -> bool:
+        return self.config.minutes > 0 and seconds >= self.config.minutes * 60
 
     def _training_set(self) -> tuple[list[LabelledVolume], list[float]]:
         """Corrected volumes and replayed generated ones, with sampling weights that keep the replay share."""

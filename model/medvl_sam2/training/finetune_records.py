@@ -16,7 +16,7 @@ class FinetuneConfig:
     epochs: int = 8
     steps_per_epoch: int = 30
     minutes: float = 10.0
-    """Wall minutes of training (measuring not counted); the epoch that passes it is the last. 0: no limit."""
+    """Wall minutes of training (measuring not counted); the step that passes it is the last. 0: no limit."""
     learning_rate: float = 1e-4
     replay_share: float = 0.5
     """Share of training rows drawn from generated cases against forgetting; at least 0.5."""

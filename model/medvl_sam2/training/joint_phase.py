@@ -93,7 +93,11 @@ class JointPhase:
     """Trains the ``[SEG]`` projector, the height token and the mask decoder."""
 
     def __init__(
-        self, config: JointConfig, model: UnifiedModel, stand_ins: Tensor, volumes: Sequence[SpokenVolume],
+        self,
+        config: JointConfig,
+        model: UnifiedModel,
+        stand_ins: Tensor,
+        volumes: Sequence[SpokenVolume],
         weights: Sequence[float],
     ) -> None:
         torch.manual_seed(config.seed)
@@ -129,9 +133,10 @@ class JointPhase:
         smooth: dict[str, float] = {}
         spent, step, budget = 0.0, 0, config.minutes * 60
         out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=round(budget), desc="joint phase", unit="s", mininterval=10) as bar, (
-            out / "joint.jsonl"
-        ).open("a") as log:
+        with (
+            tqdm(total=round(budget), desc="joint phase", unit="s", mininterval=10) as bar,
+            (out / "joint.jsonl").open("a") as log,
+        ):
             while spent < budget:
                 start = time.monotonic()
                 rate = min(1.0, (step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * spent / budget))))
@@ -160,7 +165,9 @@ class JointPhase:
         loss, figures = self._spoken_loss()
         if step % 2:
             windows = [self.sampler.window() for _ in range(self.config.windows)]
-            prompted, figures["window"], figures["clicked"] = self.steps.window_loss(windows, int(self.rng.integers(1, 4)))
+            prompted, figures["window"], figures["clicked"] = self.steps.window_loss(
+                windows, int(self.rng.integers(1, 4))
+            )
         else:
             clips = [self.sampler.window(self.config.clip_length) for _ in range(self.config.clips)]
             prompted, figures["tracked"] = self.steps.memory_loss(clips)
@@ -189,7 +196,7 @@ class JointPhase:
         loss = mask_loss(output, masks, self.steps.weights)
         known = [row for row, (_, request) in enumerate(flat) if request.concept is not None]
         if known and config.distil_weight:
-            wanted = self.learner.concept_tokens.weight[[flat[row][1].concept for row in known]].detach()  # type: ignore[misc]
+            wanted = self.learner.concept_tokens.weight[[flat[row][1].concept for row in known]].detach()
             loss = loss + config.distil_weight * F.mse_loss(vectors[known], wanted) / wanted.var().clamp(min=1e-3)
         present = masks.amax(dim=(1, 2)) > 0.5
         dice = dice_score(output.logits.detach(), masks)[present]
@@ -232,8 +239,10 @@ class JointPhase:
                 template = SEGMENT_PROMPTS[0] if rng.random() < 0.5 else str(rng.choice(np.array(SEGMENT_PROMPTS)))
                 requests.append(
                     Request(
-                        segment_prompt([spoken(chosen)], template), segment_reply([spoken(chosen)], [True]),
-                        volume.find(chosen), CONCEPTS.index(chosen),
+                        segment_prompt([spoken(chosen)], template),
+                        segment_reply([spoken(chosen)], [True]),
+                        volume.find(chosen),
+                        CONCEPTS.index(chosen),
                     )
                 )
         return requests

@@ -109,14 +109,24 @@ class DenseHeads(nn.Module):
                 ],
                 dim=1,
             ).flatten(2)
-            weight = torch.where(target > 0, 4.0, 1.0)
-            bce = functional.binary_cross_entropy_with_logits(logits, target, weight=weight)
-            share = torch.sigmoid(logits)
-            overlap = (share * target).sum(dim=(0, 2))
-            dice = 1 - (2 * overlap + 1) / (share.sum(dim=(0, 2)) + target.sum(dim=(0, 2)) + 1)
-            seen = target.sum(dim=(0, 2)) > 0
-            total = total + 4 * bce + (dice[seen].mean() if bool(seen.any()) else 0.0)
+            split = len(ORGANS)
+            total = total + _cell_loss(logits[:, :split], target[:, :split], weight=4.0)
+            total = total + _cell_loss(logits[:, split : split + 1], target[:, split : split + 1], weight=20.0)
+            if logits.shape[1] > split + 1:
+                total = total + _cell_loss(logits[:, split + 1 :], target[:, split + 1 :], weight=20.0)
         return total / len(_STAGES)
+
+
+def _cell_loss(logits: Tensor, target: Tensor, weight: float) -> Tensor:
+    """BCE with weighted positives plus soft Dice of the channels that occur; both (B, C, cells)."""
+    weights = 1.0 + (weight - 1.0) * target
+    bce = (functional.binary_cross_entropy_with_logits(logits, target, reduction="none") * weights).sum()
+    bce = bce / weights.sum()
+    share = torch.sigmoid(logits)
+    sums = share.sum(dim=(0, 2)) + target.sum(dim=(0, 2))
+    dice = 1 - (2 * (share * target).sum(dim=(0, 2)) + 1) / (sums + 1)
+    seen = target.sum(dim=(0, 2)) > 0
+    return bce + dice[seen].mean() if bool(seen.any()) else bce
 
 
 class FactHead(nn.Module):

@@ -91,15 +91,15 @@ def from_masks(
     for name, mask in masks.items():
         if not mask.any():
             continue
-        for number, labels in enumerate(maps):
-            if not labels[mask].any():
-                break
-        else:
-            number = len(maps)
+        free = [n for n, labels in enumerate(maps) if not labels[mask].any()]
+        number = free[0] if free else len(maps)
+        if not free:
             maps.append(np.zeros(image.shape, dtype=np.uint8))
         value = int(maps[number].max()) + 1
         maps[number][mask] = value
         targets.append(Target(name, number, (value,)))
     if not targets:
         raise DataError(f"{patient} has no labelled voxel; nothing can be trained on it")
-    return LabelledVolume(image, spacing, modality, tuple(maps), tuple(targets), known | {t.name for t in targets}, patient)
+    return LabelledVolume(
+        image, spacing, modality, tuple(maps), tuple(targets), known | {t.name for t in targets}, patient
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from medvl_sam2.training.segmentation_steps import SegmentationLearner, Segmenta
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
+StepFunction = Callable[[], tuple[torch.Tensor, dict[str, float]]]
+"""Computes the loss of one step and figures to watch."""
+
 
 @dataclass(frozen=True)
 class SegmentationPhaseConfig:
@@ -33,28 +36,40 @@ class SegmentationPhaseConfig:
 
     image_minutes: float = 40.0
     memory_minutes: float = 20.0
-    whole_slices: int = 8
+    whole_slices: int = 14
     concepts_per_slice: int = 6
-    windows: int = 14
+    windows: int = 10
     clips: int = 6
     clip_length: int = 6
     learning_rate: float = 6e-4
     memory_learning_rate: float = 5e-4
     warmup_steps: int = 80
+    bfloat16: bool = True
     seed: int = 0
 
 
 class SegmentationPhase:
     """Runs both phases; one optimiser each."""
 
-    def __init__(self, config: SegmentationPhaseConfig, volumes: Sequence[LabelledVolume], weights: Sequence[float],
-                 model: ModelConfig, out: Path) -> None:
+    def __init__(
+        self,
+        config: SegmentationPhaseConfig,
+        volumes: Sequence[LabelledVolume],
+        weights: Sequence[float],
+        model: ModelConfig,
+        out: Path,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.out = config, out
         self.learner = SegmentationLearner(SliceSegmenter(model.slices))
-        self.steps = SegmentationSteps(self.learner, config.seed + 1)
+        self.steps = SegmentationSteps(self.learner, config.seed + 1, bfloat16=config.bfloat16)
         self.sampler = SliceSampler(volumes, weights, config.seed + 2, model.slices.image_size)
-        self.progress: dict[str, float] = {"image_steps": 0, "image_seconds": 0.0, "memory_steps": 0, "memory_seconds": 0.0}
+        self.progress: dict[str, float] = {
+            "image_steps": 0,
+            "image_seconds": 0.0,
+            "memory_steps": 0,
+            "memory_seconds": 0.0,
+        }
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -63,7 +78,10 @@ class SegmentationPhase:
         self._phase("image", self.config.image_minutes * 60, self._image_step, self.config.learning_rate)
         for parameter in self.learner.segmenter.sam2.image_encoder.parameters():
             parameter.requires_grad_(False)
-        for head in (self.learner.segmenter.sam2.sam_mask_decoder.conv_s0, self.learner.segmenter.sam2.sam_mask_decoder.conv_s1):
+        for head in (
+            self.learner.segmenter.sam2.sam_mask_decoder.conv_s0,
+            self.learner.segmenter.sam2.sam_mask_decoder.conv_s1,
+        ):
             head.requires_grad_(False)
         self._phase("memory", self.config.memory_minutes * 60, self._memory_step, self.config.memory_learning_rate)
         self._save(None)
@@ -95,7 +113,7 @@ class SegmentationPhase:
             loss = loss + named + prompted
         return loss, figures
 
-    def _phase(self, name: str, budget: float, step_function, peak: float) -> None:  # type: ignore[no-untyped-def]
+    def _phase(self, name: str, budget: float, step_function: StepFunction, peak: float) -> None:
         config, progress = self.config, self.progress
         if progress[f"{name}_seconds"] >= budget:
             return

@@ -80,23 +80,32 @@ class _Rows:
 class SegmentationSteps:
     """Computes losses; owns no optimiser, so that pretraining and finetuning share it."""
 
-    def __init__(self, learner: SegmentationLearner, seed: int, weights: LossWeights | None = None) -> None:
+    def __init__(
+        self, learner: SegmentationLearner, seed: int, weights: LossWeights | None = None, bfloat16: bool = False
+    ) -> None:
         self.learner = learner
+        self.bfloat16 = bfloat16
         self.rng = np.random.default_rng(seed)
         self.weights = weights or LossWeights()
         self.scale = learner.segmenter.config.image_size / TRUTH_SIZE
 
+    def _encode(self, images: Tensor) -> SliceFeatures:
+        """Features in fp32; with ``bfloat16`` the encoder runs in bf16 (a quarter faster on CPUs that have it)."""
+        if not self.bfloat16:
+            return self.learner.segmenter.encode(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            features = self.learner.segmenter.encode(images.to(memory_format=torch.channels_last))
+        return SliceFeatures(*(t.float() for t in (features.fine, features.middle, features.coarse, features.position)))
+
     def named_loss(self, slices: Sequence[WholeSlice], dense_weight: float) -> tuple[Tensor, float]:
         """Whole slices with stand-in language tokens, plus the dense head -> (loss, mean Dice of present rows)."""
         segmenter = self.learner.segmenter
-        features = segmenter.encode(torch.stack([s.image for s in slices]))
+        features = self._encode(torch.stack([s.image for s in slices]))
         index = [n for n, s in enumerate(slices) for _ in s.concepts]
         concepts = torch.tensor([c for s in slices for c in s.concepts])
         truth = torch.cat([s.truth for s in slices])
         height = torch.tensor([slices[n].height for n in index], dtype=torch.float32)
-        prompt = replace(
-            SlicePrompt.empty(len(index)), language=self.learner.concept_tokens(concepts), height=height
-        )
+        prompt = replace(SlicePrompt.empty(len(index)), language=self.learner.concept_tokens(concepts), height=height)
         output = segmenter.decode(features.rows(index), prompt)
         loss = mask_loss(output, truth, self.weights)
         if dense_weight:
@@ -114,7 +123,7 @@ class SegmentationSteps:
     def window_loss(self, windows: Sequence[Window], rounds: int) -> tuple[Tensor, float, float]:
         """Prompted windows with ``rounds`` corrective clicks -> (loss, Dice before, Dice after the clicks)."""
         segmenter = self.learner.segmenter
-        features = segmenter.encode(torch.stack([w.images[0] for w in windows]))
+        features = self._encode(torch.stack([w.images[0] for w in windows]))
         truth = torch.stack([w.truth[0] for w in windows])
         rows = self._first_prompts(windows)
         output = segmenter.decode(features, rows.prompt())
@@ -133,7 +142,7 @@ class SegmentationSteps:
         segmenter = self.learner.segmenter
         count, length = len(windows), len(windows[0].images)
         with torch.set_grad_enabled(encoder_grad):
-            features = segmenter.encode(torch.cat([w.images for w in windows]))
+            features = self._encode(torch.cat([w.images for w in windows]))
         truth = torch.stack([w.truth for w in windows])
         rows = self._first_prompts(windows)
         conditioning: dict[int, SliceMemory] = {}
@@ -158,8 +167,13 @@ class SegmentationSteps:
                 if t == corrected:
                     losses.append(mask_loss(output, truth[:, t], self.weights))
                     fix = _Rows(
-                        [[] for _ in windows], [[] for _ in windows], output.logits.detach(),
-                        torch.ones(count, dtype=torch.bool), None, None, None,
+                        [[] for _ in windows],
+                        [[] for _ in windows],
+                        output.logits.detach(),
+                        torch.ones(count, dtype=torch.bool),
+                        None,
+                        None,
+                        None,
                     )
                     self._click(fix, output, truth[:, t])
                     output = segmenter.decode(here, fix.prompt(), fused)
@@ -187,7 +201,7 @@ class SegmentationSteps:
         masks = torch.zeros(len(windows), 1, size, size)
         mask_present = torch.zeros(len(windows), dtype=torch.bool)
         for row, window in enumerate(windows):
-            kind = rng.choice(["box", "points", "mask", "both"], p=[0.4, 0.25, 0.15, 0.2])
+            kind = rng.choice(["box", "points", "mask", "both"], p=[0.33, 0.25, 0.22, 0.2])
             xy: list[tuple[float, float]] = []
             label: list[int] = []
             if kind in ("box", "both"):
@@ -209,7 +223,7 @@ class SegmentationSteps:
         language, present = None, None
         if rng.random() < 0.5:
             concepts = torch.tensor([-1 if w.concept is None else w.concept for w in windows])
-            present = (concepts >= 0) & torch.from_numpy(rng.random(len(windows)) < 0.7)
+            present = (concepts >= 0) & torch.from_numpy(rng.random(len(windows)) < 0.85)
             language = self.learner.concept_tokens(concepts.clamp(min=0))
         height = torch.stack([w.height[0] for w in windows])
         return _Rows(points, labels, masks, mask_present, language, present, height)

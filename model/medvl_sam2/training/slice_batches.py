@@ -85,8 +85,8 @@ class SliceSampler:
         coarse = replace(crop, size=self.size // 4)
         if present:
             stack = torch.from_numpy(np.stack([volume.mask(t, z) for t in present]).astype(np.float32))
-            dense[[t.concept for t in present]] = coarse.sample(stack)[:, 0]  # type: ignore[index]
-        chosen: list[int] = [t.concept for t in rng.permutation(np.array(present, dtype=object))][: targets - 1]  # type: ignore[misc]
+            dense[[t.concept for t in present]] = coarse.sample(stack)[:, 0]
+        chosen: list[int] = [t.concept for t in rng.permutation(np.array(present, dtype=object))][: targets - 1]
         others = [CONCEPTS.index(n) for n in sorted(volume.known) if n in CONCEPTS]
         others = [c for c in others if c not in {t.concept for t in present}]
         rng.shuffle(others)
@@ -122,7 +122,7 @@ class SliceSampler:
 
     def _whole_crop(self, volume: LabelledVolume) -> SliceCrop:
         """The whole slice, a little shifted and scaled."""
-        crop = SliceCrop.whole(volume.image.shape[1:], volume.spacing[1:], self.size, MIN_MM_PER_PX)
+        crop = SliceCrop.whole((volume.image.shape[1], volume.image.shape[2]), volume.spacing[1:], self.size, MIN_MM_PER_PX)
         shift = self.rng.normal(0, 0.04, 2) * crop.extent_mm
         return replace(
             crop,
@@ -152,7 +152,8 @@ class SliceSampler:
                 corners = crop.forward_points(box_prompt_2d(mask, rng, 0.08) + np.array([[-0.5], [0.5]]))
                 boxes[row] = corners.reshape(-1)
         height = torch.as_tensor(z / max(1, volume.image.shape[0] - 1), dtype=torch.float32)
-        window = Window(images, truth, boxes, self._corrupt(truth), target.concept, height)
+        guess = self._blurred(truth, crop) if rng.random() < 0.5 else self._corrupt(truth)
+        window = Window(images, truth, boxes, guess, target.concept, height)
         return _turned(window, int(rng.integers(8)), self.size) if rng.random() < 0.5 else window
 
     def _target(self, volume: LabelledVolume) -> Target:
@@ -166,7 +167,7 @@ class SliceSampler:
     def _walk(self, z0: int, length: int, count: int, spacing: float) -> np.ndarray:
         """Slice indices from ``z0`` in a random direction, ``stride`` apart, clamped to the stack."""
         step = int(self.rng.choice([-1, 1]))
-        most = max(1, int(round(6.0 / spacing)))
+        most = max(1, round(6.0 / spacing))
         stride = int(self.rng.integers(1, most + 1)) * step
         return np.clip(z0 + stride * np.arange(length), 0, count - 1)
 
@@ -194,6 +195,18 @@ class SliceSampler:
             gamma = float(np.exp(rng.normal(0, 0.25)))
             channels = ((channels + 1) / 2).clamp(0, 1) ** gamma * 2 - 1
         return channels
+
+    def _blurred(self, truth: Tensor, crop: SliceCrop) -> Tensor:
+        """The truth as whole-slice decoding leaves it: blurred to its coarse cells and off by up to half of one."""
+        cell = 4 * MIN_MM_PER_PX / (crop.extent_mm / TRUTH_SIZE)
+        sigma = float(self.rng.uniform(0.3, 0.8)) * cell
+        shift = self.rng.uniform(-0.4, 0.4, 2) * cell
+        out = []
+        for plane in truth.numpy():
+            moved = ndimage.shift(plane, shift, order=1)
+            soft = ndimage.gaussian_filter(moved, sigma)
+            out.append(np.clip(soft / max(float(soft.max()), 1e-3), 0, 1) if plane.any() else soft)
+        return torch.from_numpy(np.stack(out).astype(np.float32))
 
     def _corrupt(self, truth: Tensor) -> Tensor:
         """A plausible wrong mask: shifted, grown or shrunk, with a bite taken out or a blob added."""

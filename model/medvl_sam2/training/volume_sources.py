@@ -64,7 +64,12 @@ def from_case(case: Case) -> LabelledVolume:
         if values:
             targets.append(Target(f"lesion_in_{organ}", 1, values))
     return LabelledVolume(
-        case.image, case.spacing, case.modality, (case.organs, case.lesions), tuple(targets), frozenset(CONCEPTS),
+        case.image,
+        case.spacing,
+        case.modality,
+        (case.organs, case.lesions),
+        tuple(targets),
+        frozenset(CONCEPTS),
         f"generated-{case.seed}",
     )
 
@@ -93,13 +98,17 @@ def _generated(seed: int, cache: Path | None) -> LabelledVolume:
         with np.load(path) as stored:
             values = [tuple(int(v) for v in row if v) for row in stored["values"]]
             names = [str(n) for n in stored["names"]]
-            targets = tuple(
-                Target(n, int(m), v) for n, m, v in zip(names, stored["maps"], values, strict=True)
-            )
-            spacing = tuple(float(s) for s in stored["spacing"])
+            targets = tuple(Target(n, int(m), v) for n, m, v in zip(names, stored["maps"], values, strict=True))
+            sz, sy, sx = (float(s) for s in stored["spacing"])
             maps = (stored["organs"], stored["lesions"])
             return LabelledVolume(
-                stored["image"], spacing, Modality.CT, maps, targets, frozenset(CONCEPTS), f"generated-{seed}"  # type: ignore[arg-type]
+                stored["image"],
+                (sz, sy, sx),
+                Modality.CT,
+                maps,
+                targets,
+                frozenset(CONCEPTS),
+                f"generated-{seed}",
             )
     volume = from_case(generate_case(seed))
     if path is not None:
