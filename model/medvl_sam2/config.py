@@ -61,6 +61,20 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class SceneConfig:
+    """Scene stream: tokens measured from a dense map of organs and lesions (this project's addition)."""
+
+    lesions: int = 4
+    """Lesion tokens, largest lesion first; 0 leaves the whole stream out, as published."""
+    kinds: tuple[str, ...] = ("cyst", "hypodense lesion", "hyperdense lesion", "nodule")
+    """Kinds of lesion the dense map tells apart."""
+    width: int = 48
+    """Channels of the top-down path."""
+    threshold: float = 0.5
+    """Probability above which a cell belongs to a lesion."""
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """Causal language model through transformers' ``Qwen2Config``."""
 
@@ -105,10 +119,22 @@ class ModelConfig:
     name: str = "tiny"
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    scene: SceneConfig = field(default_factory=SceneConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     slices: SliceConfig = field(default_factory=SliceConfig)
     classes: tuple[str, ...] = ()
     """Vocabulary in label order: ``classes[n - 1]`` is mask value ``n``."""
+
+    @property
+    def scene_organs(self) -> tuple[str, ...]:
+        """Classes that get a token of the scene stream: all but ``lesion``."""
+        return tuple(name for name in self.classes if name != "lesion")
+
+    @property
+    def image_tokens(self) -> int:
+        """Image slots of every language sequence: projector streams, then organs and lesions of the scene stream."""
+        scene = len(self.scene_organs) + self.scene.lesions if self.scene.lesions else 0
+        return self.projector.image_tokens + scene
 
     @classmethod
     def tiny(cls) -> ModelConfig:

@@ -132,7 +132,12 @@ def grow(
 
 
 def _reach_edge(
-    found: np.ndarray, smooth: np.ndarray, allowed: np.ndarray, median: float, spacing: tuple[float, ...], edge_mm: float
+    found: np.ndarray,
+    smooth: np.ndarray,
+    allowed: np.ndarray,
+    median: float,
+    spacing: tuple[float, ...],
+    edge_mm: float,
 ) -> np.ndarray:
     """Widen a region by up to ``edge_mm`` to where intensities are half way to its surroundings.
 

@@ -19,6 +19,7 @@ from medvl_sam2.errors import ConfigError, PromptError
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import additive_mask, build_language_model
 from medvl_sam2.modeling.projector import MixerProjector
+from medvl_sam2.modeling.scene import SceneFacts, SceneReader
 from medvl_sam2.modeling.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -50,6 +51,7 @@ class VisionLanguage(nn.Module):
         self.tokenizer = tokenizer
         self.vision = DCFormer(config.vision)
         self.projector = MixerProjector(config.vision, config.projector, hidden)
+        self.scene = SceneReader(config) if config.scene.lesions else None
         self.extent = nn.Sequential(nn.Linear(3, hidden // 4), nn.GELU(), nn.Linear(hidden // 4, hidden))
         self.lm = build_language_model(config.language, tokenizer.pad_id, tokenizer.eos_id)
         self.seg_projector = nn.Sequential(
@@ -59,7 +61,7 @@ class VisionLanguage(nn.Module):
     @property
     def image_slots(self) -> int:
         """Number of ``<im_patch>`` slots of every sequence."""
-        return self.config.projector.image_tokens
+        return self.config.image_tokens
 
     def encode_image(self, images: Tensor, extent_mm: Tensor | None = None) -> Tensor:
         """Global views (B, 1, D, H, W) in [0, 1] to image tokens (B, n, hidden).
@@ -67,15 +69,19 @@ class VisionLanguage(nn.Module):
         ``extent_mm`` (B, 3): edge lengths (z, y, x) of the view in mm. The view has a fixed voxel count, so without
         this the model cannot know sizes; None means unknown.
         """
-        return self.project(self.vision(images), extent_mm)
+        maps = self.vision(images)
+        facts = None if self.scene is None else self.scene.measure(images, self.scene(images, maps), extent_mm)
+        return self.project(maps, extent_mm, facts)
 
-    def project(self, maps: list[Tensor], extent_mm: Tensor | None = None) -> Tensor:
-        """Token maps of :class:`DCFormer` to image tokens (B, n, hidden)."""
+    def project(self, maps: list[Tensor], extent_mm: Tensor | None, facts: SceneFacts | None) -> Tensor:
+        """Token maps of :class:`DCFormer` and the measured scene to image tokens (B, n, hidden)."""
         tokens = cast(Tensor, self.projector(maps))
         if extent_mm is not None:
             scale = torch.log(extent_mm.to(tokens.dtype).clamp_min(1.0) / _REFERENCE_MM)
             tokens = tokens + self.extent(scale)[:, None]
-        return tokens
+        if self.scene is None or facts is None:
+            return tokens
+        return torch.cat([tokens, self.scene.embed(facts).to(tokens.dtype)], dim=1)
 
     def prompt_ids(self, question: str) -> list[int]:
         """Image slots, question and newline as ids; raises :class:`PromptError` when empty or too long."""

@@ -25,7 +25,7 @@ from medvl_sam2.vocabulary import CLASSES
 ORGANS: tuple[str, ...] = tuple(name for name in CLASSES if name != "lesion")
 """Classes of the organ cells, in channel order."""
 
-_VERSION = 2
+_VERSION = 3
 """Part of the cache file name; raise it when the generator or the record changes."""
 
 

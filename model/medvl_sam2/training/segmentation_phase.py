@@ -91,7 +91,7 @@ class SegmentationPhase:
         done = self.progress["image_seconds"] / max(1.0, config.image_minutes * 60)
         named, dice = self.steps.named_loss(
             [sampler.whole_slice(config.concepts_per_slice) for _ in range(config.whole_slices)],
-            dense_weight=1.0 if done < 0.6 else 0.3,
+            dense_weight=1.0 if done < 0.9 else 0.3,
         )
         rounds = 0 if done < 0.15 else int(self.steps.rng.integers(0, 4))
         prompted, before, after = self.steps.window_loss([sampler.window() for _ in range(config.windows)], rounds)
@@ -133,7 +133,7 @@ class SegmentationPhase:
                 share = progress[f"{name}_seconds"] / budget
                 warm = min(1.0, (progress[f"{name}_steps"] + 1) / config.warmup_steps)
                 for group in optimiser.param_groups:
-                    group["lr"] = peak * warm * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, share)))))
+                    group["lr"] = peak * warm * _decay(share)
                 loss, figures = step_function()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -177,6 +177,12 @@ class SegmentationPhase:
             skip = int(self.progress["image_steps"] + self.progress["memory_steps"])
             self.sampler.rng = np.random.default_rng([self.config.seed + 2, skip])  # do not replay the same rows
             self.steps.rng = np.random.default_rng([self.config.seed + 1, skip])
+
+
+def _decay(share: float) -> float:
+    """Full rate for the first 60 % of the budget, then a cosine down to 2 %."""
+    late = min(1.0, max(0.0, share - 0.6) / 0.4)
+    return 0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * late)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,9 @@ _CACHE_VERSION = 2
 _BODY_HU = -300
 """Above this a voxel belongs to the patient or the table; lungs are filled slice by slice."""
 
+LEFT_FOR_THE_LOOP = frozenset(f"hippocampus-{number}" for number in ("001", "003", "004", "006"))
+"""Trainable patients that pretraining leaves out, so that the demo loop has a structure the weights do not know."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -132,7 +135,8 @@ def _generated(seed: int, cache: Path | None) -> LabelledVolume:
 
 def _real_groups(config: SourceConfig) -> list[tuple[float, list[LabelledVolume]]]:
     assert config.real is not None
-    originals = [from_real(case) for case in load_cases(config.real, TRAINABLE_REAL)]
+    sources = [source for source in TRAINABLE_REAL if source.patient not in LEFT_FOR_THE_LOOP]
+    originals = [from_real(case) for case in load_cases(config.real, sources)]
     organs = [v for v in originals if sum(t.concept is not None for t in v.targets) >= 5]
     deformed, dressed = [], []
     for number, volume in enumerate(tqdm(organs, desc="real variants")):
