@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, SceneConfig, VisionConfig
 from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -20,9 +20,12 @@ from medvl_sam2.training.language_data import CaseStore, LanguageCase
 from medvl_sam2.training.language_heads import FactVocabulary, case_facts
 from medvl_sam2.training.language_metrics import closed_correct, language_scores
 from medvl_sam2.training.language_phase import LanguagePhaseConfig, load_model_state, model_state, train_language
+from medvl_sam2.vocabulary import CLASSES
 
 SMALL = ModelConfig(
     name="small",
+    classes=CLASSES,
+    scene=SceneConfig(lesions=2, width=8),
     vision=VisionConfig(input_size=(32, 32, 32), channels=(4, 6, 8, 10, 12), kernels=(5, 5, 3, 3), taps=(1, 2)),
     projector=ProjectorConfig(low_tokens=(6, 5), high_tokens=(4, 3)),
     language=LanguageConfig(
@@ -156,6 +159,6 @@ def test_empty_data_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_rare_facts_are_left_out(cases: list[LanguageCase]) -> None:
-    assert FactVocabulary.collect(cases, minimum=3).facts == ()
+    assert FactVocabulary.collect(cases, (), minimum=3).facts == ()
     common = case_facts(cases[0]) & case_facts(cases[1])
-    assert set(FactVocabulary.collect(cases, minimum=2).facts) == common
+    assert set(FactVocabulary.collect(cases, (), minimum=2).facts) == common

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, SceneConfig, VisionConfig
 from medvl_sam2.errors import CheckpointError, ConfigError, PromptError
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import additive_mask, build_language_model
 from medvl_sam2.modeling.lora import LoRALinear, add_lora, load_lora_state, lora_state, merge_lora, remove_lora
 from medvl_sam2.modeling.prompts import format_choice, format_choices, segment_prompt, segment_reply
+from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import IGNORE, VisionLanguage
+from medvl_sam2.vocabulary import CLASSES
 
 SMALL = ModelConfig(
     name="small",
+    classes=CLASSES,
+    scene=SceneConfig(lesions=2, width=8),
     vision=VisionConfig(input_size=(16, 24, 32), channels=(4, 6, 8, 10, 12), kernels=(5, 5, 3, 3), taps=(1, 2)),
     projector=ProjectorConfig(low_tokens=(6, 5), high_tokens=(4, 3)),
     language=LanguageConfig(
@@ -46,7 +52,7 @@ def test_token_maps_have_the_configured_grids() -> None:
 
 def test_tokens_are_depth_major() -> None:
     """A change at the last slices of the view moves the last tokens of the stem, not the first."""
-    encoder = DCFormer(SMALL.vision).eval()
+    encoder = DCFormer(replace(SMALL.vision, smoothing=1)).eval()
     view = torch.zeros(1, 1, 16, 24, 32)
     other = view.clone()
     other[:, :, -1:] = 1.0
@@ -84,7 +90,7 @@ def test_exactly_the_slots_are_replaced(model: VisionLanguage, image_tokens: tor
     ids = torch.tensor([model.prompt_ids(PROMPTS[0])] * 2)
     embedded = model.embed(image_tokens, ids)
     slots = model.image_slots
-    assert slots == 8
+    assert slots == 8 + 16 + 2
     assert (ids[:, :slots] == model.tokenizer.image_id).all()
     assert torch.equal(embedded[:, :slots], image_tokens)
     assert torch.equal(embedded[:, slots:], model.lm.get_input_embeddings()(ids[:, slots:]))
@@ -219,3 +225,69 @@ def test_adapter_mistakes_are_named() -> None:
         load_lora_state(plain, dict(list(state.items())[1:]))
     with pytest.raises(CheckpointError, match="shape"):
         load_lora_state(plain, {name: torch.zeros(3, 3) for name in state})
+
+
+def scene_logits(reader: SceneReader, organ: slice, lesion: tuple[slice, slice, slice] | None) -> torch.Tensor:
+    """A dense map (1, C, 16, 24, 32): the first organ fills ``organ`` slices, a cyst fills ``lesion``."""
+    logits = torch.full((1, reader.organs + 5, *reader.grids[0]), -9.0)
+    logits[0, 0, organ] = 9.0
+    if lesion is not None:
+        logits[0, reader.organs][lesion] = 9.0
+        logits[0, reader.organs + 1][lesion] = 9.0
+    return logits
+
+
+@pytest.fixture(scope="module")
+def reader() -> SceneReader:
+    config = replace(SMALL, vision=replace(SMALL.vision, input_size=(64, 96, 128)))
+    return SceneReader(config).eval()
+
+
+def test_scene_measures_what_the_map_says(reader: SceneReader) -> None:
+    images = torch.full((1, 1, 64, 96, 128), 0.5)
+    images[:, :, 16:32, 32:48, 40:80] = 0.25
+    lesion = (slice(4, 8), slice(8, 12), slice(10, 20))
+    extent = torch.tensor([[160.0, 240.0, 320.0]])  # cells of 10 mm
+    facts = reader.measure(images, scene_logits(reader, slice(0, 8), lesion), extent)
+    volume = 4 * 4 * 10 * 1000.0
+    first = facts.lesions[0, 0]
+    assert facts.organs.shape == (1, 16, 14)
+    assert facts.organs[0, 0, 5:8].tolist() == pytest.approx([0.25, 0.5, 0.5], abs=1e-3)
+    assert facts.organs[0, 1, 1:].abs().sum() == 0
+    assert first[0] == 1
+    assert float(first[4]) * 30 == pytest.approx((6 * volume / torch.pi) ** (1 / 3), rel=0.01)
+    assert first[8:11].tolist() == pytest.approx([6 / 16, 10 / 24, 15 / 32], abs=1e-3)
+    assert first[14:18].argmax() == 0  # a cyst
+    assert float(first[18]) == pytest.approx(0.25, abs=1e-3)
+    assert first[20:].argmax() == 0  # in the first organ
+    assert facts.lesions[0, 1].abs().sum() == 0
+
+
+def test_scene_sizes_follow_the_extent(reader: SceneReader) -> None:
+    images, logits = torch.rand(1, 1, 64, 96, 128), scene_logits(reader, slice(0, 8), (slice(4, 8),) * 3)
+    near = reader.measure(images, logits, torch.full((1, 3), 100.0)).lesions[0, 0]
+    far = reader.measure(images, logits, torch.full((1, 3), 200.0)).lesions[0, 0]
+    assert float(far[4] / near[4]) == pytest.approx(2.0, rel=1e-3)
+    assert torch.allclose(near[8:11], far[8:11])
+
+
+def test_scene_lists_the_largest_lesion_first(reader: SceneReader) -> None:
+    logits = scene_logits(reader, slice(0, 16), (slice(1, 2), slice(1, 3), slice(1, 3)))
+    logits[0, reader.organs, 8:12, 10:16, 20:28] = 9.0
+    lesions = reader.measure(torch.rand(1, 1, 64, 96, 128), logits, None).lesions[0]
+    assert lesions[:, 0].tolist() == [1, 1]
+    assert lesions[0, 4] > lesions[1, 4]
+
+
+def test_scene_map_is_trained_by_labels_and_left_out_on_demand() -> None:
+    config = replace(SMALL, scene=SceneConfig(lesions=0))
+    plain = VisionLanguage(config, Tokenizer.train(PROMPTS, 300))
+    assert plain.scene is None
+    assert plain.image_slots == 8
+    assert plain.encode_image(torch.rand(1, 1, 16, 24, 32)).shape == (1, 8, 32)
+    full = VisionLanguage(SMALL, Tokenizer.train(PROMPTS, 300))
+    assert full.scene is not None
+    images = torch.rand(2, 1, 16, 24, 32)
+    full.scene(images, full.vision(images)).square().mean().backward()
+    assert all(p.grad is not None for p in full.scene.map_parameters())
+    assert full.vision.s3[0].scale.grad is not None

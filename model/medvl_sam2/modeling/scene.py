@@ -23,6 +23,7 @@ _POSITION_CHANNELS = 21
 _ORGAN_FEATURES = 14
 _LESION_FEATURES = 20
 _REFERENCE_MM = 300.0
+_DEVIATION_SCALE = 5.0
 _STAGES = 4
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
@@ -50,11 +51,17 @@ class SceneReader(nn.Module):
             nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.BatchNorm3d(width), nn.GELU())
             for _ in range(_STAGES - 1)
         )
-        outputs = self.organs + 1 + len(scene.kinds)
-        self.head = nn.Sequential(
-            nn.Linear(width + _POSITION_CHANNELS, 2 * width), nn.GELU(), nn.Linear(2 * width, outputs)
+        self.organ_head = nn.Sequential(
+            nn.Linear(width + _POSITION_CHANNELS, 2 * width), nn.GELU(), nn.Linear(2 * width, self.organs)
         )
-        nn.init.constant_(cast(nn.Linear, self.head[-1]).bias, -3.0)
+        self.lesion_head = nn.Sequential(
+            nn.Conv3d(width + self.organs + _CELL_CHANNELS, width, 3, padding=1),
+            nn.BatchNorm3d(width),
+            nn.GELU(),
+            nn.Conv3d(width, 1 + len(scene.kinds), 1),
+        )
+        nn.init.constant_(cast(nn.Linear, self.organ_head[-1]).bias, -3.0)
+        nn.init.constant_(cast(nn.Conv3d, self.lesion_head[-1]).bias, -3.0)
         self.register_buffer("position", _positions(self.grids[0]), persistent=False)
         self.organ_token = _embedding(_ORGAN_FEATURES, hidden)
         self.lesion_token = _embedding(_LESION_FEATURES + self.organs, hidden)
@@ -65,8 +72,8 @@ class SceneReader(nn.Module):
 
         Channels: share of each organ (with its lesions), any lesion, then the kind of lesion.
         """
-        cells = _cell_values(images, self.grids[0]).flatten(2).transpose(1, 2)
-        inputs = [torch.cat([maps[0], cells.to(maps[0].dtype)], dim=-1), *maps[1:_STAGES]]
+        cells = _cell_values(images, self.grids[0])
+        inputs = [torch.cat([maps[0], cells.flatten(2).transpose(1, 2).to(maps[0].dtype)], dim=-1), *maps[1:_STAGES]]
         fused: Tensor | None = None
         for stage in reversed(range(_STAGES)):
             level = self.lateral[stage](inputs[stage]).transpose(1, 2).unflatten(2, self.grids[stage])
@@ -76,8 +83,16 @@ class SceneReader(nn.Module):
         assert fused is not None
         tokens = fused.flatten(2).transpose(1, 2)
         position = cast(Tensor, self.position).to(tokens.dtype).expand(len(tokens), -1, -1)
-        logits = self.head(torch.cat([tokens, position], dim=-1))
-        return cast(Tensor, logits.float().transpose(1, 2).unflatten(2, self.grids[0]))
+        organs = self.organ_head(torch.cat([tokens, position], dim=-1)).float()
+        organs = organs.transpose(1, 2).unflatten(2, self.grids[0])
+        shares = torch.sigmoid(organs.detach())
+        deviation = _deviation(cells.float(), shares)
+        lesions = self.lesion_head(torch.cat([fused, shares.to(fused.dtype), deviation.to(fused.dtype)], dim=1))
+        return torch.cat([organs, lesions.float()], dim=1)
+
+    def map_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the dense map, without the token embeddings."""
+        return [p for part in (self.lateral, self.refine, self.organ_head, self.lesion_head) for p in part.parameters()]
 
     @torch.no_grad()
     def measure(self, images: Tensor, logits: Tensor, extent_mm: Tensor | None) -> SceneFacts:
@@ -125,8 +140,8 @@ class SceneReader(nn.Module):
             value = float(mean[core].mean())
             rows[slot] = [
                 1.0, float(weight.max()), total / max(1, int(inside.sum())), np.log1p(volume / 1000) / 3,
-                (6 * volume / np.pi) ** (1 / 3) / 30, *(spread / 10), *(centre / grid.extent), *np.clip(relative, -3, 3),
-                *kind, value, value - host[11], *hosts,
+                (6 * volume / np.pi) ** (1 / 3) / 30, *(spread / 10), *(centre / grid.extent),
+                *np.clip(relative, -3, 3), *kind, value, value - host[11], *hosts,
             ]  # fmt: skip
         return rows
 
@@ -173,14 +188,27 @@ def _embedding(features: int, hidden: int) -> nn.Sequential:
 
 
 def _cell_values(images: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Mean, darkest and brightest smoothed value of every cell: (B, 3, d, h, w). The stem's strided one-axis kernels
-    miss most voxels; noise only averages out over whole cells.
+    """Mean, darkest and brightest smoothed value of every cell: (B, 3, d, h, w).
+
+    The stem's strided one-axis kernels miss most voxels; noise only averages out over whole cells.
     """
     mean = functional.adaptive_avg_pool3d(images, grid)
     halves = functional.avg_pool3d(images, 2, stride=2)
     return torch.cat(
         [mean, -functional.adaptive_max_pool3d(-halves, grid), functional.adaptive_max_pool3d(halves, grid)], dim=1
     )
+
+
+def _deviation(cells: Tensor, shares: Tensor) -> Tensor:
+    """How far every cell value (B, 3, d, h, w) lies from the mean of its organ in this volume; 0 outside organs.
+
+    A lesion is what differs from its own organ, whatever the contrast phase: that is told, not left to be found.
+    """
+    weight = shares * shares
+    means = (weight * cells[:, :1]).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp_min(1e-3)
+    covered = shares.sum(dim=1, keepdim=True)
+    expected = torch.einsum("bo,bodhw->bdhw", means, shares)[:, None] / covered.clamp_min(1e-3)
+    return _DEVIATION_SCALE * (cells - expected) * covered.clamp(0, 1)
 
 
 def _positions(grid: tuple[int, int, int]) -> Tensor:

@@ -2,29 +2,50 @@
 
 ::
 
-    volume --global view--> DCFormer -> projector -> language model -> answer text
-                                                        |
-                                                  [SEG] state -> seg projector -> l (1, C)
-                                                                                   |
+    volume --global view--> DCFormer -> projector, scene -> language model -> answer text
+                                            |                   |
+                                      maps of organs       [SEG] state -> seg projector -> l (1, C)
+                                      and lesions <-points at-- |                              |
+                                            |                                                  |
+                                       rough place (mask prompt)                               |
+                                            v                                                  v
     volume --slices--> SAM2 encoder -> features --+-- points, boxes, masks, l -> decoder -> logits per slice
                                                   +-- memory across slices (both directions from the start)
 
 :meth:`UnifiedModel.answer` is the language pass and :meth:`UnifiedModel.segment` the segmentation pass of a single
 set of rows. Clicks never touch the language model, so they stay fast. How slices are visited (start slice, windows,
-propagation) is the predictor's business.
+propagation) is the predictor's business. The scene and its pointer are this project's addition; without them
+(``SceneConfig(lesions=0)``) the rough place is left out and ``l`` alone finds the object on the slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.modeling.scene_pointer import SceneElements, ScenePointer, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+
+
+@dataclass(frozen=True)
+class GlobalLook:
+    """One volume as the language side sees it: ``tokens`` (1, n, H) and, with a scene stream, its ``elements``."""
+
+    tokens: Tensor
+    elements: SceneElements | None
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """K requests made spatial: sparse prompts ``language`` (K, C) and rough places (K, d, h, w) as logits, if any."""
+
+    language: Tensor
+    place: Tensor | None
 
 
 class UnifiedModel(nn.Module):
@@ -35,14 +56,31 @@ class UnifiedModel(nn.Module):
         self.config = config
         self.language = VisionLanguage(config, tokenizer)
         self.segmenter = SliceSegmenter(config.slices)
+        self.pointer = ScenePointer(config) if config.scene.lesions else None
+
+    def look(self, view: Tensor, extent_mm: Tensor) -> GlobalLook:
+        """Encode one global view (1, 1, D, H, W) of edges ``extent_mm`` (1, 3)."""
+        language = self.language
+        maps = language.vision(view)
+        if language.scene is None:
+            return GlobalLook(language.project(maps, extent_mm, None), None)
+        logits = language.scene(view, maps)
+        tokens = language.project(maps, extent_mm, language.scene.measure(view, logits, extent_mm))
+        count = len(self.config.scene_organs) + self.config.scene.lesions
+        return GlobalLook(tokens, scene_elements(tokens[0, -count:], logits[0], self.config))
 
     def answer(self, image_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 160) -> list[str]:
-        """Greedy replies about one volume; ``image_tokens`` (1, n, H) come from ``language.encode_image``."""
+        """Greedy replies about one volume; ``image_tokens`` (1, n, H) come from :meth:`look`."""
         return self.language.generate(image_tokens, questions, max_new_tokens)
 
-    def language_tokens(self, image_tokens: Tensor, requests: Sequence[str], replies: Sequence[str]) -> Tensor:
-        """Step 1 of text-prompted segmentation: a sparse prompt (K, C) for every ``[SEG]`` in ``replies``."""
-        return self.language.seg_tokens(image_tokens, requests, replies)
+    def ground(self, look: GlobalLook, requests: Sequence[str], replies: Sequence[str]) -> Grounding:
+        """Step 1 of text-prompted segmentation: what every ``[SEG]`` in ``replies`` means and roughly where it is."""
+        states = self.language.seg_states(look.tokens, requests, replies)
+        vectors = self.language.seg_projector(states)
+        if self.pointer is None or look.elements is None:
+            return Grounding(vectors, None)
+        scores = self.pointer(states, look.elements.tokens)
+        return Grounding(vectors, pointed_place(scores, look.elements))
 
     def segment(
         self,

@@ -161,15 +161,19 @@ class VisionLanguage(nn.Module):
         """States at the ``[SEG]`` positions, projected: (num_seg, slices.d_model), in row then reading order."""
         return cast(Tensor, self.seg_projector(hidden[input_ids == self.tokenizer.seg_id]))
 
-    def seg_tokens(self, image_tokens: Tensor, prompts: Sequence[str], replies: Sequence[str]) -> Tensor:
-        """Prompt embeddings (num_seg, slices.d_model) of every ``[SEG]`` in the replies, by one teacher-forced pass.
+    def seg_states(self, image_tokens: Tensor, prompts: Sequence[str], replies: Sequence[str]) -> Tensor:
+        """Last-layer states (num_seg, hidden) of every ``[SEG]`` in the replies, by one teacher-forced pass.
 
         ``image_tokens`` (B, n, hidden), or (1, n, hidden) for several prompts on one image.
         """
         rows = [self.prompt_ids(p) + self.reply_ids(r) for p, r in zip(prompts, replies, strict=True)]
         ids, _ = self._pad(rows, left=False)
         hidden = self.hidden_states(self._spread(image_tokens, len(rows)), ids)
-        return self.seg_embeddings(hidden, ids)
+        return hidden[ids == self.tokenizer.seg_id]
+
+    def seg_tokens(self, image_tokens: Tensor, prompts: Sequence[str], replies: Sequence[str]) -> Tensor:
+        """Prompt embeddings (num_seg, slices.d_model): :meth:`seg_states`, projected."""
+        return cast(Tensor, self.seg_projector(self.seg_states(image_tokens, prompts, replies)))
 
     @torch.no_grad()
     def generate(self, image_tokens: Tensor, prompts: Sequence[str], max_new_tokens: int = 160) -> list[str]:

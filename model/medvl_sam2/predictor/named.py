@@ -18,6 +18,7 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
+from medvl_sam2.modeling.unified import Grounding
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits, planned_slices
 
 MIN_MM_PER_PX = 3.0
@@ -35,6 +36,8 @@ class NamedConfig:
     min_window_mm: float = 24.0
     min_share: float = 0.15
     """Components smaller than this share of the largest are dropped (largest only, when ``single``)."""
+    scene_share: float = 0.8
+    """Weight of the scene's rough place against the slice decoder's own search."""
     smooth_slices: float = 0.7
     """Standard deviation in searched slices of the smoothing across slices."""
     rows: int = 96
@@ -62,15 +65,37 @@ class NamedEngine:
         self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity
     ) -> SliceStack:
         """Stack of whole slices for :meth:`locate`; keep it with the session."""
-        crop = SliceCrop.whole((image.shape[1], image.shape[2]), spacing[1:], self.segmenter.config.image_size, MIN_MM_PER_PX)
+        crop = SliceCrop.whole(
+            (image.shape[1], image.shape[2]), spacing[1:], self.segmenter.config.image_size, MIN_MM_PER_PX
+        )
         return SliceStack(self.segmenter, image, intensity, crop)
 
     def locate(
-        self, stack: SliceStack, spacing: tuple[float, float, float], tokens: Tensor
+        self, stack: SliceStack, spacing: tuple[float, float, float], grounding: Grounding
     ) -> tuple[list[int], Tensor]:
-        """Coarse logits (K, n, h, h) of K language ``tokens`` (K, C) on the searched slices, and their z."""
+        """Coarse logits (K, n, h, h) of K requests on the searched slices of the whole stack, and their z.
+
+        The scene's rough place and the slice decoder's own answer to the language token are mixed; without a scene the
+        decoder is alone.
+        """
         count = stack.image.shape[0]
         searched = planned_slices(0, count - 1, 0, spacing[0], self.config.locate_step_mm)
+        share = self.config.scene_share if grounding.place is not None else 0.0
+        coarse: Tensor | None = None
+        if share < 1.0:
+            coarse = self._decode_all(stack, searched, grounding.language)
+        if grounding.place is not None:
+            place = self._on_slices(stack, searched, grounding.place)
+            coarse = place if coarse is None else share * place + (1 - share) * coarse
+        assert coarse is not None
+        if self.config.smooth_slices and len(searched) > 2:
+            smooth = ndimage.gaussian_filter1d(coarse.cpu().numpy(), self.config.smooth_slices, axis=1, mode="nearest")
+            coarse = torch.from_numpy(smooth)
+        return searched, coarse
+
+    def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
+        """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""
+        count = stack.image.shape[0]
         stack.encode(searched)
         rows = [(k, z) for k in range(len(tokens)) for z in searched]
         parts = []
@@ -81,11 +106,21 @@ class NamedEngine:
             prompt = replace(SlicePrompt.empty(len(part)), language=tokens[[k for k, _ in part]], height=heights)
             parts.append(self.segmenter.decode(features, prompt).logits[:, 0])
         size = self.segmenter.mask_size
-        logits = torch.cat(parts).reshape(len(tokens), len(searched), size, size)
-        if self.config.smooth_slices and len(searched) > 2:
-            smooth = ndimage.gaussian_filter1d(logits.numpy(), self.config.smooth_slices, axis=1, mode="nearest")
-            logits = torch.from_numpy(smooth)
-        return searched, logits
+        return torch.cat(parts).reshape(len(tokens), len(searched), size, size)
+
+    def _on_slices(self, stack: SliceStack, searched: list[int], place: Tensor) -> Tensor:
+        """Rough places (K, d, h, w), spanning the whole volume, on the searched slices' grid: (K, n, h, h)."""
+        size, shape = self.segmenter.mask_size, stack.image.shape
+        cell = stack.crop.size / size
+        pixels = (np.arange(size) + 0.5) * cell - 0.5
+        corners = stack.crop.inverse_points(np.stack([pixels, pixels], axis=1))  # (y, x) along the diagonal
+        edges = [(2 * (v + 0.5) / n - 1) for v, n in ((corners[:, 0], shape[1]), (corners[:, 1], shape[2]))]
+        heights = 2 * (np.asarray(searched) + 0.5) / shape[0] - 1
+        z, y, x = np.meshgrid(heights, edges[0], edges[1], indexing="ij")
+        grid = torch.from_numpy(np.stack([x, y, z], axis=-1).astype(np.float32))[None]
+        sampled = F.grid_sample(place[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+        outside = torch.from_numpy((np.abs(x) > 1) | (np.abs(y) > 1))
+        return sampled.masked_fill(outside, -8.0)
 
     def delineate(
         self,

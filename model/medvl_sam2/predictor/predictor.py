@@ -21,12 +21,13 @@ from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
-from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel
 from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
 from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.phrases import REPORT_REQUEST, checked, short_name, spoken_request, vocabulary_match
 from medvl_sam2.predictor.session import Session
+from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import spoken
 
@@ -143,8 +144,8 @@ class Predictor:
         if len(set(names)) != len(names):
             raise PromptError(f"classes {list(names)} name one class twice; list each once")
         with self._lock:
-            tokens = self._class_tokens(session, names)
-            mask, scores = self._segment_tokens(session, names, tokens, progress)
+            grounding = self._class_grounding(session, names)
+            mask, scores = self._segment_grounded(session, names, grounding, progress)
         return Segmentation(mask, session.volume.geometry, names, scores)
 
     @torch.inference_mode()
@@ -158,15 +159,14 @@ class Predictor:
         """
         with self._lock:
             request = spoken_request(text)
-            tokens = self._image_tokens(session)
-            reply = self.model.answer(tokens, [request], max_new_tokens=48)[0]
+            look = self._look(session)
+            reply = self.model.answer(look.tokens, [request], max_new_tokens=48)[0]
             name = vocabulary_match(text) or short_name(text)
             if "[SEG]" not in reply:
                 empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
                 return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
-            vectors = self.model.language_tokens(tokens, [request], [reply])
-            several = name in MULTIPLE or vectors.shape[0] > 1
-            mask, scores = self._segment_tokens(session, (name,), vectors[:1], None, single=not several)
+            grounding = self.model.ground(look, [request], [reply])
+            mask, scores = self._segment_grounded(session, (name,), grounding, None, single=name not in MULTIPLE)
         return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
 
     @torch.inference_mode()
@@ -178,7 +178,7 @@ class Predictor:
         """
         question = checked(question, "question")
         with self._lock:
-            text = self.model.answer(self._image_tokens(session), [question])[0]
+            text = self.model.answer(self._look(session).tokens, [question])[0]
         return Answer(question, text.replace("[SEG]", "").strip(), self.meta.notice)
 
     def report(self, session: Session) -> Answer:
@@ -194,10 +194,10 @@ class Predictor:
         """
         with self._lock:
             names = tuple(n for n in self.classes if n not in MULTIPLE)
-            tokens = self._class_tokens(session, names)
-            stack, searched, coarse = self._locate(session, tokens)
+            grounding = self._class_grounding(session, names)
+            stack, searched, coarse = self._locate(session, grounding)
             found = [
-                self.named.delineate(stack, session.spacing, searched, coarse[k], tokens[k], single=True)
+                self.named.delineate(stack, session.spacing, searched, coarse[k], grounding.language[k], single=True)
                 for k in range(len(names))
             ]
         values = [f.entropy for f in found if f.score > 0]
@@ -205,42 +205,43 @@ class Predictor:
 
     # --- shared ---------------------------------------------------------------------------------------------------
 
-    def _image_tokens(self, session: Session) -> Tensor:
-        if session.image_tokens is None:
+    def _look(self, session: Session) -> GlobalLook:
+        if session.look is None:
             view = global_view(global_channel(session.image, session.volume.modality), self.config.vision.input_size)
             extent = torch.tensor([[n * s for n, s in zip(session.image.shape, session.spacing, strict=True)]])
-            session.image_tokens = self.model.language.encode_image(view[None], extent.float())
-        return session.image_tokens
+            session.look = self.model.look(view[None], extent.float())
+        return session.look
 
-    def _class_tokens(self, session: Session, names: Sequence[str]) -> Tensor:
+    def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:
         requests = [segment_prompt([spoken(n)]) for n in names]
         replies = [segment_reply([spoken(n)], [True]) for n in names]
-        return self.model.language_tokens(self._image_tokens(session), requests, replies)
+        return self.model.ground(self._look(session), requests, replies)
 
-    def _locate(self, session: Session, tokens: Tensor):  # type: ignore[no-untyped-def]
+    def _locate(self, session: Session, grounding: Grounding) -> tuple[SliceStack, list[int], Tensor]:
         if session.whole is None:
             session.whole = self.named.whole_stack(session.image, session.spacing, session.intensity)
-        searched, coarse = self.named.locate(session.whole, session.spacing, tokens)
+        searched, coarse = self.named.locate(session.whole, session.spacing, grounding)
         return session.whole, searched, coarse
 
-    def _segment_tokens(
+    def _segment_grounded(
         self,
         session: Session,
         names: Sequence[str],
-        tokens: Tensor,
+        grounding: Grounding,
         progress: Progress | None,
         single: bool | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Label map on the stored grid (later names never overwrite surer ones) and scores."""
         if progress is not None:
             progress(0.05, "encoding slices")
-        stack, searched, coarse = self._locate(session, tokens)
+        stack, searched, coarse = self._locate(session, grounding)
         results: list[NamedResult] = []
         for k, name in enumerate(names):
             if progress is not None:
                 progress(0.3 + 0.7 * k / len(names), f"delineating {name}")
             alone = (name not in MULTIPLE) if single is None else single
-            results.append(self.named.delineate(stack, session.spacing, searched, coarse[k], tokens[k], alone))
+            token = grounding.language[k]
+            results.append(self.named.delineate(stack, session.spacing, searched, coarse[k], token, alone))
         label_map = np.zeros(session.image.shape, dtype=np.uint8)
         # Lesions lie inside organs and must stay visible, so they are painted last; otherwise the surer class wins.
         order = sorted(range(len(names)), key=lambda k: (names[k] in MULTIPLE, results[k].score))
@@ -261,9 +262,9 @@ def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
 
 def _continues(state: ObjectState, clicks: list[CanonicalClick], box: np.ndarray | None) -> bool:
     """True when everything applied so far is still asked for, so that only additions are left."""
-    if box is None or state.box is None:
-        same_box = box is None and state.box is None
-    else:
-        same_box = np.array_equal(box, state.box)
+    if (box is None) != (state.box is None):
+        return False
+    if box is not None and state.box is not None and not np.array_equal(box, state.box):
+        return False
     asked = {(c.position, c.label) for c in clicks}
-    return same_box and all((c.position, c.label) in asked for c in state.clicks)
+    return all((c.position, c.label) in asked for c in state.clicks)

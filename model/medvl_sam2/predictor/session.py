@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.modeling.unified import GlobalLook
 from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Volume
@@ -27,9 +27,8 @@ class Session:
     """Interactive objects by the name the annotator gave them."""
     whole: SliceStack | None = None
     """Whole slices for text prompts."""
-    image_tokens: Tensor | None = None
-    """Global view for the language model (1, n, H)."""
-    located: dict[str, Tensor] = field(default_factory=dict)
+    look: GlobalLook | None = None
+    """Global view for the language model."""
 
     @cached_property
     def transform(self) -> CanonicalTransform:

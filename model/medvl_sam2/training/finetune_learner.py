@@ -100,7 +100,7 @@ class LanguageTokens(nn.Module):
         pick = self._rng.integers(len(SEGMENT_PROMPTS), size=len(names)) if vary else np.zeros(len(names), dtype=int)
         requests = [segment_prompt([name], SEGMENT_PROMPTS[int(n)]) for name, n in zip(names, pick, strict=True)]
         replies = [segment_reply([name], [True]) for name in names]
-        return self._model[0].language_tokens(image_tokens, requests, replies)
+        return self._model[0].language.seg_tokens(image_tokens, requests, replies)
 
 
 class UnifiedLearner:

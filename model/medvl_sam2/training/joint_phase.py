@@ -9,6 +9,7 @@ working.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.tokenizer import SEG
-from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
@@ -50,6 +51,7 @@ class JointConfig:
     projector_rate: float = 1e-3
     decoder_rate: float = 1.5e-4
     distil_weight: float = 1.0
+    pointer_weight: float = 3.0
     seed: int = 0
 
 
@@ -90,7 +92,7 @@ def _referred(item: Referring) -> tuple[str, str, Target]:
 
 
 class JointPhase:
-    """Trains the ``[SEG]`` projector, the height token and the mask decoder."""
+    """Trains the ``[SEG]`` projector, the scene pointer, the height token and the mask decoder."""
 
     def __init__(
         self,
@@ -111,16 +113,22 @@ class JointPhase:
         self.rng = np.random.default_rng(config.seed + 2)
         size = model.config.slices.image_size
         self.sampler = SliceSampler([v.volume for v in volumes], list(weights), config.seed + 3, size)
-        self.tokens: dict[int, Tensor] = {}
+        self.looks: dict[int, GlobalLook] = {}
+        self.slots: dict[tuple[int, Target], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
 
     def run(self, out: Path) -> dict[str, float]:
         """Train for the configured minutes, writing a log to ``out``; returns the last smoothed figures."""
-        import time
-
         model, config = self.model, self.config
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        fast = [model.language.seg_projector, model.segmenter.height_token]
+        fast: list[nn.Module] = [model.language.seg_projector, model.segmenter.height_token]
+        if model.pointer is not None:
+            fast.append(model.pointer)
         slow = [model.segmenter.sam2.sam_mask_decoder, model.segmenter.sam2.sam_prompt_encoder]
         groups = [
             {"params": _released(fast), "peak": config.projector_rate},
@@ -178,7 +186,8 @@ class JointPhase:
         config, model = self.config, self.model
         numbers = self.rng.choice(len(self.volumes), size=config.volumes, p=self.chance)
         rows = [self._requests(self.volumes[int(n)]) for n in numbers]
-        vectors = self._vectors(numbers, rows)
+        states = self._states(numbers, rows)
+        vectors = model.language.seg_projector(states)
         flat = [(int(n), request) for n, requests in zip(numbers, rows, strict=True) for request in requests]
         images, heights, truth, index = [], [], [], []
         for row, (number, request) in enumerate(flat):
@@ -189,34 +198,77 @@ class JointPhase:
                 truth.append(mask)
                 index.append(row)
         with torch.no_grad():
-            features = model.segmenter.encode(torch.stack(images))
-        prompt = replace(SlicePrompt.empty(len(index)), height=torch.tensor(heights))
+            features = model.segmenter.encode(torch.stack(images).to(self.device))
+        prompt = replace(SlicePrompt.empty(len(index), self.device), height=torch.tensor(heights, device=self.device))
         output = model.segment(features, prompt, language=vectors[index])
-        masks = torch.stack(truth)
+        masks = torch.stack(truth).to(self.device)
         loss = mask_loss(output, masks, self.steps.weights)
         known = [row for row, (_, request) in enumerate(flat) if request.concept is not None]
         if known and config.distil_weight:
             wanted = self.learner.concept_tokens.weight[[flat[row][1].concept for row in known]].detach()
             loss = loss + config.distil_weight * F.mse_loss(vectors[known], wanted) / wanted.var().clamp(min=1e-3)
+        figures: dict[str, float] = {}
+        if model.pointer is not None:
+            pointed, figures["pointed"] = self._pointer_loss(states, flat)
+            loss = loss + config.pointer_weight * pointed
         present = masks.amax(dim=(1, 2)) > 0.5
         dice = dice_score(output.logits.detach(), masks)[present]
-        return loss, {"spoken": float(dice.mean()) if len(dice) else float("nan"), "spoken_loss": float(loss.detach())}
+        figures["spoken"] = float(dice.mean()) if len(dice) else float("nan")
+        return loss, figures
 
-    def _vectors(self, numbers: np.ndarray, rows: list[list[Request]]) -> Tensor:
-        """Projected ``[SEG]`` states (sum of requests, C), in order."""
+    def _states(self, numbers: np.ndarray, rows: list[list[Request]]) -> Tensor:
+        """``[SEG]`` states (sum of requests, H), in order."""
         language = self.model.language
         with torch.no_grad():
-            tokens = torch.cat([self._image_tokens(int(n)) for n in numbers])
+            tokens = torch.cat([self._look(int(n)).tokens for n in numbers])
             samples = [[TextSample(r.question, r.reply, "segment") for r in requests] for requests in rows]
             batch = pack(language, samples, 2000)
-            hidden = language.hidden_states(tokens, batch.ids, batch.attention, batch.positions)
-        return language.seg_embeddings(hidden, batch.ids)
+            ids = batch.ids.to(self.device)
+            hidden = language.hidden_states(
+                tokens, ids, batch.attention.to(self.device), batch.positions.to(self.device)
+            )
+            return hidden[ids == language.tokenizer.seg_id]
 
-    def _image_tokens(self, number: int) -> Tensor:
-        if number not in self.tokens:
+    def _look(self, number: int) -> GlobalLook:
+        if number not in self.looks:
             view, extent = self.volumes[number].view(self.model.config.vision.input_size)
-            self.tokens[number] = self.model.language.encode_image(view, extent)
-        return self.tokens[number]
+            with torch.no_grad():
+                self.looks[number] = self.model.look(view.to(self.device), extent.to(self.device))
+        return self.looks[number]
+
+    def _pointer_loss(self, states: Tensor, flat: list[tuple[int, Request]]) -> tuple[Tensor, float]:
+        """Cross entropy of what each state points at, and the share of requests that point exactly right."""
+        assert self.model.pointer is not None
+        looks = [self._look(number).elements for number, _ in flat]
+        tokens = torch.stack([look.tokens for look in looks if look is not None])
+        scores = self.model.pointer(states, tokens)
+        wanted = torch.stack([self._elements_of(number, request.target) for number, request in flat]).to(self.device)
+        loss = F.binary_cross_entropy_with_logits(scores, wanted, pos_weight=wanted.new_tensor(4.0))
+        right = ((scores > 0) == (wanted > 0.5)).all(dim=1).float().mean()
+        return loss, float(right)
+
+    def _elements_of(self, number: int, target: Target | None) -> Tensor:
+        """Which scene elements (E,) a target is: its organ, or the lesion slots that lie on it."""
+        organs = self.model.config.scene_organs
+        elements = self._look(number).elements
+        assert elements is not None
+        wanted = torch.zeros(len(elements.maps))
+        if target is None:
+            return wanted
+        if target.name in organs:
+            wanted[organs.index(target.name)] = 1.0
+            return wanted
+        key = (number, target)
+        if key not in self.slots:
+            volume = self.volumes[number].volume
+            mask = torch.from_numpy(volume.mask(target, slice(None)).astype(np.float32))[None, None]
+            cells = F.adaptive_max_pool3d(mask, elements.maps.shape[1:])[0, 0] > 0.5
+            for slot in range(len(organs), len(elements.maps)):
+                found = elements.maps[slot].cpu() > 0
+                if found.any() and float((found & cells).sum()) >= 0.4 * float(found.sum()):
+                    wanted[slot] = 1.0
+            self.slots[key] = wanted
+        return self.slots[key]
 
     def _requests(self, item: SpokenVolume) -> list[Request]:
         """Half classes (also absent ones), half referring sentences where there are any, lesions first among them."""

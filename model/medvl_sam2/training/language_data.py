@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import DataError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import global_channel
-from medvl_sam2.synthesis.case import generate_case
+from medvl_sam2.synthesis.case import GeneratorConfig, generate_case
 from medvl_sam2.synthesis.language import write_texts
 from medvl_sam2.synthesis.records import QA, Case, Referring
 from medvl_sam2.vocabulary import CLASSES
@@ -112,9 +113,19 @@ def prepare_case(case: Case, vision: VisionConfig, wordings: int = 1) -> Languag
 
 
 class CaseStore(Sequence[LanguageCase]):
-    """The cases of ``seeds`` in a folder (about 2.5 MB each): read when asked for, generated when missing."""
+    """The cases of ``seeds`` in a folder (about 2.5 MB each): read when asked for, generated when missing.
 
-    def __init__(self, seeds: Sequence[int], vision: VisionConfig, folder: Path, wordings: int = 1):
+    ``generator`` changes the population; its cases get file names of their own.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        vision: VisionConfig,
+        folder: Path,
+        wordings: int = 1,
+        generator: GeneratorConfig | None = None,
+    ):
         if not seeds:
             raise DataError("no seed given; ask for at least one case")
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +133,10 @@ class CaseStore(Sequence[LanguageCase]):
         self._vision = vision
         self._folder = folder
         self._wordings = wordings
+        self._generator = generator
+        population = "" if generator is None else f"_p{zlib.crc32(repr(generator).encode()):08x}"
+        shape = "x".join(str(size) for size in vision.input_size)
+        self._name = f"language_v{_VERSION}_{shape}_w{wordings}{population}"
 
     def __len__(self) -> int:
         return len(self._seeds)
@@ -138,10 +153,9 @@ class CaseStore(Sequence[LanguageCase]):
         return self._case(self._seeds[index])
 
     def _case(self, seed: int) -> LanguageCase:
-        shape = "x".join(str(size) for size in self._vision.input_size)
-        path = self._folder / f"language_v{_VERSION}_{shape}_w{self._wordings}_{seed:08d}.npz"
+        path = self._folder / f"{self._name}_{seed:08d}.npz"
         if not path.exists():
-            write_case(prepare_case(generate_case(seed), self._vision, self._wordings), path)
+            write_case(prepare_case(generate_case(seed, self._generator), self._vision, self._wordings), path)
         return read_case(path)
 
 

@@ -6,6 +6,7 @@ through the language loss alone. The heads are not part of the model and are not
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,53 +18,44 @@ from medvl_sam2.config import ModelConfig, VisionConfig
 from medvl_sam2.training.language_data import ORGANS, LanguageCase
 
 _SIZES_MM = (8.0, 12.0, 16.0, 22.0, 30.0)
-_STAGES = (0, 1, 2, 3, 4)
+_AUXILIARY_STAGES = (1, 2, 3)
+_AUXILIARY_WEIGHT = 0.3
 
 
 class FactVocabulary:
-    """Names of everything the heads predict, collected from the training cases.
+    """Facts read off the image tokens, collected from the training cases, and the channels of the dense map."""
 
-    ``lesions``: ``organ|kind`` pairs (dense); ``facts``: presence of organs, lesions, places, sizes and the phase.
-    """
-
-    def __init__(self, lesions: Sequence[str], facts: Sequence[str]):
-        self.lesions = tuple(lesions)
+    def __init__(self, facts: Sequence[str], kinds: Sequence[str]):
         self.facts = tuple(facts)
-        self._lesion_index = {name: index for index, name in enumerate(self.lesions)}
-        self._fact_index = {name: index for index, name in enumerate(self.facts)}
+        self.kinds = tuple(kinds)
+        self._index = {name: index for index, name in enumerate(self.facts)}
 
     @classmethod
-    def collect(cls, cases: Iterable[LanguageCase], minimum: int = 3) -> FactVocabulary:
+    def collect(cls, cases: Iterable[LanguageCase], kinds: Sequence[str], minimum: int = 3) -> FactVocabulary:
         """Facts seen in at least ``minimum`` cases."""
-        lesions: set[str] = set()
-        counts: dict[str, int] = {}
-        for case in cases:
-            lesions.update(lesion_name(case, index) for index in range(len(case.findings)))
-            for fact in case_facts(case):
-                counts[fact] = counts.get(fact, 0) + 1
-        return cls(sorted(lesions), sorted(fact for fact, count in counts.items() if count >= minimum))
+        counts = Counter(fact for case in cases for fact in case_facts(case))
+        return cls(sorted(fact for fact, count in counts.items() if count >= minimum), kinds)
 
     def fact_targets(self, cases: Sequence[LanguageCase]) -> Tensor:
         """(B, facts) of 0 and 1."""
         targets = torch.zeros(len(cases), max(1, len(self.facts)))
         for row, case in enumerate(cases):
             for fact in case_facts(case):
-                if fact in self._fact_index:
-                    targets[row, self._fact_index[fact]] = 1.0
+                if fact in self._index:
+                    targets[row, self._index[fact]] = 1.0
         return targets
 
     def cell_targets(self, cases: Sequence[LanguageCase]) -> Tensor:
-        """(B, organs + 1 + lesions, d, h, w) in [0, 1]: organ shares, any lesion, then lesions by organ and kind."""
-        grid = cases[0].organ_cells.shape[1:]
-        targets = torch.zeros(len(cases), len(ORGANS) + 1 + len(self.lesions), *grid)
+        """(B, organs + 1 + kinds, d, h, w) in [0, 1]: organ shares, any lesion, then lesions by kind."""
+        split = len(ORGANS)
+        targets = torch.zeros(len(cases), split + 1 + len(self.kinds), *cases[0].organ_cells.shape[1:])
         for row, case in enumerate(cases):
-            targets[row, : len(ORGANS)] = torch.from_numpy(case.organ_cells.astype(np.float32) / 255.0)
-            for index in range(len(case.findings)):
-                cells = torch.from_numpy(case.lesion_cells[index])
-                targets[row, len(ORGANS)][cells] = 1.0
-                channel = self._lesion_index.get(lesion_name(case, index))
-                if channel is not None:
-                    targets[row, len(ORGANS) + 1 + channel][cells] = 1.0
+            targets[row, :split] = torch.from_numpy(case.organ_cells.astype(np.float32) / 255.0)
+            for finding, mask in zip(case.findings, case.lesion_cells, strict=True):
+                cells = torch.from_numpy(mask)
+                targets[row, split][cells] = 1.0
+                if finding.kind in self.kinds:
+                    targets[row, split + 1 + self.kinds.index(finding.kind)][cells] = 1.0
         return targets
 
 
@@ -86,35 +78,43 @@ def case_facts(case: LanguageCase) -> set[str]:
 
 
 class DenseHeads(nn.Module):
-    """Linear read-out of organ and lesion cells from every stage's tokens."""
+    """Read-outs of the label cells from the encoder's coarser tokens.
+
+    A learned prior per cell frees the features from telling the place.
+    """
 
     def __init__(self, vision: VisionConfig, vocabulary: FactVocabulary):
         super().__init__()
-        self.grids = [vision.grid(stage) for stage in _STAGES]
-        channels = len(ORGANS) + 1 + len(vocabulary.lesions)
-        self.heads = nn.ModuleList(nn.Linear(vision.channels[stage], channels) for stage in _STAGES)
-        for head in self.heads:
-            assert isinstance(head, nn.Linear)
-            nn.init.constant_(head.bias, -4.0)
+        self.grids = [vision.grid(stage) for stage in _AUXILIARY_STAGES]
+        channels = len(ORGANS) + 1 + len(vocabulary.kinds)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(vision.channels[stage], 64), nn.GELU(), nn.Linear(64, channels))
+            for stage in _AUXILIARY_STAGES
+        )
+        self.priors = nn.ParameterList(
+            nn.Parameter(torch.full((channels, grid[0] * grid[1] * grid[2]), -3.0)) for grid in self.grids
+        )
 
     def forward(self, maps: Sequence[Tensor], cells: Tensor) -> Tensor:
-        """Loss: BCE plus soft Dice of every stage against ``cells`` (B, C, d, h, w) on the stem's grid."""
+        """Mean loss of the stages against ``cells`` (B, C, d, h, w) on the stem's grid."""
+        split = len(ORGANS)
         total = cells.new_zeros(())
-        for stage, head, grid in zip(_STAGES, self.heads, self.grids, strict=True):
-            logits = head(maps[stage]).float().transpose(1, 2)
-            target = torch.cat(
-                [
-                    functional.adaptive_avg_pool3d(cells[:, : len(ORGANS)], grid),
-                    functional.adaptive_max_pool3d(cells[:, len(ORGANS) :], grid),
-                ],
-                dim=1,
-            ).flatten(2)
-            split = len(ORGANS)
-            total = total + _cell_loss(logits[:, :split], target[:, :split], weight=4.0)
-            total = total + _cell_loss(logits[:, split : split + 1], target[:, split : split + 1], weight=20.0)
-            if logits.shape[1] > split + 1:
-                total = total + _cell_loss(logits[:, split + 1 :], target[:, split + 1 :], weight=20.0)
-        return total / len(_STAGES)
+        for stage, head, prior, grid in zip(_AUXILIARY_STAGES, self.heads, self.priors, self.grids, strict=True):
+            logits = head(maps[stage]).float().transpose(1, 2) + prior
+            shares = functional.adaptive_avg_pool3d(cells[:, :split], grid)
+            lesions = functional.adaptive_max_pool3d(cells[:, split:], grid)
+            total = total + dense_loss(logits, torch.cat([shares, lesions], dim=1).flatten(2))
+        return _AUXILIARY_WEIGHT * total / len(_AUXILIARY_STAGES)
+
+
+def dense_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Organs, any lesion and kinds weigh the same, however few cells they have; both (B, C, cells)."""
+    split = len(ORGANS)
+    loss = _cell_loss(logits[:, :split], target[:, :split], weight=4.0)
+    loss = loss + _cell_loss(logits[:, split : split + 1], target[:, split : split + 1], weight=10.0)
+    if logits.shape[1] > split + 1:
+        loss = loss + _cell_loss(logits[:, split + 1 :], target[:, split + 1 :], weight=10.0)
+    return loss
 
 
 def _cell_loss(logits: Tensor, target: Tensor, weight: float) -> Tensor:

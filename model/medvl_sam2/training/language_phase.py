@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ from tqdm import tqdm
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, DataError
+from medvl_sam2.modeling.scene import SceneFacts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.synthesis.case import GeneratorConfig
 from medvl_sam2.training.corpus import build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, LanguageCase
-from medvl_sam2.training.language_heads import DenseHeads, FactHead, FactVocabulary, SegPlace
+from medvl_sam2.training.language_heads import DenseHeads, FactHead, FactVocabulary, SegPlace, dense_loss
 from medvl_sam2.training.language_metrics import language_scores
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,10 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SEED = 1_000_000
 """First seed of the held-out generated cases; training seeds count from 0."""
 
+DENSE_SEED = 2_000_000
+"""First seed of the lesion-rich cases."""
+
+_LESION_RICH = GeneratorConfig(lesion_counts=(0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25))
 _WORDINGS = 6
 _SURVEYED = 400
 """So many cases are read through for the tokenizer's corpus and the list of facts."""
@@ -56,17 +63,16 @@ class LanguagePhaseConfig:
     language_steps: int = 900
     vision_batch: int = 4
     language_batch: int = 4
-    vision_rate: float = 2e-3
+    vision_rate: float = 3e-3
     language_rate: float = 1e-3
-    vision_rate_late: float = 0.0
-    """Learning rate of the volume encoder while the language model trains; 0 freezes it."""
     weight_decay: float = 0.05
     warmup: int = 40
     pack_length: int = 512
     questions: int = 14
     segments: int = 2
-    fact_weight: float = 2.0
-    dense_weight: float = 1.0
+    refresh_steps: int = 500
+    """The frozen encoder's answers are kept for so many steps of the second part."""
+    fact_weight: float = 1.0
     seg_weight: float = 0.5
     bfloat16: bool = True
     """Autocast on the CPU: measured 2.4 times faster where the processor has bfloat16 units, slower elsewhere."""
@@ -95,15 +101,32 @@ class LanguageResult:
     history: list[dict[str, float]]
 
 
+class EncodedCase(NamedTuple):
+    """The frozen encoder's two tapped maps (1, n, C) float16, extent (1, 3) in mm and measured scene."""
+
+    low: Tensor
+    high: Tensor
+    extent: Tensor
+    facts: SceneFacts | None
+
+
 class LanguageTrainer(nn.Module):
     """The model with its training-only heads; one optimiser step per call of :meth:`step_loss`."""
 
-    def __init__(self, model: VisionLanguage, config: LanguagePhaseConfig, cases: Sequence[LanguageCase]):
+    def __init__(
+        self,
+        model: VisionLanguage,
+        config: LanguagePhaseConfig,
+        cases: Sequence[LanguageCase],
+        dense_cases: Sequence[LanguageCase] = (),
+    ):
         super().__init__()
         self.model = model
         self.config = config
         self.cases = cases
-        self.vocabulary = FactVocabulary.collect(cases[:_SURVEYED])
+        self.dense_cases = dense_cases
+        self.vocabulary = FactVocabulary.collect(cases[:_SURVEYED], model.config.scene.kinds)
+        self._encoded: dict[tuple[int, int], EncodedCase] = {}
         self.dense = DenseHeads(model.config.vision, self.vocabulary)
         self.facts = FactHead(model.config.language.hidden_size, len(self.vocabulary.facts))
         self.place = SegPlace(model.config)
@@ -113,32 +136,36 @@ class LanguageTrainer(nn.Module):
         rng = np.random.default_rng((self.config.seed, step))
         torch.manual_seed(int(rng.integers(2**31)))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bfloat16):
-            return self._vision_loss(rng) if step < self.config.vision_steps else self._language_loss(rng)
+            return self._vision_loss(rng) if step < self.config.vision_steps else self._language_loss(step, rng)
 
-    def _pick(self, rng: np.random.Generator, count: int) -> list[LanguageCase]:
-        chosen = rng.choice(len(self.cases), size=count, replace=len(self.cases) < count)
-        return [self.cases[int(index)] for index in chosen]
+    def _pick(self, rng: np.random.Generator, count: int) -> list[int]:
+        return [int(n) for n in rng.choice(len(self.cases), size=count, replace=len(self.cases) < count)]
 
     def _vision_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         self.model.train()
-        cases = self._pick(rng, self.config.vision_batch)
-        views, extents = stack_views(cases, rng)
+        numbers = self._pick(rng, self.config.vision_batch)
+        cases = [self.cases[number] for number in numbers]
+        if self.dense_cases:
+            for place in range(0, len(cases), 2):
+                cases[place] = self.dense_cases[int(rng.integers(len(self.dense_cases)))]
+        views, _ = stack_views(cases, rng)
         maps = self.model.vision(views)
-        dense = self.dense(maps, self.vocabulary.cell_targets(cases))
-        fact = self._fact_loss(self.model.project(maps, extents), cases)
-        loss = dense + 0.3 * self.config.fact_weight * fact
-        return loss, {"dense": dense.item(), "fact": fact.item()}
+        cells = self.vocabulary.cell_targets(cases)
+        loss = self.dense(maps, cells)
+        parts = {"coarse": loss.item()}
+        if self.model.scene is not None:
+            scene = dense_loss(self.model.scene(views, maps).flatten(2), cells.flatten(2))
+            parts["scene"] = scene.item()
+            loss = loss + scene
+        return loss, parts
 
-    def _language_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def _language_loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         config = self.config
-        tune = config.vision_rate_late > 0
         self.model.train()
-        self.model.vision.eval()  # running statistics, as at inference
-        cases = self._pick(rng, config.language_batch)
-        views, extents = stack_views(cases, rng)
-        with torch.set_grad_enabled(tune):
-            maps = self.model.vision(views)
-        tokens = self.model.project(maps, extents)
+        numbers = self._pick(rng, config.language_batch)
+        window = (step - config.vision_steps) // config.refresh_steps
+        tokens = self._image_tokens([self._encode(number, window) for number in numbers])
+        cases = [self.cases[number] for number in numbers]
         rows = [draw_samples(case, rng, config.questions, config.segments) for case in cases]
         batch = pack(self.model, rows, config.pack_length)
         hidden = self.model.hidden_states(tokens, batch.ids, batch.attention, batch.positions)
@@ -151,9 +178,35 @@ class LanguageTrainer(nn.Module):
             place = self.place(self.model.seg_embeddings(hidden, batch.ids), batch.seg_cells, batch.seg_classes)
             loss = loss + config.seg_weight * place
             parts["seg"] = place.item()
-        if tune:
-            loss = loss + config.dense_weight * self.dense(maps, self.vocabulary.cell_targets(cases))
         return loss, parts
+
+    @torch.no_grad()
+    def _encode(self, number: int, window: int) -> EncodedCase:
+        """What the frozen encoder says of a case; encoded anew, with other noise, in every window of steps."""
+        key = (number, window)
+        if key not in self._encoded:
+            self.model.vision.eval()  # running statistics, as at inference
+            low, high = self.model.config.vision.taps
+            views, extent = stack_views([self.cases[number]], np.random.default_rng((self.config.seed, *key)))
+            maps = self.model.vision(views)
+            facts = None
+            if self.model.scene is not None:
+                self.model.scene.eval()
+                facts = self.model.scene.measure(views, self.model.scene(views, maps), extent)
+            self._encoded = {k: v for k, v in self._encoded.items() if k[1] == window}
+            self._encoded[key] = EncodedCase(maps[low].half(), maps[high].half(), extent, facts)
+        return self._encoded[key]
+
+    def _image_tokens(self, encoded: Sequence[EncodedCase]) -> Tensor:
+        low, high = self.model.config.vision.taps
+        maps = [torch.empty(0)] * 5
+        maps[low] = torch.cat([item.low for item in encoded]).float()
+        maps[high] = torch.cat([item.high for item in encoded]).float()
+        facts = [item.facts for item in encoded if item.facts is not None]
+        scene = (
+            SceneFacts(torch.cat([f.organs for f in facts]), torch.cat([f.lesions for f in facts])) if facts else None
+        )
+        return self.model.project(maps, torch.cat([item.extent for item in encoded]), scene)
 
     def _fact_loss(self, tokens: Tensor, cases: Sequence[LanguageCase]) -> Tensor:
         targets = self.vocabulary.fact_targets(cases)
@@ -163,14 +216,15 @@ class LanguageTrainer(nn.Module):
     def optimizer(self, step: int) -> torch.optim.Optimizer:
         """AdamW of the part ``step`` belongs to; a new one starts where the part changes."""
         config = self.config
-        vision = [p for m in (self.model.vision, self.dense) for p in m.parameters()]
+        vision = [*self.model.vision.parameters(), *self.dense.parameters()]
+        if self.model.scene is not None:
+            vision += self.model.scene.map_parameters()
         skip = {id(p) for p in vision}
-        rest = [p for p in self.parameters() if id(p) not in skip]
-        early = step < config.vision_steps
-        groups = [
-            {"params": vision, "peak": config.vision_rate if early else config.vision_rate_late},
-            {"params": rest, "peak": config.language_rate},
-        ]
+        if step < config.vision_steps:
+            groups = [{"params": vision, "peak": config.vision_rate}]
+        else:
+            rest = [p for p in self.parameters() if id(p) not in skip]
+            groups = [{"params": rest, "peak": config.language_rate}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -191,16 +245,18 @@ def train_language(
     cases: Sequence[LanguageCase],
     run: Path | None = None,
     report_progress: Callable[[float, str], None] | None = None,
+    dense_cases: Sequence[LanguageCase] = (),
 ) -> LanguageResult:
     """Train from scratch, or continue the run saved in the folder ``run``.
 
+    ``dense_cases`` fill half of the encoder's batches: many lesions a volume, whose texts are not used.
     ``report_progress`` receives the share done and a line of text; it may raise to stop (the state is saved first).
     Raises :class:`DataError` without cases.
     """
     if not cases:
         raise DataError("the language phase got no case; generate or load at least one")
     torch.manual_seed(config.seed)
-    trainer = LanguageTrainer(VisionLanguage(model_config, tokenizer), config, cases)
+    trainer = LanguageTrainer(VisionLanguage(model_config, tokenizer), config, cases, dense_cases)
     step, history, moments = (0, [], None) if run is None else _resume(run, trainer)
     optimizer = trainer.optimizer(step)
     if moments is not None:
@@ -212,7 +268,7 @@ def train_language(
                 optimizer = trainer.optimizer(step)
             trainer.set_rate(optimizer, step)
             loss, parts = trainer.step_loss(step)
-            optimizer.zero_grad(set_to_none=True)
+            trainer.zero_grad(set_to_none=True)  # also what the optimiser of the other part left
             loss.backward()
             nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
             optimizer.step()
@@ -274,6 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
     parser.add_argument("--cache", type=Path, help="folder of prepared cases (default: OUT/cache)")
     parser.add_argument("--cases", type=int, default=400)
+    parser.add_argument("--dense-cases", type=int, default=400, help="lesion-rich cases for the encoder")
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -284,6 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model_config = ModelConfig.tiny()
     cache = options.cache or options.out / "cache"
     cases = CaseStore(range(options.cases), model_config.vision, cache, wordings=_WORDINGS)
+    rich = CaseStore(
+        range(DENSE_SEED, DENSE_SEED + options.dense_cases), model_config.vision, cache, generator=_LESION_RICH
+    )
     held_out = CaseStore(range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out), model_config.vision, cache)
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(cases[:_SURVEYED], model_config.language.vocab_size)
@@ -291,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = LanguagePhaseConfig(seed=options.seed).within(options.minutes)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")
     training = time.perf_counter()
-    result = train_language(config, model_config, tokenizer, cases, run=options.out)
+    result = train_language(config, model_config, tokenizer, cases, run=options.out, dense_cases=rich)
     trained = time.perf_counter()
     save_file(model_state(result.model), options.out / "vision_language.safetensors")
     scores = language_scores(result.model, held_out)
@@ -300,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "history": result.history,
         "config": asdict(config),
         "cases": len(cases),
+        "dense_cases": len(rich),
         "held_out_cases": len(held_out),
         "seconds": {"data": training - started, "training": trained - training},
     }

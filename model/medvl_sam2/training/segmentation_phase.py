@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ from tqdm import tqdm
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
+from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
-from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
-StepFunction = Callable[[], tuple[torch.Tensor, dict[str, float]]]
+StepFunction = Callable[[RowBatch], tuple[torch.Tensor, dict[str, float]]]
 """Computes the loss of one step and figures to watch."""
 
 
@@ -45,6 +45,11 @@ class SegmentationPhaseConfig:
     memory_learning_rate: float = 5e-4
     warmup_steps: int = 80
     bfloat16: bool = True
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that draw rows; 0 draws them between steps, which costs little on a CPU and starves a GPU."""
+    rows_times: int = 1
+    """Multiplies the rows of every batch, for accelerators."""
     seed: int = 0
 
 
@@ -61,9 +66,9 @@ class SegmentationPhase:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.out = config, out
-        self.learner = SegmentationLearner(SliceSegmenter(model.slices))
+        self.learner = SegmentationLearner(SliceSegmenter(model.slices)).to(config.device)
         self.steps = SegmentationSteps(self.learner, config.seed + 1, bfloat16=config.bfloat16)
-        self.sampler = SliceSampler(volumes, weights, config.seed + 2, model.slices.image_size)
+        self.volumes, self.weights, self.image_size = list(volumes), list(weights), model.slices.image_size
         self.progress: dict[str, float] = {
             "image_steps": 0,
             "image_seconds": 0.0,
@@ -86,32 +91,34 @@ class SegmentationPhase:
         self._phase("memory", self.config.memory_minutes * 60, self._memory_step, self.config.memory_learning_rate)
         self._save(None)
 
-    def _image_step(self) -> tuple[torch.Tensor, dict[str, float]]:
-        config, sampler = self.config, self.sampler
-        done = self.progress["image_seconds"] / max(1.0, config.image_minutes * 60)
-        named, dice = self.steps.named_loss(
-            [sampler.whole_slice(config.concepts_per_slice) for _ in range(config.whole_slices)],
-            dense_weight=1.0 if done < 0.9 else 0.3,
-        )
+    def _image_step(self, batch: RowBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        done = self.progress["image_seconds"] / max(1.0, self.config.image_minutes * 60)
+        named, dice = self.steps.named_loss(batch.whole, dense_weight=1.0 if done < 0.9 else 0.3)
         rounds = 0 if done < 0.15 else int(self.steps.rng.integers(0, 4))
-        prompted, before, after = self.steps.window_loss([sampler.window() for _ in range(config.windows)], rounds)
+        prompted, before, after = self.steps.window_loss(batch.windows, rounds)
         return named + prompted, {"named": dice, "window": before, "clicked": after}
 
-    def _memory_step(self) -> tuple[torch.Tensor, dict[str, float]]:
-        config, sampler = self.config, self.sampler
-        clips = [sampler.window(config.clip_length) for _ in range(config.clips)]
-        loss, dice = self.steps.memory_loss(clips)
+    def _memory_step(self, batch: RowBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, dice = self.steps.memory_loss(batch.clips)
         figures = {"tracked": dice}
         if self.progress["memory_steps"] % 3 == 0:  # keep what the image phase taught the shared decoder
-            named, figures["named"] = self.steps.named_loss(
-                [sampler.whole_slice(config.concepts_per_slice) for _ in range(4)], dense_weight=0.0
-            )
+            named, figures["named"] = self.steps.named_loss(batch.whole, dense_weight=0.0)
             rounds = int(self.steps.rng.integers(1, 4))
-            prompted, figures["window"], figures["clicked"] = self.steps.window_loss(
-                [sampler.window() for _ in range(8)], rounds
-            )
+            prompted, figures["window"], figures["clicked"] = self.steps.window_loss(batch.windows, rounds)
             loss = loss + named + prompted
         return loss, figures
+
+    def _stream(self, name: str) -> Iterator[RowBatch]:
+        """Rows of a phase; a resumed run draws other rows than the ones it has seen."""
+        config, times = self.config, self.config.rows_times
+        if name == "image":
+            shape = BatchShape(config.whole_slices * times, config.concepts_per_slice, config.windows * times)
+        else:
+            shape = BatchShape(
+                4 * times, config.concepts_per_slice, 8 * times, config.clips * times, config.clip_length
+            )
+        seed = config.seed + 2 + int(self.progress[f"{name}_steps"])
+        return batch_stream(self.volumes, self.weights, shape, seed, self.image_size, config.workers)
 
     def _phase(self, name: str, budget: float, step_function: StepFunction, peak: float) -> None:
         config, progress = self.config, self.progress
@@ -123,6 +130,7 @@ class SegmentationPhase:
         state = self.out / f"{name}_optimiser.pt"
         if state.exists() and progress[f"{name}_steps"]:
             optimiser.load_state_dict(torch.load(state, weights_only=True))
+        rows = self._stream(name)
         smooth: dict[str, float] = {}
         last_save = time.monotonic()
         log = (self.out / "log.jsonl").open("a")
@@ -134,7 +142,7 @@ class SegmentationPhase:
                 warm = min(1.0, (progress[f"{name}_steps"] + 1) / config.warmup_steps)
                 for group in optimiser.param_groups:
                     group["lr"] = peak * warm * _decay(share)
-                loss, figures = step_function()
+                loss, figures = step_function(next(rows))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -159,7 +167,7 @@ class SegmentationPhase:
 
     def _save(self, optimiser: torch.optim.Optimizer | None, name: str = "") -> None:
         temporary = self.out / "state.tmp"
-        save_file({k: v.contiguous() for k, v in self.learner.state_dict().items()}, temporary)
+        save_file({k: v.cpu().contiguous() for k, v in self.learner.state_dict().items()}, temporary)
         temporary.replace(self.out / "segmenter.safetensors")
         if optimiser is not None:
             partial = self.out / "optimiser.tmp"
@@ -175,8 +183,7 @@ class SegmentationPhase:
             self.progress.update({k: stored[k] for k in self.progress})
             self.learner.load_state_dict(load_file(state))
             skip = int(self.progress["image_steps"] + self.progress["memory_steps"])
-            self.sampler.rng = np.random.default_rng([self.config.seed + 2, skip])  # do not replay the same rows
-            self.steps.rng = np.random.default_rng([self.config.seed + 1, skip])
+            self.steps.rng = np.random.default_rng([self.config.seed + 1, skip])  # do not replay the same clicks
 
 
 def _decay(share: float) -> float:
@@ -196,12 +203,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps generated cases between runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw rows (a GPU wants most cores)")
+    parser.add_argument("--rows-times", type=int, default=1, help="multiplies the rows of every batch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     source = SourceConfig(generated=options.generated, real=options.real, cache=options.cache, seed=options.seed)
     volumes, weights = training_volumes(source)
     config = SegmentationPhaseConfig(
-        image_minutes=options.image_minutes, memory_minutes=options.memory_minutes, seed=options.seed
+        image_minutes=options.image_minutes,
+        memory_minutes=options.memory_minutes,
+        seed=options.seed,
+        device=options.device,
+        workers=options.workers,
+        rows_times=options.rows_times,
     )
     SegmentationPhase(config, volumes, weights, ModelConfig.tiny(), options.out).run()
 

@@ -64,7 +64,7 @@ class _Rows:
     language_present: Tensor | None
     height: Tensor | None
 
-    def prompt(self) -> SlicePrompt:
+    def prompt(self, device: torch.device) -> SlicePrompt:
         width = max(1, max(len(p) for p in self.points))
         points = torch.zeros(len(self.points), width, 2)
         labels = torch.full((len(self.points), width), -1, dtype=torch.int32)
@@ -73,7 +73,13 @@ class _Rows:
                 points[row, : len(xy)] = torch.tensor(xy)
                 labels[row, : len(xy)] = torch.tensor(label, dtype=torch.int32)
         return SlicePrompt(
-            points, labels, self.masks, self.mask_present, self.language, self.language_present, self.height
+            points.to(device),
+            labels.to(device),
+            self.masks,
+            self.mask_present,
+            self.language,
+            self.language_present,
+            self.height,
         )
 
 
@@ -89,6 +95,11 @@ class SegmentationSteps:
         self.weights = weights or LossWeights()
         self.scale = learner.segmenter.config.image_size / TRUTH_SIZE
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; rows are drawn on the CPU and moved here."""
+        return next(self.learner.segmenter.parameters()).device
+
     def _encode(self, images: Tensor) -> SliceFeatures:
         """Features in fp32; with ``bfloat16`` the encoder runs in bf16 (a quarter faster on CPUs that have it)."""
         if not self.bfloat16:
@@ -100,16 +111,18 @@ class SegmentationSteps:
     def named_loss(self, slices: Sequence[WholeSlice], dense_weight: float) -> tuple[Tensor, float]:
         """Whole slices with stand-in language tokens, plus the dense head -> (loss, mean Dice of present rows)."""
         segmenter = self.learner.segmenter
-        features = self._encode(torch.stack([s.image for s in slices]))
+        features = self._encode(torch.stack([s.image for s in slices]).to(self.device))
         index = [n for n, s in enumerate(slices) for _ in s.concepts]
-        concepts = torch.tensor([c for s in slices for c in s.concepts])
-        truth = torch.cat([s.truth for s in slices])
-        height = torch.tensor([slices[n].height for n in index], dtype=torch.float32)
-        prompt = replace(SlicePrompt.empty(len(index)), language=self.learner.concept_tokens(concepts), height=height)
+        concepts = torch.tensor([c for s in slices for c in s.concepts], device=self.device)
+        truth = torch.cat([s.truth for s in slices]).to(self.device)
+        height = torch.tensor([slices[n].height for n in index], dtype=torch.float32, device=self.device)
+        prompt = replace(
+            SlicePrompt.empty(len(index), self.device), language=self.learner.concept_tokens(concepts), height=height
+        )
         output = segmenter.decode(features.rows(index), prompt)
         loss = mask_loss(output, truth, self.weights)
         if dense_weight:
-            dense = torch.stack([s.dense for s in slices])
+            dense = torch.stack([s.dense for s in slices]).to(self.device)
             logits = self.learner.dense_head(features)
             valid = dense >= 0
             raw = F.binary_cross_entropy_with_logits(logits, dense.clamp(min=0), reduction="none")
@@ -123,15 +136,15 @@ class SegmentationSteps:
     def window_loss(self, windows: Sequence[Window], rounds: int) -> tuple[Tensor, float, float]:
         """Prompted windows with ``rounds`` corrective clicks -> (loss, Dice before, Dice after the clicks)."""
         segmenter = self.learner.segmenter
-        features = self._encode(torch.stack([w.images[0] for w in windows]))
-        truth = torch.stack([w.truth[0] for w in windows])
+        features = self._encode(torch.stack([w.images[0] for w in windows]).to(self.device))
+        truth = torch.stack([w.truth[0] for w in windows]).to(self.device)
         rows = self._first_prompts(windows)
-        output = segmenter.decode(features, rows.prompt())
+        output = segmenter.decode(features, rows.prompt(self.device))
         losses = [mask_loss(output, truth, self.weights)]
         first = output
         for _ in range(rounds):
             self._click(rows, output, truth)
-            output = segmenter.decode(features, rows.prompt())
+            output = segmenter.decode(features, rows.prompt(self.device))
             losses.append(mask_loss(output, truth, self.weights))
         with torch.no_grad():
             before, after = dice_score(first.logits, truth).mean(), dice_score(output.logits, truth).mean()
@@ -142,8 +155,8 @@ class SegmentationSteps:
         segmenter = self.learner.segmenter
         count, length = len(windows), len(windows[0].images)
         with torch.set_grad_enabled(encoder_grad):
-            features = self._encode(torch.cat([w.images for w in windows]))
-        truth = torch.stack([w.truth for w in windows])
+            features = self._encode(torch.cat([w.images for w in windows]).to(self.device))
+        truth = torch.stack([w.truth for w in windows]).to(self.device)
         rows = self._first_prompts(windows)
         conditioning: dict[int, SliceMemory] = {}
         tracked: dict[int, SliceMemory] = {}
@@ -153,12 +166,12 @@ class SegmentationSteps:
         for t in range(length):
             here = features.rows([n * length + t for n in range(count)])
             if t == 0:
-                output = segmenter.decode(here, rows.prompt())
+                output = segmenter.decode(here, rows.prompt(self.device))
             else:
                 fused = segmenter.attend(here, t, conditioning, tracked, length, reverse=False)
-                prompt = SlicePrompt.empty(count)
+                prompt = SlicePrompt.empty(count, self.device)
                 if persistent:
-                    height = torch.stack([w.height[t] for w in windows])
+                    height = torch.stack([w.height[t] for w in windows]).to(self.device)
                     prompt = replace(
                         prompt, language=rows.language, language_present=rows.language_present, height=height
                     )
@@ -170,13 +183,13 @@ class SegmentationSteps:
                         [[] for _ in windows],
                         [[] for _ in windows],
                         output.logits.detach(),
-                        torch.ones(count, dtype=torch.bool),
+                        torch.ones(count, dtype=torch.bool, device=self.device),
                         None,
                         None,
                         None,
                     )
                     self._click(fix, output, truth[:, t])
-                    output = segmenter.decode(here, fix.prompt(), fused)
+                    output = segmenter.decode(here, fix.prompt(self.device), fused)
             losses.append(mask_loss(output, truth[:, t], self.weights))
             memory = self._memory(here, output, truth[:, t], teach=t == 0)
             (conditioning if t in (0, corrected) else tracked)[t] = memory
@@ -186,7 +199,7 @@ class SegmentationSteps:
         """Memory of a decoded slice; a third of the prompted slices are remembered by their true mask."""
         logits, presence = output.logits, output.presence
         if teach:
-            given = torch.from_numpy(self.rng.random(len(logits)) < 0.33)
+            given = torch.from_numpy(self.rng.random(len(logits)) < 0.33).to(logits.device)
             size = logits.shape[-2:]
             true = F.interpolate(truth[:, None], size=size, mode="area") * 20 - 10
             logits = torch.where(given[:, None, None, None], true, logits)
@@ -222,17 +235,17 @@ class SegmentationSteps:
             labels.append(label)
         language, present = None, None
         if rng.random() < 0.5:
-            concepts = torch.tensor([-1 if w.concept is None else w.concept for w in windows])
-            present = (concepts >= 0) & torch.from_numpy(rng.random(len(windows)) < 0.85)
+            concepts = torch.tensor([-1 if w.concept is None else w.concept for w in windows], device=self.device)
+            present = (concepts >= 0) & torch.from_numpy(rng.random(len(windows)) < 0.85).to(self.device)
             language = self.learner.concept_tokens(concepts.clamp(min=0))
-        height = torch.stack([w.height[0] for w in windows])
-        return _Rows(points, labels, masks, mask_present, language, present, height)
+        height = torch.stack([w.height[0] for w in windows]).to(self.device)
+        return _Rows(points, labels, masks.to(self.device), mask_present.to(self.device), language, present, height)
 
     def _click(self, rows: _Rows, output: SliceOutput, truth: Tensor) -> None:
         """Add one corrective click a row and the last logits as mask prompt."""
         with torch.no_grad():
             logits = F.interpolate(output.logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-            guesses, reals = (logits > 0).numpy(), (truth > 0.5).numpy()
+            guesses, reals = (logits > 0).cpu().numpy(), (truth > 0.5).cpu().numpy()
         for row in range(len(rows.points)):
             click = next_click_2d(reals[row], guesses[row], self.rng, core=0.5)
             if click is not None:
@@ -241,7 +254,7 @@ class SegmentationSteps:
                 rows.points[row].append((x * self.scale + half, y * self.scale + half))
                 rows.labels[row].append(click.label)
         rows.masks = output.logits.detach()
-        rows.mask_present = torch.ones(len(rows.points), dtype=torch.bool)
+        rows.mask_present = torch.ones(len(rows.points), dtype=torch.bool, device=self.device)
 
 
 def _dense_dice(logits: Tensor, dense: Tensor, valid: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ class SliceSampler:
 
     def _whole_crop(self, volume: LabelledVolume) -> SliceCrop:
         """The whole slice, a little shifted and scaled."""
-        crop = SliceCrop.whole((volume.image.shape[1], volume.image.shape[2]), volume.spacing[1:], self.size, MIN_MM_PER_PX)
+        plane = (int(volume.image.shape[1]), int(volume.image.shape[2]))
+        crop = SliceCrop.whole(plane, volume.spacing[1:], self.size, MIN_MM_PER_PX)
         shift = self.rng.normal(0, 0.04, 2) * crop.extent_mm
         return replace(
             crop,
