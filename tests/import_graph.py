@@ -13,7 +13,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"files", "types", "vocabulary"}),
     frozenset({"config"}),
-    frozenset({"dicom_io", "geometry", "intensity", "region_grow", "volume_io"}),
+    frozenset({"dicom_io", "geometry", "intensity", "region_assist", "region_grow", "volume_io"}),
     frozenset({"synthesis"}),
     frozenset({"modeling", "checkpoint"}),
     frozenset({"predictor"}),

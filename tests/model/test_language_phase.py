@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,9 @@ def test_every_target_belongs_to_a_seg_token(cases: list[LanguageCase]) -> None:
 
 def test_shuffled_choices_keep_the_answer() -> None:
     item = QA("Which?", ("a", "b", "c"), "B. b", "phase")
-    replies = {question_sample(item, np.random.default_rng(seed)).reply for seed in range(20)}
-    assert replies == {"A. b", "B. b", "C. b"}
+    samples = [question_sample(item, np.random.default_rng(seed)) for seed in range(20)]
+    assert {sample.reply for sample in samples} == {"b"}
+    assert len({sample.question for sample in samples}) == 6
 
 
 def test_packed_loss_equals_the_exchanges_apart(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
@@ -104,10 +106,12 @@ class _StoppedError(Exception):
     pass
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 def test_stopped_run_resumes_to_the_same_weights(
-    cases: list[LanguageCase], tokenizer: Tokenizer, tmp_path: Path
+    cases: list[LanguageCase], tokenizer: Tokenizer, tmp_path: Path, bfloat16: bool
 ) -> None:
-    whole = train_language(STEPS, SMALL, tokenizer, cases)
+    steps = replace(STEPS, bfloat16=bfloat16)
+    whole = train_language(steps, SMALL, tokenizer, cases, dense_cases=cases[:1])
 
     for stop in (1, 3):
 
@@ -116,10 +120,14 @@ def test_stopped_run_resumes_to_the_same_weights(
                 raise _StoppedError
 
         with pytest.raises(_StoppedError):
-            train_language(STEPS, SMALL, tokenizer, cases, tmp_path, progress)
-    resumed = train_language(STEPS, SMALL, tokenizer, cases, tmp_path)
+            train_language(steps, SMALL, tokenizer, cases, tmp_path, progress, cases[:1])
+    resumed = train_language(steps, SMALL, tokenizer, cases, tmp_path, dense_cases=cases[:1])
     assert [entry["step"] for entry in resumed.history] == [1, 2, 3, 4]
     assert all(np.isfinite(list(entry.values())).all() for entry in resumed.history)
+    if bfloat16:  # its kernels round by memory layout, so two runs part company; exactness is shown in fp32
+        return
+    for entry, again in zip(whole.history, resumed.history, strict=True):
+        assert entry == pytest.approx(again, rel=1e-4)
     for name, tensor in model_state(whole.model).items():
         assert torch.allclose(tensor, model_state(resumed.model)[name], atol=1e-6), name
 

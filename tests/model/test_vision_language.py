@@ -12,7 +12,7 @@ from medvl_sam2.errors import CheckpointError, ConfigError, PromptError
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import additive_mask, build_language_model
 from medvl_sam2.modeling.lora import LoRALinear, add_lora, load_lora_state, lora_state, merge_lora, remove_lora
-from medvl_sam2.modeling.prompts import format_choice, format_choices, segment_prompt, segment_reply
+from medvl_sam2.modeling.prompts import format_choices, segment_prompt, segment_reply
 from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import IGNORE, VisionLanguage
@@ -174,7 +174,6 @@ def test_additive_mask_never_blocks_a_whole_row() -> None:
 def test_wordings() -> None:
     assert format_choices("Phase?", ["arterial", "portal venous"]) == "Phase? Choices: A. arterial B. portal venous"
     assert format_choices("Phase?", []) == "Phase?"
-    assert format_choice(["yes", "no"], "no") == "B. no"
     assert segment_prompt(["liver", "spleen", "colon"]) == "Please segment the liver, spleen and colon."
     assert segment_reply(["liver", "spleen"], [True, False]) == "liver [SEG], no spleen"
 
@@ -281,7 +280,7 @@ def test_scene_lists_the_largest_lesion_first(reader: SceneReader) -> None:
 
 def test_scene_map_is_trained_by_labels_and_left_out_on_demand() -> None:
     config = replace(SMALL, scene=SceneConfig(lesions=0))
-    plain = VisionLanguage(config, Tokenizer.train(PROMPTS, 300))
+    plain = VisionLanguage(config, Tokenizer.train(PROMPTS, 300)).eval()
     assert plain.scene is None
     assert plain.image_slots == 8
     assert plain.encode_image(torch.rand(1, 1, 16, 24, 32)).shape == (1, 8, 32)

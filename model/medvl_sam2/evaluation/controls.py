@@ -12,40 +12,15 @@ A network earns its place only where it beats the better of the two on the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import ndimage
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.geometry import CanonicalTransform
-from medvl_sam2.region_grow import GrowRule, ball, bounding_region, ellipsoid, grow
+from medvl_sam2.region_assist import BrushRule, IntensityRule, box_diagonal, grown_at_click, grown_in_box, stroke
+from medvl_sam2.region_grow import ball, ellipsoid
 from medvl_sam2.types import Prompt, Volume
-
-
-@dataclass(frozen=True)
-class BrushRule:
-    """Radius of the ball painted at a click: ``share`` of the way to the border of the present mask, within limits.
-
-    ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
-    """
-
-    share: float = 1.3
-    low_mm: float = 2.0
-    high_mm: float = 30.0
-    box_share: float = 0.25
-
-    def radius(self, mask: np.ndarray, point: np.ndarray, label: int, spacing: np.ndarray, diagonal: float) -> float:
-        """Radius in mm at ``point`` (z, y, x) on the present ``mask`` (Z, Y, X); ``diagonal`` in mm, 0 without box."""
-        high = self.high_mm if diagonal == 0 else min(self.high_mm, self.box_share * diagonal)
-        distance = _border_distance(mask, point, label == 0, spacing, high / max(self.share, 1e-6))
-        return float(max(min(self.share * distance, high), min(self.low_mm, high)))
-
-
-_SHAPE_BRUSH = BrushRule()
-_GROW_BRUSH = BrushRule(share=1.6, high_mm=50.0, box_share=0.35)
-_REGION = GrowRule()
-_STROKE = GrowRule(k=3.0, floor=0.04, open_mm=0.0, close_mm=3.0)
 
 
 @dataclass(frozen=True)
@@ -54,29 +29,7 @@ class ShapeRule:
 
     power: float = 2.5
     first_mm: float = 22.0
-    brush: BrushRule = _SHAPE_BRUSH
-
-
-@dataclass(frozen=True)
-class IntensityRule:
-    """Constants of :class:`GrowControl`.
-
-    ``scale``: ellipsoid that limits the growth, relative to the box, with ``power``. ``core``: ellipsoid of the core,
-    relative to the box. ``least_share``: a region below this share of the ellipsoid gives way to it. ``reach_mm``,
-    ``core_mm``: limit and core as balls when there is no box. ``brush_grow``: intensities of a brush, whose core has
-    radius ``brush_core_mm``.
-    """
-
-    scale: float = 1.0
-    power: float = 2.5
-    core: float = 0.5
-    least_share: float = 0.3
-    reach_mm: float = 40.0
-    core_mm: float = 5.0
-    grow: GrowRule = _REGION
-    brush: BrushRule = _GROW_BRUSH
-    brush_grow: GrowRule = _STROKE
-    brush_core_mm: float = 4.0
+    brush: BrushRule = field(default_factory=BrushRule)
 
 
 @dataclass(frozen=True)
@@ -98,9 +51,7 @@ class Scene:
     @property
     def diagonal(self) -> float:
         """Box diagonal in mm, 0 without a box."""
-        if self.box is None:
-            return 0.0
-        return float(np.linalg.norm((self.box[1] - self.box[0] + 1) * np.asarray(self.spacing)))
+        return box_diagonal(self.box, self.spacing)
 
 
 @dataclass(frozen=True)
@@ -165,31 +116,16 @@ class GrowControl(_Control):
 
     def paint(self, scene: Scene) -> np.ndarray:
         """Bool (Z, Y, X); see the class."""
-        rule, shape, spacing = self.rule, scene.shape, scene.spacing
+        rule, spacing = self.rule, scene.spacing
         if scene.box is not None:
-            allowed = ellipsoid(shape, scene.box, rule.scale, rule.power)
-            allowed[: int(scene.box[0, 0])] = False
-            allowed[int(scene.box[1, 0]) + 1 :] = False
-            mask, start = grow(scene.image, spacing, allowed, ellipsoid(shape, scene.box, rule.core), rule.grow), 0
-            if mask.sum() < rule.least_share * allowed.sum():
-                # Mixed intensities: the box knows more than the region that was found.
-                mask = allowed
+            mask, start = grown_in_box(scene.image, spacing, scene.box, rule), 0
         else:
             first = int(np.flatnonzero(scene.labels == 1)[0])
-            center = scene.points[first]
-            allowed, core = ball(shape, center, rule.reach_mm, spacing), ball(shape, center, rule.core_mm, spacing)
-            mask, start = grow(scene.image, spacing, allowed, core, rule.grow), first + 1
+            mask, start = grown_at_click(scene.image, spacing, scene.points[first], rule), first + 1
         for point, label in zip(scene.points[start:], scene.labels[start:], strict=True):
-            radius = rule.brush.radius(mask, point, int(label), np.asarray(spacing), scene.diagonal)
-            brush = self._brush(scene, point, radius)
+            brush = stroke(scene.image, spacing, mask, point, int(label), scene.diagonal, rule)
             mask = mask | brush if label == 1 else mask & ~brush
         return mask
-
-    def _brush(self, scene: Scene, point: np.ndarray, radius: float) -> np.ndarray:
-        """Ball at a click, kept to the intensities next to the click."""
-        whole = ball(scene.shape, point, radius, scene.spacing)
-        core = ball(scene.shape, point, min(self.rule.brush_core_mm, radius), scene.spacing)
-        return grow(scene.image, scene.spacing, whole, core, self.rule.brush_grow) | (core & whole)
 
 
 def _base(scene: Scene, first_mm: float, power: float) -> tuple[np.ndarray, int]:
@@ -199,14 +135,3 @@ def _base(scene: Scene, first_mm: float, power: float) -> tuple[np.ndarray, int]
         return ellipsoid(shape, scene.box, 1.0, power), 0
     first = int(np.flatnonzero(scene.labels == 1)[0])
     return ball(shape, scene.points[first], first_mm, scene.spacing), first + 1
-
-
-def _border_distance(mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float) -> float:
-    """Distance in mm from ``point`` to the nearest voxel of (``inside``: outside) the mask, at most ``limit_mm``."""
-    reach = limit_mm / spacing
-    region = bounding_region(point - reach, point + reach, mask.shape)
-    local = ~mask[region] if inside else mask[region]
-    if not local.any():
-        return limit_mm
-    center = np.clip(np.rint(point).astype(int) - [s.start for s in region], 0, np.array(local.shape) - 1)
-    return min(float(ndimage.distance_transform_edt(~local, sampling=spacing)[tuple(center)]), limit_mm)

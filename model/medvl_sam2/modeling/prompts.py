@@ -25,16 +25,15 @@ SEGMENT_PROMPTS: tuple[str, ...] = (
 
 
 def format_choices(question: str, choices: Sequence[str]) -> str:
-    """Closed question as the model reads it: ``... Choices: A. yes B. no``; unchanged without choices."""
+    """Closed question as the model reads it: ``... Choices: A. yes B. no``; unchanged without choices.
+
+    The reply is the text of the right choice. A letter would first have to be looked up: trained for the published
+    ``B. no``, the tiny model named the region in 93 % of the open and 20 % of the closed questions.
+    """
     if not choices:
         return question
     listed = " ".join(f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(choices))
     return f"{question} Choices: {listed}"
-
-
-def format_choice(choices: Sequence[str], answer: str) -> str:
-    """Reply to a closed question: letter and text, ``B. no``."""
-    return f"{chr(ord('A') + list(choices).index(answer))}. {answer}"
 
 
 def join_names(names: Sequence[str]) -> str:

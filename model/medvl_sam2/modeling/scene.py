@@ -60,8 +60,8 @@ class SceneReader(nn.Module):
             nn.GELU(),
             nn.Conv3d(width, 1 + len(scene.kinds), 1),
         )
-        nn.init.constant_(cast(nn.Linear, self.organ_head[-1]).bias, -3.0)
-        nn.init.constant_(cast(nn.Conv3d, self.lesion_head[-1]).bias, -3.0)
+        for last in (self.organ_head[-1], self.lesion_head[-1]):
+            nn.init.constant_(cast(Tensor, last.bias), -3.0)
         self.register_buffer("position", _positions(self.grids[0]), persistent=False)
         self.organ_token = _embedding(_ORGAN_FEATURES, hidden)
         self.lesion_token = _embedding(_LESION_FEATURES + self.organs, hidden)
@@ -115,7 +115,7 @@ class SceneReader(nn.Module):
     def embed(self, facts: SceneFacts) -> Tensor:
         """Image tokens (B, organs + lesions, hidden)."""
         tokens = torch.cat([self.organ_token(facts.organs), self.lesion_token(facts.lesions)], dim=1)
-        return cast(Tensor, tokens + self.slots)
+        return tokens + self.slots
 
     def _lesions(self, shares: np.ndarray, mean: np.ndarray, grid: _Grid, organs: np.ndarray) -> np.ndarray:
         """(slots, G): connected cells above the threshold, largest first; an empty slot is zero."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
@@ -81,6 +82,17 @@ class UnifiedModel(nn.Module):
             return Grounding(vectors, None)
         scores = self.pointer(states, look.elements.tokens)
         return Grounding(vectors, pointed_place(scores, look.elements))
+
+    def class_places(self, look: GlobalLook, names: Sequence[str]) -> Tensor | None:
+        """Rough places (K, d, h, w) of vocabulary classes straight from the scene's maps; None without a scene.
+
+        A class name needs no pointing: the map has a channel of that name, and ``lesion`` is all lesion slots.
+        """
+        if look.elements is None:
+            return None
+        maps, organs = look.elements.maps, self.config.scene_organs
+        places = [maps[organs.index(n)] if n in organs else maps[len(organs) :].amax(dim=0) for n in names]
+        return torch.stack(places)
 
     def segment(
         self,

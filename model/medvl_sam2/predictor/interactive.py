@@ -8,7 +8,7 @@ whole volume, because that was measured to destroy good slices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SliceP
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.propagation import Language, propagate
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
-from medvl_sam2.region_grow import bounding_region, ellipsoid, grow
+from medvl_sam2.region_assist import IntensityRule, box_diagonal, grown_at_click, grown_in_box, stroke
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,15 @@ class InteractiveConfig:
     reach_mm: float = 12.0
     """A correction fades out over this distance in z."""
     min_window_mm: float = 12.0
-    use_grow: bool = True
-    """Start from an intensity-grown region as rough mask prompt when a box is given."""
+    carry_clicks: bool = True
+    """Carry a correction through the memory to further slices, as far as they change with it."""
+    assist: bool = True
+    """Start from an intensity-grown region as rough mask, and let every click paint an intensity-limited ball."""
+    rough_prompts: bool = False
+    """Hand the rough mask to the decoder on every slice, not only on the start slice."""
+    rough_weight: float = 0.25
+    """Share of the rough mask in the first logits."""
+    assist_rule: IntensityRule = field(default_factory=IntensityRule)
 
 
 class InteractiveEngine:
@@ -70,10 +77,9 @@ class InteractiveEngine:
         state = ObjectState(stack, low, high, box=box, start=start, language=language)
         points, labels = self._box_points(crop, box)
         prompt = SlicePrompt(points, labels)
-        if self.config.use_grow:
-            rough = self._grown(image, spacing, box, start)
-            if rough is not None:
-                prompt = self._with_mask(prompt, crop, rough)
+        if self.config.assist:
+            self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
+            prompt = self._with_rough(prompt, state, start)
         self._seed(state, start, self._with_language(prompt, language, start))
         self._propagate(state, spacing, stop_when_empty=False)
         return state
@@ -89,6 +95,9 @@ class InteractiveEngine:
         points, labels = self._click_points(crop, [click])
         self._seed(state, z, SlicePrompt(points, labels))
         state.low, state.high = 0, image.shape[0] - 1
+        if self.config.assist:
+            grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
+            self._lay_down(state, grown, 0, image.shape[0] - 1)
         self._propagate(state, spacing, stop_when_empty=True)
         return state
 
@@ -117,6 +126,7 @@ class InteractiveEngine:
         """Apply one corrective click and return the state (a new one when the window had to grow)."""
         state = self._widened(state, spacing, click)
         z = int(np.clip(click.z, 0, state.stack.image.shape[0] - 1))
+        painted = self._stroke(state, spacing, click) if self.config.assist else None
         state.clicks.append(click)
         before = state.logits_at(z)
         output = self._decode_again(state, z, before)
@@ -126,10 +136,16 @@ class InteractiveEngine:
                 return state
             self._reach_out(state, z, spacing)
         self._spread(state, z, delta, spacing)
+        if painted is not None:
+            self._paint(state, painted, click.label, spacing)
+        before_edit = before > 0
         presence = output.presence.new_full((1,), 10.0 if bool((state.logits[z] > 0).any()) else -10.0)
         state.memory.conditioning[z] = self.segmenter.remember(
             state.stack.features([z]), state.logits[z][None, None], presence, output.pointer
         )
+        if self.config.carry_clicks:
+            changed = ((state.logits[z] > 0) != before_edit).numpy()
+            self._carry(state, z, click.label, changed, spacing)
         return state
 
     # --- first prompts -------------------------------------------------------------------------------------------
@@ -138,18 +154,52 @@ class InteractiveEngine:
         """Decode the start slice and put it into the memory."""
         features = state.stack.features([z])
         output = self.segmenter.decode(features, prompt)
-        state.logits[z] = output.logits[0, 0]
+        state.logits[z] = self._blended(state, z, output.logits[0, 0])
         state.score = float(output.iou)
         certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
         state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
+
+    def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
+        """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""
+        shown = [z for z in range(low, high + 1) if mask[z].any()]
+        if not shown:
+            return
+        small = replace(state.stack.crop, size=self.segmenter.mask_size)
+        soft = small.sample(torch.from_numpy(mask[shown].astype(np.float32)))[:, 0]
+        state.rough = dict(zip(shown, soft, strict=True))
+
+    def _with_rough(self, prompt: SlicePrompt, state: ObjectState, z: int) -> SlicePrompt:
+        """The rough mask of a slice as its mask prompt, if it has one."""
+        soft = state.rough.get(z)
+        if soft is None:
+            return prompt
+        present = torch.ones(1, dtype=torch.bool)
+        return replace(prompt, mask_logits=soft[None, None] * 12 - 6, mask_present=present)
+
+    def _blended(self, state: ObjectState, z: int, logits: Tensor) -> Tensor:
+        """Decoded logits pulled towards the rough mask, where there is one at all."""
+        weight = self.config.rough_weight
+        if not weight or not state.rough:
+            return logits
+        soft = state.rough.get(z)
+        rough = torch.full_like(logits, -4.0) if soft is None else soft * 8 - 4
+        return logits.clamp(-8, 8) * (1 - weight) + weight * rough
 
     def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], stop_when_empty: bool) -> None:
         plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
         if not stop_when_empty:
             state.stack.encode(plan)
-        outputs = propagate(state.stack, state.memory, plan, state.start, stop_when_empty, state.language)
+        outputs = propagate(
+            state.stack,
+            state.memory,
+            plan,
+            state.start,
+            stop_when_empty,
+            state.language,
+            state.rough if self.config.rough_prompts else None,
+        )
         for z, output in outputs.items():
-            state.logits[z] = output.logits[0, 0]
+            state.logits[z] = self._blended(state, z, output.logits[0, 0])
         if stop_when_empty:
             shown = [z for z, values in state.logits.items() if bool((values > 0).any())] or [state.start]
             state.low, state.high = min(shown), max(shown)
@@ -189,28 +239,6 @@ class InteractiveEngine:
                 best_score = score
         return best
 
-    def _grown(
-        self, image: np.ndarray, spacing: tuple[float, float, float], box: np.ndarray, start: int
-    ) -> np.ndarray | None:
-        """Intensity-grown slice (Y, X) bool inside the box, or None when nothing grows."""
-        low, high = box[0].copy(), box[1].copy()
-        low[0], high[0] = max(low[0], start - 1), min(high[0], start + 1)
-        region = bounding_region(low, high, image.shape, 2)
-        offset = np.array([s.start for s in region], dtype=np.float64)
-        local = np.stack([low, high]) - offset
-        small = image[region]
-        shape = (small.shape[0], small.shape[1], small.shape[2])
-        tall = local.copy()  # full in-plane ellipse on every one of the few slices
-        tall[:, 0] = [local[0, 0] - 50, local[1, 0] + 50]
-        allowed = ellipsoid(shape, tall, 1.1)
-        core = ellipsoid(shape, tall, 0.5)
-        grown = grow(small, spacing, allowed, core)[int(start - offset[0])]
-        if grown.sum() < 4:
-            return None
-        result = np.zeros(image.shape[1:], dtype=bool)
-        result[region[1], region[2]] = grown
-        return result
-
     # --- corrections ---------------------------------------------------------------------------------------------
 
     def _widened(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> ObjectState:
@@ -231,6 +259,29 @@ class InteractiveEngine:
             max(self.config.min_window_mm, crop.extent_mm),
         )
         return state.moved(wider)
+
+    def _stroke(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> np.ndarray:
+        """What the click means from intensities alone, on the mask as it was."""
+        point = np.clip(np.asarray(click.position), 0, np.asarray(state.stack.image.shape) - 1)
+        diagonal = box_diagonal(state.box, spacing)
+        return stroke(state.stack.image, spacing, state.mask(), point, click.label, diagonal, self.config.assist_rule)
+
+    def _paint(self, state: ObjectState, painted: np.ndarray, label: int, spacing: tuple[float, float, float]) -> None:
+        """Push the painted ball's logits to the click's side; the object's range grows with foreground paint."""
+        shown = [int(z) for z in np.flatnonzero(painted.any(axis=(1, 2)))]
+        if label == 1:
+            for z in (min(shown), max(shown)):
+                if z < state.low or z > state.high:
+                    self._reach_out(state, z, spacing)
+        shown = [z for z in shown if state.low <= z <= state.high]
+        if not shown:
+            return
+        small = replace(state.stack.crop, size=self.segmenter.mask_size)
+        soft = small.sample(torch.from_numpy(painted[shown].astype(np.float32)))[:, 0]
+        for z, plane in zip(shown, soft, strict=True):
+            old = state.logits_at(z)
+            push = plane * 8 - 4
+            state.logits[z] = torch.maximum(old, push) if label == 1 else torch.minimum(old, -push)
 
     def _decode_again(self, state: ObjectState, z: int, before: Tensor) -> SliceOutput:
         """Decode slice ``z`` with all its clicks, its previous logits and the memory of prompted slices."""
@@ -269,6 +320,40 @@ class InteractiveEngine:
             push = (2.0 if wanted else -2.0) - current
             delta = delta + torch.from_numpy(bump) * push
         return delta
+
+    def _carry(
+        self, state: ObjectState, z: int, label: int, changed: np.ndarray, spacing: tuple[float, float, float]
+    ) -> None:
+        """Carry a correction on to further slices while memory agrees with it.
+
+        Neighbours are decoded with the corrected slice in memory; of what they would change, only the wanted kind of
+        change that touches the change of the slice before is taken. It ends where nothing is left to change.
+        """
+        conditioning = state.memory.conditioning
+        count = state.stack.image.shape[0]
+        pace = max(1, round(self.config.slice_step_mm / spacing[0]))
+        for step in (pace, -pace):
+            tracked: dict[int, SliceMemory] = {}
+            front = changed
+            other = z + step
+            while state.low <= other <= state.high and other not in conditioning:
+                here = state.stack.features([other])
+                fused = self.segmenter.attend(here, other, conditioning, tracked, count, reverse=step < 0)
+                output = self.segmenter.decode(here, SlicePrompt.empty(1), fused)
+                old, new = state.logits_at(other), output.logits[0, 0]
+                wanted = ((new > 0) == bool(label)) & ((old > 0) != bool(label))
+                near = ndimage.binary_dilation(front, iterations=1)
+                parts, _ = ndimage.label(wanted.numpy(), structure=np.ones((3, 3)))
+                touching = np.unique(parts[near])
+                front = np.isin(parts, touching[touching > 0])
+                if front.sum() < 2:
+                    break
+                accepted = torch.from_numpy(ndimage.binary_dilation(front, iterations=1))
+                state.logits[other] = torch.where(accepted, new, old)
+                tracked[other] = self.segmenter.remember(
+                    here, state.logits[other][None, None], output.presence, output.pointer
+                )
+                other += step
 
     def _spread(self, state: ObjectState, z: int, delta: Tensor, spacing: tuple[float, float, float]) -> None:
         """Add the change to slice ``z`` fully and to neighbours with a weight that fades over ``reach_mm``."""

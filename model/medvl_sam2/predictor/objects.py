@@ -37,6 +37,8 @@ class ObjectState:
     low: int
     high: int
     logits: dict[int, Tensor] = field(default_factory=dict)
+    rough: dict[int, Tensor] = field(default_factory=dict)
+    """Rough first mask by canonical z, soft values (h, h) in [0, 1] in the window; empty when there is none."""
     memory: ObjectMemory = field(default_factory=ObjectMemory)
     clicks: list[CanonicalClick] = field(default_factory=list)
     box: np.ndarray | None = None
@@ -77,7 +79,7 @@ class ObjectState:
             size = old.segmenter.mask_size
             seen = replace(crop, size=size).sample(pasted, pad=OUTSIDE)[:, 0]
             logits = dict(zip(order, seen, strict=True))
-        return replace(self, stack=stack, logits=logits, memory=ObjectMemory())
+        return replace(self, stack=stack, logits=logits, rough={}, memory=ObjectMemory())
 
     def extent_yx(self) -> np.ndarray | None:
         """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,16 @@ class Predictor:
             request = spoken_request(text)
             look = self._look(session)
             reply = self.model.answer(look.tokens, [request], max_new_tokens=48)[0]
-            name = vocabulary_match(text) or short_name(text)
+            named = vocabulary_match(text)
+            name = named or short_name(text)
+            if named is not None and "[SEG]" not in reply:
+                reply = segment_reply([spoken(named)], [True])  # a plain class is searched for whatever was said
             if "[SEG]" not in reply:
                 empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
                 return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
             grounding = self.model.ground(look, [request], [reply])
+            if named is not None:
+                grounding = replace(grounding, place=self.model.class_places(look, [named]))
             mask, scores = self._segment_grounded(session, (name,), grounding, None, single=name not in MULTIPLE)
         return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
 
@@ -215,7 +221,8 @@ class Predictor:
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:
         requests = [segment_prompt([spoken(n)]) for n in names]
         replies = [segment_reply([spoken(n)], [True]) for n in names]
-        return self.model.ground(self._look(session), requests, replies)
+        look = self._look(session)
+        return replace(self.model.ground(look, requests, replies), place=self.model.class_places(look, names))
 
     def _locate(self, session: Session, grounding: Grounding) -> tuple[SliceStack, list[int], Tensor]:
         if session.whole is None:

@@ -5,6 +5,7 @@ The two directions keep separate banks (as MedSAM2's reset between passes); prom
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,11 +47,13 @@ def propagate(
     start: int,
     stop_when_empty: bool,
     language: Language | None = None,
+    rough: Mapping[int, Tensor] | None = None,
 ) -> dict[int, SliceOutput]:
     """Decode the slices of ``plan`` outwards from ``start`` (already in ``memory.conditioning``).
 
     ``plan`` is sorted canonical z and contains ``start``; memory distances count positions in it. With
-    ``stop_when_empty`` a direction ends after :data:`EMPTY_RUN` slices without the object.
+    ``stop_when_empty`` a direction ends after :data:`EMPTY_RUN` slices without the object. ``rough``: soft masks
+    (h, h) by z that serve as mask prompts beside the memory.
     """
     outputs: dict[int, SliceOutput] = {}
     origin = plan.index(start)
@@ -66,6 +69,9 @@ def propagate(
             here = stack.features([z])
             fused = stack.segmenter.attend(here, position, conditioning, tracked, len(plan), reverse=step < 0)
             prompt = SlicePrompt.empty(1, fused.device) if language is None else language.prompt([z])
+            if rough is not None and z in rough:
+                present = torch.ones(1, dtype=torch.bool, device=fused.device)
+                prompt = replace(prompt, mask_logits=rough[z][None, None] * 12 - 6, mask_present=present)
             output = stack.segmenter.decode(here, prompt, fused)
             outputs[z] = output
             tracked[position] = stack.segmenter.remember(here, output.logits, output.presence, output.pointer)

@@ -10,7 +10,6 @@ import numpy as np
 from medvl_sam2.modeling.prompts import (
     REPORT_PROMPTS,
     SEGMENT_PROMPTS,
-    format_choice,
     format_choices,
     segment_prompt,
     segment_reply,
@@ -37,7 +36,7 @@ class TextSample:
 
 
 def question_sample(item: QA, rng: np.random.Generator) -> TextSample:
-    """A question of the case; choices are shuffled, so a letter never stands for an answer.
+    """A question of the case; a closed one is answered with the text of the right choice, choices are shuffled.
 
     Natural orders (yes and no, counts, sizes) are mostly kept.
     """
@@ -45,9 +44,9 @@ def question_sample(item: QA, rng: np.random.Generator) -> TextSample:
         return TextSample(item.question, item.answer, "open")
     answer = answer_text(item)
     if item.kind in _ORDERED_KINDS and rng.random() < 0.8:
-        return TextSample(item.prompt, item.answer, "closed")
+        return TextSample(item.prompt, answer, "closed")
     choices = [item.choices[index] for index in rng.permutation(len(item.choices))]
-    return TextSample(format_choices(item.question, choices), format_choice(choices, answer), "closed")
+    return TextSample(format_choices(item.question, choices), answer, "closed")
 
 
 def answer_text(item: QA) -> str:

@@ -111,9 +111,9 @@ def dense_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Organs, any lesion and kinds weigh the same, however few cells they have; both (B, C, cells)."""
     split = len(ORGANS)
     loss = _cell_loss(logits[:, :split], target[:, :split], weight=4.0)
-    loss = loss + _cell_loss(logits[:, split : split + 1], target[:, split : split + 1], weight=10.0)
+    loss = loss + _cell_loss(logits[:, split : split + 1], target[:, split : split + 1], weight=5.0)
     if logits.shape[1] > split + 1:
-        loss = loss + _cell_loss(logits[:, split + 1 :], target[:, split + 1 :], weight=10.0)
+        loss = loss + _cell_loss(logits[:, split + 1 :], target[:, split + 1 :], weight=5.0)
     return loss
 
 

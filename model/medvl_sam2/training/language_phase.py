@@ -46,16 +46,18 @@ _LESION_RICH = GeneratorConfig(lesion_counts=(0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.
 _WORDINGS = 6
 _SURVEYED = 400
 """So many cases are read through for the tokenizer's corpus and the list of facts."""
-_VISION_SHARE = 0.28
-_SECONDS_PER_VISION_STEP = 0.7
-_SECONDS_PER_LANGUAGE_STEP = 1.0
+_VISION_SHARE = 0.5
+"""Lesions only begin to show after some 400 steps of the encoder, later than organs."""
+_SECONDS_PER_VISION_STEP = 0.95
+_SECONDS_PER_LANGUAGE_STEP = 0.9
 
 
 @dataclass(frozen=True)
 class LanguagePhaseConfig:
     """Numbers of the language phase.
 
-    Each step's randomness depends only on ``seed`` and the step, so a resumed run continues exactly.
+    Each step's randomness depends only on ``seed`` and the step, so a resumed run continues as if never stopped
+    (exactly in float32, to rounding in bfloat16).
     """
 
     seed: int = 0
@@ -67,10 +69,10 @@ class LanguagePhaseConfig:
     language_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 40
-    pack_length: int = 512
+    pack_length: int = 576
     questions: int = 14
     segments: int = 2
-    refresh_steps: int = 500
+    refresh_steps: int = 750
     """The frozen encoder's answers are kept for so many steps of the second part."""
     fact_weight: float = 1.0
     seg_weight: float = 0.5
@@ -200,8 +202,8 @@ class LanguageTrainer(nn.Module):
     def _image_tokens(self, encoded: Sequence[EncodedCase]) -> Tensor:
         low, high = self.model.config.vision.taps
         maps = [torch.empty(0)] * 5
-        maps[low] = torch.cat([item.low for item in encoded]).float()
-        maps[high] = torch.cat([item.high for item in encoded]).float()
+        maps[low] = torch.cat([item.low.float() for item in encoded])  # autocast refuses to join halves
+        maps[high] = torch.cat([item.high.float() for item in encoded])
         facts = [item.facts for item in encoded if item.facts is not None]
         scene = (
             SceneFacts(torch.cat([f.organs for f in facts]), torch.cat([f.lesions for f in facts])) if facts else None

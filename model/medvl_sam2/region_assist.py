@@ -1,0 +1,121 @@
+"""Prompt assists without a network: what a box, a click or a stroke means from intensities alone.
+
+The predictor uses them as rough first masks and to make a click count; the controls of the evaluation are made of
+nothing else. Arrays are canonical (Z, Y, X); points are voxels (z, y, x); ``spacing`` is (sz, sy, sx) in mm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from medvl_sam2.region_grow import GrowRule, ball, bounding_region, ellipsoid, grow
+
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class BrushRule:
+    """Radius of the ball painted at a click: ``share`` of the way to the border of the present mask, within limits.
+
+    ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
+    """
+
+    share: float = 1.3
+    low_mm: float = 2.0
+    high_mm: float = 30.0
+    box_share: float = 0.25
+
+    def radius(self, mask: np.ndarray, point: np.ndarray, label: int, spacing: np.ndarray, diagonal: float) -> float:
+        """Radius in mm at ``point`` (z, y, x) on the present ``mask`` (Z, Y, X); ``diagonal`` in mm, 0 without box."""
+        high = self.high_mm if diagonal == 0 else min(self.high_mm, self.box_share * diagonal)
+        distance = border_distance(mask, point, label == 0, spacing, high / max(self.share, 1e-6))
+        return float(max(min(self.share * distance, high), min(self.low_mm, high)))
+
+
+_GROW_BRUSH = BrushRule(share=1.6, high_mm=50.0, box_share=0.35)
+_REGION = GrowRule()
+_STROKE = GrowRule(k=3.0, floor=0.04, open_mm=0.0, close_mm=3.0)
+
+
+@dataclass(frozen=True)
+class IntensityRule:
+    """Constants of the intensity assists.
+
+    ``scale``: ellipsoid that limits the growth, relative to the box, with ``power``. ``core``: ellipsoid of the core,
+    relative to the box. ``least_share``: a region below this share of the ellipsoid gives way to it. ``reach_mm``,
+    ``core_mm``: limit and core as balls when there is no box. ``brush_grow``: intensities of a brush, whose core has
+    radius ``brush_core_mm``.
+    """
+
+    scale: float = 1.0
+    power: float = 2.5
+    core: float = 0.5
+    least_share: float = 0.3
+    reach_mm: float = 40.0
+    core_mm: float = 5.0
+    grow: GrowRule = _REGION
+    brush: BrushRule = _GROW_BRUSH
+    brush_grow: GrowRule = _STROKE
+    brush_core_mm: float = 4.0
+
+
+def shape_of(image: np.ndarray) -> tuple[int, int, int]:
+    """Shape (Z, Y, X) of a canonical array."""
+    z, y, x = image.shape
+    return z, y, x
+
+
+def box_diagonal(box: np.ndarray | None, spacing: Spacing) -> float:
+    """Diagonal in mm of a box (2, 3) of inclusive corners; 0 without a box."""
+    if box is None:
+        return 0.0
+    return float(np.linalg.norm((box[1] - box[0] + 1) * np.asarray(spacing)))
+
+
+def grown_in_box(image: np.ndarray, spacing: Spacing, box: np.ndarray, rule: IntensityRule) -> np.ndarray:
+    """Bool (Z, Y, X): the region of the box's core intensities, or the whole ellipsoid where intensities are mixed."""
+    shape = shape_of(image)
+    allowed = ellipsoid(shape, box, rule.scale, rule.power)
+    allowed[: int(box[0, 0])] = False
+    allowed[int(box[1, 0]) + 1 :] = False
+    mask = grow(image, spacing, allowed, ellipsoid(shape, box, rule.core), rule.grow)
+    # Mixed intensities: the box knows more than the region that was found.
+    return allowed if mask.sum() < rule.least_share * allowed.sum() else mask
+
+
+def grown_at_click(image: np.ndarray, spacing: Spacing, point: np.ndarray, rule: IntensityRule) -> np.ndarray:
+    """Bool (Z, Y, X): the region of the intensities at ``point``, within ``rule.reach_mm``."""
+    shape = shape_of(image)
+    allowed, core = ball(shape, point, rule.reach_mm, spacing), ball(shape, point, rule.core_mm, spacing)
+    return grow(image, spacing, allowed, core, rule.grow)
+
+
+def stroke(
+    image: np.ndarray,
+    spacing: Spacing,
+    mask: np.ndarray,
+    point: np.ndarray,
+    label: int,
+    diagonal: float,
+    rule: IntensityRule,
+) -> np.ndarray:
+    """Bool (Z, Y, X): a ball at a click on the present ``mask``, kept to the intensities next to the click."""
+    radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
+    shape = shape_of(image)
+    whole = ball(shape, point, radius, spacing)
+    core = ball(shape, point, min(rule.brush_core_mm, radius), spacing)
+    return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
+
+
+def border_distance(mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float) -> float:
+    """Distance in mm from ``point`` to the nearest voxel of (``inside``: outside) the mask, at most ``limit_mm``."""
+    reach = limit_mm / spacing
+    region = bounding_region(point - reach, point + reach, mask.shape)
+    local = ~mask[region] if inside else mask[region]
+    if not local.any():
+        return limit_mm
+    center = np.clip(np.rint(point).astype(int) - [s.start for s in region], 0, np.array(local.shape) - 1)
+    return min(float(ndimage.distance_transform_edt(~local, sampling=spacing)[tuple(center)]), limit_mm)
