@@ -29,8 +29,8 @@ from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
 NOTICE = (
-    "Demo weights trained on generated phantoms and a few public scans for a few CPU hours; the text describes what "
-    "such a model sees and is not for clinical use."
+    "Demo weights: about two CPU hours on generated phantoms and a few public scans. Text answers are unreliable; the "
+    "model card gives their measured accuracy. Not for clinical use."
 )
 
 

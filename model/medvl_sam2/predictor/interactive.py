@@ -313,6 +313,8 @@ class InteractiveEngine:
             if distance[nearest] <= 2.5:
                 near = ndimage.binary_dilation(parts == nearest + 1, iterations=2)
                 delta = torch.where(torch.from_numpy(near), after - before, delta)
+        if not wanted and _mostly_gone(before, before + delta):
+            delta = torch.zeros_like(before)  # a background click takes away a part, never nearly all of a slice
         current = float((before + delta)[row, column])
         if (current > 0) != wanted:
             rows, columns = np.ogrid[:size, :size]
@@ -349,7 +351,10 @@ class InteractiveEngine:
                 if front.sum() < 2:
                     break
                 accepted = torch.from_numpy(ndimage.binary_dilation(front, iterations=1))
-                state.logits[other] = torch.where(accepted, new, old)
+                carried = torch.where(accepted, new, old)
+                if not label and _mostly_gone(old, carried):
+                    break
+                state.logits[other] = carried
                 tracked[other] = self.segmenter.remember(
                     here, state.logits[other][None, None], output.presence, output.pointer
                 )
@@ -400,3 +405,8 @@ class InteractiveEngine:
             return prompt
         spoken = language.prompt([z])
         return replace(prompt, language=spoken.language, height=spoken.height)
+
+
+def _mostly_gone(before: Tensor, after: Tensor) -> bool:
+    """True when more than half of a slice's mask would vanish."""
+    return float((after > 0).sum()) < 0.5 * float((before > 0).sum())
