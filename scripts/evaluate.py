@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = runner.figures()
         figures["options"] = {name: str(value) for name, value in vars(options).items()}
         figures["checkpoint"] = None if predictor is None else predictor.meta.version
+        figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
         figures["seconds"] = seconds
         write_json_atomically(options.json, figures)
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medvl_sam2.checkpoint import load_checkpoint
-from medvl_sam2.errors import MedVLError
+from medvl_sam2.errors import CheckpointError, MedVLError
 from medvl_sam2.evaluation import report
 from medvl_sam2.vocabulary import CLASSES
 
@@ -34,7 +34,8 @@ INTRODUCTION = """# Model card: {name} ({version})
 
 ## Training
 
-Made by `scripts/train_demo.py` (seed {seed}) on {machine}. Budgets are wall time, so steps differ between machines and
+Made with `scripts/train_demo.py` (seed {seed}; see the notes below) on {machine}.
+Budgets are wall time, so steps differ between machines and
 a second run gives similar, not equal, weights.
 
 {phases}
@@ -89,7 +90,7 @@ def compose(directory: Path, training: dict[str, Any], figures: list[Path]) -> s
         phases="\n".join(_phases(training)),
         classes=", ".join(f"`{name}`" for name in CLASSES),
     )
-    return head + "\n".join(_tables(path) for path in figures)
+    return head + "\n".join(_tables(path, checkpoint.meta.sha256) for path in figures)
 
 
 def _parameters(state: dict[str, Any]) -> int:
@@ -109,8 +110,10 @@ def _phases(training: dict[str, Any]) -> list[str]:
     ]
 
 
-def _tables(path: Path) -> str:
+def _tables(path: Path, sha256: str) -> str:
     figures = json.loads(path.read_text())
+    if figures["weights_sha256"] != sha256:
+        raise CheckpointError(f"{path} was measured on other weights; run scripts/evaluate.py on this checkpoint")
     options = figures["options"]
     what = [f"{options['generated']} generated cases"] if options["generated"] != "0" else []
     what += ["the unseen real cases"] if options["real"] != "None" else []

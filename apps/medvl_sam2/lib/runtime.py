@@ -118,7 +118,8 @@ class Runtime:
                 raise
             logger.exception("The published weights cannot be read; the version before stays in use")
             return self._predictor
-        if self._predictor is not None and wanted in (self._served, self._refused):
+        refused = self._refused is not None and wanted == self._refused  # None is the shipped weights, never refused
+        if self._predictor is not None and (wanted == self._served or refused):
             return self._predictor
         logger.info("Loading weights %s", wanted or "shipped")
         try:

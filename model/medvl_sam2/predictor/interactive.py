@@ -128,13 +128,13 @@ class InteractiveEngine:
         z = int(np.clip(click.z, 0, state.stack.image.shape[0] - 1))
         painted = self._stroke(state, spacing, click) if self.config.assist else None
         state.clicks.append(click)
-        before = state.logits_at(z)
-        output = self._decode_again(state, z, before)
-        delta = self._local_change(state, click, before, output.logits[0, 0])
+        if click.label == 0 and not self._reaches(state, click, z):
+            return state  # background already
         if z < state.low or z > state.high:
-            if click.label == 0:
-                return state
             self._reach_out(state, z, spacing)
+        before = state.logits_at(z)
+        output = self._decode_again(state, z, before, spacing)
+        delta = self._local_change(state, click, before, output.logits[0, 0])
         self._spread(state, z, delta, spacing)
         if painted is not None:
             self._paint(state, painted, click.label, spacing)
@@ -283,7 +283,20 @@ class InteractiveEngine:
             push = plane * 8 - 4
             state.logits[z] = torch.maximum(old, push) if label == 1 else torch.minimum(old, -push)
 
-    def _decode_again(self, state: ObjectState, z: int, before: Tensor) -> SliceOutput:
+    @staticmethod
+    def _reaches(state: ObjectState, click: CanonicalClick, z: int) -> bool:
+        """Whether a click lies in the window and in the range of slices the object may occupy."""
+        x, y = state.stack.crop.forward_points(np.array([click.position[1:]]))[0]
+        inside = min(x, y) >= -0.5 and max(x, y) <= state.stack.crop.size - 0.5
+        return inside and state.low <= z <= state.high
+
+    def _positions(self, state: ObjectState, spacing: tuple[float, float, float]) -> tuple[int, int]:
+        """Slices a memory step and the lowest slice: memory counts steps of the propagation, not voxels."""
+        return max(1, round(self.config.slice_step_mm / spacing[0])), state.low
+
+    def _decode_again(
+        self, state: ObjectState, z: int, before: Tensor, spacing: tuple[float, float, float]
+    ) -> SliceOutput:
         """Decode slice ``z`` with all its clicks, its previous logits and the memory of prompted slices."""
         here = state.stack.features([z])
         on_slice = [c for c in state.clicks if c.z == z]
@@ -292,10 +305,11 @@ class InteractiveEngine:
         if bool((before > 0).any()):
             prompt = replace(prompt, mask_logits=before[None, None], mask_present=torch.ones(1, dtype=torch.bool))
         fused = None
-        others: dict[int, SliceMemory] = {k: m for k, m in state.memory.conditioning.items() if k != z}
+        pace, low = self._positions(state, spacing)
+        others = {(k - low) // pace: m for k, m in state.memory.conditioning.items() if k != z}
         if others and z not in state.memory.conditioning:
-            count = state.stack.image.shape[0]
-            fused = self.segmenter.attend(here, z, others, {}, count, reverse=z < state.start)
+            count = (state.high - low) // pace + 1
+            fused = self.segmenter.attend(here, (z - low) // pace, others, {}, count, reverse=z < state.start)
         return self.segmenter.decode(here, prompt, fused)
 
     def _local_change(self, state: ObjectState, click: CanonicalClick, before: Tensor, after: Tensor) -> Tensor:
@@ -331,16 +345,18 @@ class InteractiveEngine:
         Neighbours are decoded with the corrected slice in memory; of what they would change, only the wanted kind of
         change that touches the change of the slice before is taken. It ends where nothing is left to change.
         """
-        conditioning = state.memory.conditioning
-        count = state.stack.image.shape[0]
-        pace = max(1, round(self.config.slice_step_mm / spacing[0]))
+        prompted = state.memory.conditioning
+        pace, low = self._positions(state, spacing)
+        conditioning = {(k - low) // pace: m for k, m in prompted.items()}
+        count = (state.high - low) // pace + 1
         for step in (pace, -pace):
             tracked: dict[int, SliceMemory] = {}
             front = changed
             other = z + step
-            while state.low <= other <= state.high and other not in conditioning:
+            while state.low <= other <= state.high and other not in prompted:
                 here = state.stack.features([other])
-                fused = self.segmenter.attend(here, other, conditioning, tracked, count, reverse=step < 0)
+                place = (other - low) // pace
+                fused = self.segmenter.attend(here, place, conditioning, tracked, count, reverse=step < 0)
                 output = self.segmenter.decode(here, SlicePrompt.empty(1), fused)
                 old, new = state.logits_at(other), output.logits[0, 0]
                 wanted = ((new > 0) == bool(label)) & ((old > 0) != bool(label))
@@ -355,7 +371,7 @@ class InteractiveEngine:
                 if not label and _mostly_gone(old, carried):
                     break
                 state.logits[other] = carried
-                tracked[other] = self.segmenter.remember(
+                tracked[place] = self.segmenter.remember(
                     here, state.logits[other][None, None], output.presence, output.pointer
                 )
                 other += step
@@ -393,11 +409,6 @@ class InteractiveEngine:
         points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
         labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
         return torch.from_numpy(points.astype(np.float32))[None], labels
-
-    def _with_mask(self, prompt: SlicePrompt, crop: SliceCrop, mask: np.ndarray) -> SlicePrompt:
-        small = replace(crop, size=self.segmenter.mask_size)
-        soft = small.sample(torch.from_numpy(mask[None].astype(np.float32)))
-        return replace(prompt, mask_logits=soft * 12 - 6, mask_present=torch.ones(1, dtype=torch.bool))
 
     @staticmethod
     def _with_language(prompt: SlicePrompt, language: Language | None, z: int) -> SlicePrompt:

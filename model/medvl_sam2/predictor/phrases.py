@@ -42,6 +42,11 @@ def spoken_request(text: str) -> str:
     return segment_prompt([re.sub(r"^the\s+", "", plain.rstrip("."), flags=re.IGNORECASE)])
 
 
+def asks_for_several(text: str) -> bool:
+    """Whether a phrase means several objects ("all lesions", "the cysts in the liver"), so that every part counts."""
+    return re.search(r"\b(all|both|every|lesions|cysts|nodules|metastases|tumou?rs)\b", text, re.IGNORECASE) is not None
+
+
 def vocabulary_match(text: str) -> str | None:
     """The class whose plain name the text is ("the right kidney", "Segment kidney_right."), or None."""
     bare = _FILLER.sub("", " ".join(text.lower().split())).strip(" .?!")

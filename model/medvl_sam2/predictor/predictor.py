@@ -26,7 +26,14 @@ from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel
 from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
 from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
-from medvl_sam2.predictor.phrases import REPORT_REQUEST, checked, short_name, spoken_request, vocabulary_match
+from medvl_sam2.predictor.phrases import (
+    REPORT_REQUEST,
+    asks_for_several,
+    checked,
+    short_name,
+    spoken_request,
+    vocabulary_match,
+)
 from medvl_sam2.predictor.session import Session
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
@@ -172,7 +179,8 @@ class Predictor:
             grounding = self.model.ground(look, [request], [reply])
             if named is not None:
                 grounding = replace(grounding, place=self.model.class_places(look, [named]))
-            mask, scores = self._segment_grounded(session, (name,), grounding, None, single=name not in MULTIPLE)
+            single = name not in MULTIPLE and not asks_for_several(text)
+            mask, scores = self._segment_grounded(session, (name,), grounding, None, single)
         return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
 
     @torch.inference_mode()

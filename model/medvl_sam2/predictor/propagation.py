@@ -20,10 +20,9 @@ EMPTY_RUN = 3
 
 @dataclass
 class ObjectMemory:
-    """Memories of one object: ``conditioning`` of prompted slices, ``tracked`` of the others, keyed by position."""
+    """Memories of one object: ``conditioning`` of the prompted slices by canonical z."""
 
     conditioning: dict[int, SliceMemory] = field(default_factory=dict)
-    tracked: dict[int, SliceMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def propagate(
             output = stack.segmenter.decode(here, prompt, fused)
             outputs[z] = output
             tracked[position] = stack.segmenter.remember(here, output.logits, output.presence, output.pointer)
-            memory.tracked[z] = tracked[position]
             empty = 0 if bool((output.logits > 0).any()) and float(output.presence) > 0 else empty + 1
             if stop_when_empty and empty >= EMPTY_RUN:
                 break

@@ -104,7 +104,7 @@ class JointPhase:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.model = config, model
-        self.learner = SegmentationLearner(model.segmenter)
+        self.learner = SegmentationLearner(model.segmenter).to(next(model.parameters()).device)
         with torch.no_grad():
             self.learner.concept_tokens.weight.copy_(stand_ins)
         self.steps = SegmentationSteps(self.learner, config.seed + 1)

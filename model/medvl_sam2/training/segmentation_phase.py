@@ -34,11 +34,11 @@ StepFunction = Callable[[RowBatch], tuple[torch.Tensor, dict[str, float]]]
 class SegmentationPhaseConfig:
     """Budget in wall minutes, because the machine decides how many steps that is; both are recorded."""
 
-    image_minutes: float = 40.0
-    memory_minutes: float = 20.0
-    whole_slices: int = 14
+    image_minutes: float = 69.0
+    memory_minutes: float = 16.0
+    whole_slices: int = 4
     concepts_per_slice: int = 6
-    windows: int = 10
+    windows: int = 22
     clips: int = 6
     clip_length: int = 6
     learning_rate: float = 6e-4

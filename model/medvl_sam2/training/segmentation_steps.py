@@ -225,7 +225,8 @@ class SegmentationSteps:
                 for _ in range(int(rng.integers(1, 4))):
                     click = next_click_2d(truth, None, rng, core=0.4)
                     if click is not None:
-                        xy.append((click.position[1] * self.scale + 0.5, click.position[0] * self.scale + 0.5))
+                        half = (self.scale - 1) / 2
+                        xy.append((click.position[1] * self.scale + half, click.position[0] * self.scale + half))
                         label.append(1)
             if kind in ("mask", "both"):
                 guess = window.guess[0][None, None]

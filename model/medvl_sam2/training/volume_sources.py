@@ -39,7 +39,7 @@ class SourceConfig:
 
 
 def training_volumes(config: SourceConfig) -> tuple[list[LabelledVolume], list[float]]:
-    """Volumes and their sampling weights: half generated, half real-derived when real data is given."""
+    """Volumes and their sampling weights: 45 % generated, 55 % real-derived when real data is given."""
     generated = [
         _generated(seed, config.cache)
         for seed in tqdm(range(config.seed, config.seed + config.generated), desc="generated cases")
