@@ -34,7 +34,7 @@ from lib.runtime import Runtime
 from lib.scoring.dice import DiceScoring
 from lib.scoring.score_file import ScoreFile
 from lib.scoring.uncertainty import UncertaintyScoring
-from lib.sessions import clean_sessions, readable_roots
+from lib.sessions import clean_sessions, may_be_image
 from lib.strategies.sampling import FirstStrategy, RandomStrategy, UncertaintyStrategy
 from lib.trainers.finetune import FinetuneTask
 
@@ -122,8 +122,7 @@ class MyApp(MONAILabelApp):
         _require("model", request.get("model"), self._infers)
         image = request.get("image")
         if isinstance(image, str) and image and Path(image).exists():
-            roots = readable_roots(self.datastore(), self.sessions())
-            if not any(Path(image).resolve().is_relative_to(root) for root in roots):
+            if not may_be_image(Path(image), self.datastore(), self.sessions()):
                 raise http_error(UnknownImageError(f"image {image!r} is not in the datastore; give the id of one"))
         return super().infer(request, datastore)
 

@@ -18,17 +18,21 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 3600.0
 
 
-def readable_roots(datastore: Datastore, sessions: Sessions | None) -> list[Path]:
-    """Folders whose files a request may name as image: the studies, sessions, and uploads on their way.
+def may_be_image(path: Path, datastore: Datastore, sessions: Sessions | None) -> bool:
+    """Whether a request may name this file as image: a study, a session's file, or an upload on its way.
 
-    MONAI Label opens any path of the server that a client names.
+    MONAI Label opens any path of the server that a client names. It puts uploads straight into the temporary folder;
+    what lies deeper there belongs to somebody else.
     """
-    roots = [Path(tempfile.gettempdir())]
+    path = path.resolve()
+    if path.parent == Path(tempfile.gettempdir()).resolve():
+        return True
+    roots: list[Path] = []
     if isinstance(datastore, GuardedStore):
         roots.append(datastore.folder)
     if sessions is not None:
         roots.append(Path(sessions.store_path))
-    return [root.resolve() for root in roots]
+    return any(path.is_relative_to(root.resolve()) for root in roots)
 
 
 def clean_sessions(sessions: Sessions | None) -> None:
