@@ -121,9 +121,9 @@ class MyApp(MONAILabelApp):
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("model", request.get("model"), self._infers)
         image = request.get("image")
-        if isinstance(image, str) and image and Path(image).exists():
-            if not may_be_image(Path(image), self.datastore(), self.sessions()):
-                raise http_error(UnknownImageError(f"image {image!r} is not in the datastore; give the id of one"))
+        named = isinstance(image, str) and image and Path(image).exists()
+        if named and not may_be_image(Path(image), self.datastore(), self.sessions()):
+            raise http_error(UnknownImageError(f"image {image!r} is not in the datastore; give the id of one"))
         return super().infer(request, datastore)
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
