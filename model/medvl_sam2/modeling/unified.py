@@ -23,14 +23,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.geometry import global_view
+from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.scene_pointer import SceneElements, ScenePointer, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.types import Modality
+
+
+def language_view(
+    image: np.ndarray, spacing: tuple[float, float, float], modality: Modality, size: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Input of :meth:`UnifiedModel.look` from a canonical image (Z, Y, X): view (1, 1, D, H, W), edges in mm (1, 3)."""
+    extent = [n * s for n, s in zip(image.shape, spacing, strict=True)]
+    return global_view(global_channel(image, modality), size)[None], torch.tensor([extent], dtype=torch.float32)
 
 
 @dataclass(frozen=True)

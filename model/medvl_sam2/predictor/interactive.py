@@ -19,7 +19,7 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
-from medvl_sam2.predictor.propagation import Language, propagate
+from medvl_sam2.predictor.propagation import propagate
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
 from medvl_sam2.region_assist import IntensityRule, box_diagonal, grown_at_click, grown_in_box, stroke
 
@@ -61,7 +61,6 @@ class InteractiveEngine:
         spacing: tuple[float, float, float],
         intensity: SliceIntensity,
         box: np.ndarray,
-        language: Language | None = None,
     ) -> ObjectState:
         """Start from a canonical 3D box (2, 3); the box bounds the object in z."""
         low, high = (round(float(v)) for v in box[:, 0])
@@ -74,13 +73,13 @@ class InteractiveEngine:
         )
         stack = SliceStack(self.segmenter, image, intensity, crop)
         start = (low + high + 1) // 2
-        state = ObjectState(stack, low, high, box=box, start=start, language=language)
+        state = ObjectState(stack, low, high, box=box, start=start)
         points, labels = self._box_points(crop, box)
         prompt = SlicePrompt(points, labels)
         if self.config.assist:
             self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
             prompt = self._with_rough(prompt, state, start)
-        self._seed(state, start, self._with_language(prompt, language, start))
+        self._seed(state, start, prompt)
         self._propagate(state, spacing, stop_when_empty=False)
         return state
 
@@ -195,7 +194,6 @@ class InteractiveEngine:
             plan,
             state.start,
             stop_when_empty,
-            state.language,
             state.rough if self.config.rough_prompts else None,
         )
         for z, output in outputs.items():
@@ -409,13 +407,6 @@ class InteractiveEngine:
         points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
         labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
         return torch.from_numpy(points.astype(np.float32))[None], labels
-
-    @staticmethod
-    def _with_language(prompt: SlicePrompt, language: Language | None, z: int) -> SlicePrompt:
-        if language is None:
-            return prompt
-        spoken = language.prompt([z])
-        return replace(prompt, language=spoken.language, height=spoken.height)
 
 
 def _mostly_gone(before: Tensor, after: Tensor) -> bool:

@@ -22,7 +22,7 @@ from medvl_sam2.modeling.unified import Grounding
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits, planned_slices
 
 MIN_MM_PER_PX = 3.0
-"""Whole-slice pixels never get finer: training saw organs at their physical size (see the training sampler)."""
+"""Whole-slice pixels never get finer: organs keep their physical size in any field of view; training imports this."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
-from medvl_sam2.predictor.propagation import Language, ObjectMemory
+from medvl_sam2.predictor.propagation import ObjectMemory
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits
 
 OUTSIDE = -10.0
@@ -45,7 +45,6 @@ class ObjectState:
     """Canonical box (2, 3) the annotator gave, if any."""
     start: int = 0
     """The slice the propagation started from."""
-    language: Language | None = None
     score: float = 0.0
 
     def logits_at(self, z: int) -> Tensor:

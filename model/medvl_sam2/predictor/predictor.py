@@ -18,11 +18,9 @@ from torch import Tensor
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import PromptError
-from medvl_sam2.geometry import global_view
-from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
-from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel
+from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
 from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
@@ -221,9 +219,10 @@ class Predictor:
 
     def _look(self, session: Session) -> GlobalLook:
         if session.look is None:
-            view = global_view(global_channel(session.image, session.volume.modality), self.config.vision.input_size)
-            extent = torch.tensor([[n * s for n, s in zip(session.image.shape, session.spacing, strict=True)]])
-            session.look = self.model.look(view[None], extent.float())
+            size = self.config.vision.input_size
+            session.look = self.model.look(
+                *language_view(session.image, session.spacing, session.volume.modality, size)
+            )
         return session.look
 
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:

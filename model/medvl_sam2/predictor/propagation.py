@@ -25,27 +25,12 @@ class ObjectMemory:
     conditioning: dict[int, SliceMemory] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Language:
-    """A language prompt (1, C) and the extent (first, last canonical z) its heights refer to."""
-
-    token: Tensor
-    slices: int
-
-    def prompt(self, z: list[int]) -> SlicePrompt:
-        """Language-only prompt for rows on slices ``z``."""
-        heights = torch.tensor(z, dtype=torch.float32, device=self.token.device) / max(1, self.slices - 1)
-        empty = SlicePrompt.empty(len(z), self.token.device)
-        return replace(empty, language=self.token.expand(len(z), -1), height=heights)
-
-
 def propagate(
     stack: SliceStack,
     memory: ObjectMemory,
     plan: list[int],
     start: int,
     stop_when_empty: bool,
-    language: Language | None = None,
     rough: Mapping[int, Tensor] | None = None,
 ) -> dict[int, SliceOutput]:
     """Decode the slices of ``plan`` outwards from ``start`` (already in ``memory.conditioning``).
@@ -67,7 +52,7 @@ def propagate(
                 break
             here = stack.features([z])
             fused = stack.segmenter.attend(here, position, conditioning, tracked, len(plan), reverse=step < 0)
-            prompt = SlicePrompt.empty(1, fused.device) if language is None else language.prompt([z])
+            prompt = SlicePrompt.empty(1, fused.device)
             if rough is not None and z in rough:
                 present = torch.ones(1, dtype=torch.bool, device=fused.device)
                 prompt = replace(prompt, mask_logits=rough[z][None, None] * 12 - 6, mask_present=present)

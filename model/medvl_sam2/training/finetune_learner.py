@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, save_checkpoint
 from medvl_sam2.errors import CheckpointError
-from medvl_sam2.geometry import global_view
-from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.lora import add_lora, merge_lora
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
-from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.modeling.unified import UnifiedModel, language_view
 from medvl_sam2.predictor.predictor import Predictor
 from medvl_sam2.synthesis.case import generate_case
 from medvl_sam2.training.finetune import FinetuneBackend
@@ -218,9 +216,8 @@ class UnifiedLearner:
     @torch.no_grad()
     def _image_tokens(self, volume: LabelledVolume) -> Tensor:
         """Image tokens (1, n, H) of the global view, as the predictor computes them."""
-        view = global_view(global_channel(volume.image, volume.modality), self.model.config.vision.input_size)
-        extent = torch.tensor([[n * s for n, s in zip(volume.image.shape, volume.spacing, strict=True)]])
-        return self.model.language.encode_image(view[None], extent.float())
+        size = self.model.config.vision.input_size
+        return self.model.language.encode_image(*language_view(volume.image, volume.spacing, volume.modality, size))
 
 
 def default_backend() -> FinetuneBackend:

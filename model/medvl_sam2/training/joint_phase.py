@@ -20,12 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medvl_sam2.geometry import global_view
-from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.tokenizer import SEG
-from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel
+from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel, language_view
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
@@ -74,9 +72,7 @@ class SpokenVolume:
 
     def view(self, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Global view (1, 1, D, H, W) and extent (1, 3) in mm."""
-        channel = global_channel(self.volume.image, self.volume.modality)
-        extent = [n * s for n, s in zip(self.volume.image.shape, self.volume.spacing, strict=True)]
-        return global_view(channel, size)[None], torch.tensor([extent], dtype=torch.float32)
+        return language_view(self.volume.image, self.volume.spacing, self.volume.modality, size)
 
 
 def spoken_case(seed: int) -> SpokenVolume:

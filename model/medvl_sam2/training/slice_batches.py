@@ -15,15 +15,13 @@ from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.predictor.named import MIN_MM_PER_PX
 from medvl_sam2.training.clicks import box_prompt_2d
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
 from medvl_sam2.types import Modality
 
 TRUTH_SIZE = 64
 """Side of the truth grid: twice the decoder's 32, so that the loss sees sub-pixel boundaries."""
-
-MIN_MM_PER_PX = 3.0
-"""Whole-slice pixels never get finer than this: organs keep their physical size whatever the field of view."""
 
 
 @dataclass(frozen=True)
