@@ -99,15 +99,24 @@ def _parameters(state: dict[str, Any]) -> int:
 
 
 def _phases(training: dict[str, Any]) -> list[str]:
-    segmentation, joint = training["segmentation"], training["joint"]
+    segmentation, scene, joint = training["segmentation"], training["scene"], training["joint"]
     seconds = training["language"]["seconds"]
     return [
         f"- image phase: {segmentation['image_steps']:.0f} steps in {segmentation['image_seconds'] / 60:.0f} min",
         f"- memory phase: {segmentation['memory_steps']:.0f} steps in {segmentation['memory_seconds'] / 60:.0f} min",
+        f"- scene phase: {scene['steps']:.0f} steps in {scene['seconds'] / 60:.0f} min; {_held_out(scene['held_out'])}",
         f"- language phase: {training['language']['cases']} cases, {seconds['training'] / 60:.0f} min",
         f"- joint phase: {joint['steps']:.0f} steps in {joint['seconds'] / 60:.0f} min",
         *[f"- {note}" for note in training.get("notes", [])],
     ]
+
+
+def _held_out(scores: dict[str, float]) -> str:
+    found, missed, extra = (int(scores[f"lesions_{kind}"]) for kind in ("found", "missed", "invented"))
+    return (
+        f"on held-out generated cases mean organ Dice {scores['mean']:.3f} on the map's own cells, lesions {found} "
+        f"found, {missed} missed, {extra} invented"
+    )
 
 
 def _tables(path: Path, sha256: str) -> str:

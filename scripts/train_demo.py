@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Make the demo weights: segmentation phase, language phase, joint phase, checkpoint. Resumable; fixed seed.
+"""Make the demo weights: segmentation, scene, language and joint phase, checkpoint. Resumable; fixed seed.
 
-    python scripts/train_demo.py --out runs/demo [--real ../shared/data] [--image-minutes 52 ...]
+    python scripts/train_demo.py --out runs/demo [--real ../shared/data] [--image-minutes 60 ...]
 
 Everything is generated on the spot unless ``--real`` adds the trainable real volumes. Phases whose result lies in
-``--out`` already are not run again. Budgets are wall minutes on this machine's threads; steps done are recorded.
+``--out`` already are not run again. Budgets are wall minutes on this machine's threads
+(the language phase turns them into steps); steps done are recorded.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from medvl_sam2.checkpoint import CheckpointMeta, save_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
-from medvl_sam2.training import language_phase, segmentation_phase
+from medvl_sam2.training import language_phase, scene_phase, segmentation_phase
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
 from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
 NOTICE = (
-    "Demo weights: about two CPU hours on generated phantoms and a few public scans. Text answers are unreliable; the "
+    "Demo weights: about four CPU hours on generated phantoms and a few public scans. Text answers are unreliable; the "
     "model card gives their measured accuracy. Not for clinical use."
 )
 
@@ -39,24 +40,27 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     out: Path = options.out
-    segmentation, language = out / "segmentation", out / "language"
+    segmentation, scene, language = out / "segmentation", out / "scene", out / "language"
+    common = ["--cache", str(out / "cache"), "--seed", str(options.seed), "--threads", str(options.threads),
+              "--device", options.device]  # fmt: skip
+    real = ["--real", str(options.real)] if options.real else []
     if not (segmentation / "done").exists():
         segmentation_phase.main(
             ["--out", str(segmentation), "--image-minutes", str(options.image_minutes), "--memory-minutes",
-             str(options.memory_minutes), "--generated", str(options.generated), "--cache", str(out / "cache"),
-             "--seed", str(options.seed), "--threads", str(options.threads),
-             *(["--real", str(options.real)] if options.real else [])]
+             str(options.memory_minutes), "--generated", str(options.generated), *common, *real]
         )  # fmt: skip
         (segmentation / "done").touch()
+    if not (scene / "metrics.json").exists():
+        scene_phase.main(["--out", str(scene), "--minutes", str(options.scene_minutes), *common, *real])
     if not (language / "vision_language.safetensors").exists():
         language_phase.main(
-            ["--out", str(language), "--cache", str(out / "cache"), "--cases", str(options.language_cases),
-             "--minutes", str(options.language_minutes), "--seed", str(options.seed), "--threads", str(options.threads)]
+            ["--out", str(language), "--scene", str(scene / "scene.safetensors"), "--cases",
+             str(options.language_cases), "--minutes", str(options.language_minutes), *common]
         )  # fmt: skip
-    joint(options, segmentation, language, out / "checkpoint")
+    joint(options, segmentation, scene, language, out / "checkpoint")
 
 
-def joint(options: argparse.Namespace, segmentation: Path, language: Path, checkpoint: Path) -> None:
+def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language: Path, checkpoint: Path) -> None:
     """Join the halves, train the seam and save the checkpoint."""
     config = ModelConfig.tiny()
     model = UnifiedModel(config, Tokenizer.load(language / "tokenizer.json"))
@@ -75,6 +79,7 @@ def joint(options: argparse.Namespace, segmentation: Path, language: Path, check
         total = sum(w for _, w in named)
         volumes += [SpokenVolume(v) for v, _ in named]
         weights += [0.4 * w / total for _, w in named]
+    model.to(options.device)
     started = time.monotonic()
     phase = JointPhase(
         JointConfig(minutes=options.joint_minutes, seed=options.seed), model, state["concept_tokens.weight"], volumes,
@@ -84,14 +89,16 @@ def joint(options: argparse.Namespace, segmentation: Path, language: Path, check
     figures["seconds"] = time.monotonic() - started
     facts = {
         "segmentation": json.loads((segmentation / "progress.json").read_text()),
+        "scene": json.loads((scene / "metrics.json").read_text()),
         "language": {k: v for k, v in json.loads((language / "metrics.json").read_text()).items() if k != "history"},
         "joint": figures,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}, CPU",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}, "
+        + options.device,
         "real_volumes": bool(options.real),
         "seed": options.seed,
     }
-    meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-1", notice=NOTICE)
-    save_checkpoint(checkpoint, model.state_dict(), config, language / "tokenizer.json", meta, overwrite=True)
+    meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-2", notice=NOTICE)
+    save_checkpoint(checkpoint, model.cpu().state_dict(), config, language / "tokenizer.json", meta, overwrite=True)
     (checkpoint.parent / "training.json").write_text(json.dumps(facts, indent=2))
     print(f"checkpoint written to {checkpoint}; measure it with scripts/evaluate.py --checkpoint {checkpoint}")
 
@@ -100,15 +107,17 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--real", type=Path, help="folder with the trainable real cases; generated data only without")
-    parser.add_argument("--image-minutes", type=float, default=69.0)
-    parser.add_argument("--memory-minutes", type=float, default=16.0)
-    parser.add_argument("--language-minutes", type=float, default=20.0)
+    parser.add_argument("--image-minutes", type=float, default=110.0)
+    parser.add_argument("--memory-minutes", type=float, default=34.0)
+    parser.add_argument("--scene-minutes", type=float, default=85.0)
+    parser.add_argument("--language-minutes", type=float, default=40.0)
     parser.add_argument("--joint-minutes", type=float, default=5.0)
     parser.add_argument("--generated", type=int, default=300)
     parser.add_argument("--language-cases", type=int, default=1000)
     parser.add_argument("--joint-cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 

@@ -70,8 +70,12 @@ class SceneConfig:
     """Kinds of lesion the dense map tells apart."""
     width: int = 48
     """Channels of the top-down path."""
-    threshold: float = 0.5
-    """Probability above which a cell belongs to a lesion."""
+    detail: int = 16
+    """Channels of the fine level that the map is read from."""
+    threshold: float = 0.7
+    """Probability above which a cell belongs to a lesion. The map is trained with heavy positives, so half is too
+    eager: on 40 held-out cases 0.5 found 30 of 45 lesions and invented 24, 0.7 without specks found 27 and invented
+    11."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,12 @@ class ModelConfig:
     def scene_organs(self) -> tuple[str, ...]:
         """Classes that get a token of the scene stream: all but ``lesion``."""
         return tuple(name for name in self.classes if name != "lesion")
+
+    @property
+    def scene_grid(self) -> tuple[int, int, int]:
+        """Cells (d, h, w) of the scene's map: two pixels of the view in the plane, every plane of the view."""
+        d, h, w = self.vision.input_size
+        return d, -(-h // 2), -(-w // 2)
 
     @property
     def image_tokens(self) -> int:

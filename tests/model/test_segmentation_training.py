@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.modeling.scene_pointer import SceneElements, pointed_place, scene_elements
+from medvl_sam2.modeling.scene_pointer import pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceOutput, SliceSegmenter
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.batch_stream import BatchShape, batch_stream
@@ -169,19 +169,20 @@ def test_both_phases_run_stop_and_resume(tmp_path: Path, generated: LabelledVolu
 def test_pointing_at_nothing_is_nowhere_and_slots_follow_size() -> None:
     organs = len(SMALL.scene_organs)
     logits = torch.full((organs + 1 + len(SMALL.scene.kinds), 6, 6, 6), -6.0)
-    logits[organs, 1, 1, 1] = 5
+    logits[organs, 0, 0:2, 0:2] = 5
+    logits[organs, 5, 0, 0] = 5  # a speck
     logits[organs, 3:5, 3:5, 3:5] = 5
     tokens = torch.zeros(organs + SMALL.scene.lesions, 8)
     elements = scene_elements(tokens, logits, SMALL)
     assert elements.maps.shape[0] == organs + SMALL.scene.lesions
     assert int((elements.maps[organs] > 0).sum()) == 8
-    assert int((elements.maps[organs + 1] > 0).sum()) == 1
+    assert int((elements.maps[organs + 1] > 0).sum()) == 4
     assert not (elements.maps[organs + 2] > 0).any()
     scores = torch.full((2, len(elements.maps)), -9.0)
     scores[1, organs + 1] = 9
-    place = pointed_place(scores, SceneElements(tokens, elements.maps))
+    place = pointed_place(scores, elements)
     assert not (place[0] > 0).any()
-    assert torch.nonzero(place[1] > 0).tolist() == [[1, 1, 1]]
+    assert torch.nonzero(place[1] > 0).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
 
 
 def test_joint_phase_trains_the_seam_and_leaves_language_and_encoders_alone(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_joint_phase_trains_the_seam_and_leaves_language_and_encoders_alone(tmp_
     figures = JointPhase(config, model, stand_ins, [spoken_case(7)], [1.0]).run(tmp_path)
     assert figures["steps"] > 0
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
-    assert any(name.startswith("pointer.") for name in moved)
+    assert any(name.startswith("language.pointer.") for name in moved)
     assert any(name.startswith("language.seg_projector.") for name in moved)
     frozen = ("language.lm.", "language.vision.", "segmenter.sam2.image_encoder.", "segmenter.sam2.memory_attention.")
     assert not {name for name in moved if name.startswith(frozen)}

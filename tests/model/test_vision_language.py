@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, SceneConfig, VisionConfig
 from medvl_sam2.errors import CheckpointError, ConfigError, PromptError
+from medvl_sam2.geometry import global_view
+from medvl_sam2.intensity import global_channel
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import additive_mask, build_language_model
 from medvl_sam2.modeling.lora import LoRALinear, add_lora, load_lora_state, lora_state, merge_lora, remove_lora
 from medvl_sam2.modeling.prompts import format_choices, segment_prompt, segment_reply
 from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.unified import language_view
 from medvl_sam2.modeling.vision_language import IGNORE, VisionLanguage
+from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES
 
 SMALL = ModelConfig(
@@ -227,8 +232,8 @@ def test_adapter_mistakes_are_named() -> None:
 
 
 def scene_logits(reader: SceneReader, organ: slice, lesion: tuple[slice, slice, slice] | None) -> torch.Tensor:
-    """A dense map (1, C, 16, 24, 32): the first organ fills ``organ`` slices, a cyst fills ``lesion``."""
-    logits = torch.full((1, reader.organs + 5, *reader.grids[0]), -9.0)
+    """A dense map (1, C, 64, 48, 64): the first organ fills ``organ`` planes, a cyst fills ``lesion``."""
+    logits = torch.full((1, reader.organs + 5, *reader.grid), -9.0)
     logits[0, 0, organ] = 9.0
     if lesion is not None:
         logits[0, reader.organs][lesion] = 9.0
@@ -245,17 +250,17 @@ def reader() -> SceneReader:
 def test_scene_measures_what_the_map_says(reader: SceneReader) -> None:
     images = torch.full((1, 1, 64, 96, 128), 0.5)
     images[:, :, 16:32, 32:48, 40:80] = 0.25
-    lesion = (slice(4, 8), slice(8, 12), slice(10, 20))
-    extent = torch.tensor([[160.0, 240.0, 320.0]])  # cells of 10 mm
-    facts = reader.measure(images, scene_logits(reader, slice(0, 8), lesion), extent)
-    volume = 4 * 4 * 10 * 1000.0
+    lesion = (slice(16, 32), slice(16, 24), slice(20, 40))
+    extent = torch.tensor([[160.0, 240.0, 320.0]])  # cells of 2.5 x 5 x 5 mm
+    facts = reader.measure(images, scene_logits(reader, slice(0, 32), lesion), extent)
+    volume = 40 * 40 * 100.0
     first = facts.lesions[0, 0]
     assert facts.organs.shape == (1, 16, 14)
     assert facts.organs[0, 0, 5:8].tolist() == pytest.approx([0.25, 0.5, 0.5], abs=1e-3)
     assert facts.organs[0, 1, 1:].abs().sum() == 0
     assert first[0] == 1
     assert float(first[4]) * 30 == pytest.approx((6 * volume / torch.pi) ** (1 / 3), rel=0.01)
-    assert first[8:11].tolist() == pytest.approx([6 / 16, 10 / 24, 15 / 32], abs=1e-3)
+    assert first[8:11].tolist() == pytest.approx([24 / 64, 20 / 48, 30 / 64], abs=1e-3)
     assert first[14:18].argmax() == 0  # a cyst
     assert float(first[18]) == pytest.approx(0.25, abs=1e-3)
     assert first[20:].argmax() == 0  # in the first organ
@@ -263,7 +268,7 @@ def test_scene_measures_what_the_map_says(reader: SceneReader) -> None:
 
 
 def test_scene_sizes_follow_the_extent(reader: SceneReader) -> None:
-    images, logits = torch.rand(1, 1, 64, 96, 128), scene_logits(reader, slice(0, 8), (slice(4, 8),) * 3)
+    images, logits = torch.rand(1, 1, 64, 96, 128), scene_logits(reader, slice(0, 32), (slice(4, 8),) * 3)
     near = reader.measure(images, logits, torch.full((1, 3), 100.0)).lesions[0, 0]
     far = reader.measure(images, logits, torch.full((1, 3), 200.0)).lesions[0, 0]
     assert float(far[4] / near[4]) == pytest.approx(2.0, rel=1e-3)
@@ -271,11 +276,22 @@ def test_scene_sizes_follow_the_extent(reader: SceneReader) -> None:
 
 
 def test_scene_lists_the_largest_lesion_first(reader: SceneReader) -> None:
-    logits = scene_logits(reader, slice(0, 16), (slice(1, 2), slice(1, 3), slice(1, 3)))
-    logits[0, reader.organs, 8:12, 10:16, 20:28] = 9.0
+    logits = scene_logits(reader, slice(0, 64), (slice(1, 2), slice(1, 3), slice(1, 3)))
+    logits[0, reader.organs, 32:48, 20:32, 40:56] = 9.0
     lesions = reader.measure(torch.rand(1, 1, 64, 96, 128), logits, None).lesions[0]
     assert lesions[:, 0].tolist() == [1, 1]
     assert lesions[0, 4] > lesions[1, 4]
+
+
+def test_some_rows_are_sharpened_as_in_the_whole(reader: SceneReader) -> None:
+    config = replace(SMALL, vision=replace(SMALL.vision, input_size=(64, 96, 128)))
+    images = torch.rand(1, 1, 64, 96, 128)
+    with torch.no_grad():
+        coarse = reader.coarse(images, DCFormer(config.vision).eval()(images))
+        whole, some = reader.sharpen(images, coarse), reader.sharpen(images, coarse, (4, 10))
+    assert whole.shape[2:] == reader.grid
+    assert some.shape[2] == 24
+    assert torch.allclose(whole[:, :, 16:40], some, atol=1e-5)
 
 
 def test_scene_map_is_trained_by_labels_and_left_out_on_demand() -> None:
@@ -290,3 +306,13 @@ def test_scene_map_is_trained_by_labels_and_left_out_on_demand() -> None:
     full.scene(images, full.vision(images)).square().mean().backward()
     assert all(p.grad is not None for p in full.scene.map_parameters())
     assert full.vision.s3[0].scale.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 50), (150, 70, 33), (5, 200, 129), (1, 16, 16)])
+@pytest.mark.parametrize("modality", [Modality.CT, Modality.MR])
+def test_the_view_by_slabs_is_the_view_of_the_whole(shape: tuple[int, int, int], modality: Modality) -> None:
+    image = np.random.default_rng(1).normal(40, 300, shape).astype(np.float32)
+    size = (16, 24, 32)
+    view, extent = language_view(image, (2.0, 1.0, 0.5), modality, size)
+    assert torch.allclose(view[0], global_view(global_channel(image, modality), size), atol=1e-5)
+    assert extent.tolist() == [[shape[0] * 2.0, shape[1] * 1.0, shape[2] * 0.5]]

@@ -1,77 +1,89 @@
-"""Scene stream: image tokens that state what is where, read from a dense label map over the encoder's cells.
+"""Scene stream: image tokens that state what is where, read from a dense map of organs and lesions.
 
 The mixer projector has to learn from text alone which of thousands of cells matter; from a thousand volumes it does
-not. This third stream is trained with dense labels instead: a top-down path over the token maps predicts organs and
-lesions in every cell of the stem, the map is measured (volume, place, attenuation), and every organ and the largest
-lesions become one image token each. ``SceneConfig(lesions=0)`` leaves the stream out, as the published model does.
+not. This third stream is trained with dense labels instead. A top-down path over the encoder's token maps names the
+organs on the stem's grid; a fine level, two pixels of the view wide, sharpens them and finds lesions. The map is
+measured (volume, place, attenuation), and every organ and the largest lesions become one image token each.
+``SceneConfig(lesions=0)`` leaves the stream out, as the published model does.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.scene_facts import LESION_FEATURES, ORGAN_FEATURES, SceneFacts, measure_scene
 
 _CELL_CHANNELS = 3
 _POSITION_CHANNELS = 21
-_ORGAN_FEATURES = 14
-_LESION_FEATURES = 20
-_REFERENCE_MM = 300.0
+_FINE_INPUTS = 6
 _DEVIATION_SCALE = 5.0
+_SLOT_SCALE = 0.25
+"""About as large as the embedded measurements; with less, the language model cannot tell the organs' tokens apart."""
 _STAGES = 4
-_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
 
-class SceneFacts(NamedTuple):
-    """Measurements of a batch: ``organs`` (B, organs, F) and ``lesions`` (B, slots, G), largest lesion first."""
+class CoarseScene(NamedTuple):
+    """What the top-down path says on the stem's grid.
 
+    ``features`` (B, width, d, h, w); ``organs`` (B, organs, d, h, w) as logits; (B, 1, d, h, w) each: the value
+    ``expected`` of plain tissue of the cell's organs, and the share ``covered`` by organs.
+    """
+
+    features: Tensor
     organs: Tensor
-    lesions: Tensor
+    expected: Tensor
+    covered: Tensor
 
 
 class SceneReader(nn.Module):
-    """Dense head over the encoder's maps, measurement, and one token per organ and lesion."""
+    """Dense map over the encoder's tokens and the view, measurement, and one token per organ and lesion."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         vision, scene, hidden = config.vision, config.scene, config.language.hidden_size
+        if any(n % 4 for n in vision.input_size):
+            raise ConfigError(
+                f"a scene needs a view of multiples of 4, not {vision.input_size}; or SceneConfig(lesions=0)"
+            )
         self.scene = scene
         self.organs = len(config.scene_organs)
         self.grids = [vision.grid(stage) for stage in range(_STAGES)]
-        width = scene.width
+        self.grid = config.scene_grid
+        width, detail = scene.width, scene.detail
         extra = [_CELL_CHANNELS, 0, 0, 0]
         self.lateral = nn.ModuleList(nn.Linear(vision.channels[n] + extra[n], width) for n in range(_STAGES))
-        self.refine = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.BatchNorm3d(width), nn.GELU())
-            for _ in range(_STAGES - 1)
-        )
+        self.refine = nn.ModuleList(_conv(width, width) for _ in range(_STAGES - 1))
         self.organ_head = nn.Sequential(
             nn.Linear(width + _POSITION_CHANNELS, 2 * width), nn.GELU(), nn.Linear(2 * width, self.organs)
         )
+        self.bridge = nn.Conv3d(width, detail, 1)
+        self.fine = nn.ModuleList([_conv(_FINE_INPUTS, detail), _conv(2 * detail, detail), _conv(detail, detail)])
+        self.fine_organs = nn.Conv3d(detail, self.organs, 1)
         self.lesion_head = nn.Sequential(
-            nn.Conv3d(width + self.organs + _CELL_CHANNELS, width, 3, padding=1),
-            nn.BatchNorm3d(width),
-            nn.GELU(),
-            nn.Conv3d(width, 1 + len(scene.kinds), 1),
+            _conv(detail + _FINE_INPUTS, detail), nn.Conv3d(detail, 1 + len(scene.kinds), 1)
         )
         for last in (self.organ_head[-1], self.lesion_head[-1]):
             nn.init.constant_(cast(Tensor, last.bias), -3.0)
         self.register_buffer("position", _positions(self.grids[0]), persistent=False)
-        self.organ_token = _embedding(_ORGAN_FEATURES, hidden)
-        self.lesion_token = _embedding(_LESION_FEATURES + self.organs, hidden)
-        self.slots = nn.Parameter(torch.randn(self.organs + scene.lesions, hidden) * 0.02)
+        self.organ_token = _embedding(ORGAN_FEATURES, hidden)
+        self.lesion_token = _embedding(LESION_FEATURES + self.organs, hidden)
+        self.slots = nn.Parameter(torch.randn(self.organs + scene.lesions, hidden) * _SLOT_SCALE)
 
     def forward(self, images: Tensor, maps: list[Tensor]) -> Tensor:
-        """Views (B, 1, D, H, W) and their token maps to logits (B, organs + 1 + kinds, d, h, w) on the stem's grid.
+        """Views (B, 1, D, H, W) and their token maps to logits (B, organs + 1 + kinds, D, H/2, W/2).
 
         Channels: share of each organ (with its lesions), any lesion, then the kind of lesion.
         """
+        return self.sharpen(images, self.coarse(images, maps))
+
+    def coarse(self, images: Tensor, maps: list[Tensor]) -> CoarseScene:
+        """The top-down path: organs on the stem's grid."""
         cells = _cell_values(images, self.grids[0])
         inputs = [torch.cat([maps[0], cells.flatten(2).transpose(1, 2).to(maps[0].dtype)], dim=-1), *maps[1:_STAGES]]
         fused: Tensor | None = None
@@ -85,102 +97,64 @@ class SceneReader(nn.Module):
         position = cast(Tensor, self.position).to(tokens.dtype).expand(len(tokens), -1, -1)
         organs = self.organ_head(torch.cat([tokens, position], dim=-1)).float()
         organs = organs.transpose(1, 2).unflatten(2, self.grids[0])
-        shares = torch.sigmoid(organs.detach())
-        deviation = _deviation(cells.float(), shares)
-        lesions = self.lesion_head(torch.cat([fused, shares.to(fused.dtype), deviation.to(fused.dtype)], dim=1))
-        return torch.cat([organs, lesions.float()], dim=1)
+        expected, covered = _expected(cells[:, :1].float(), torch.sigmoid(organs.detach()))
+        return CoarseScene(fused, organs, expected, covered)
+
+    def sharpen(self, images: Tensor, coarse: CoarseScene, rows: tuple[int, int] | None = None) -> Tensor:
+        """The fine level: logits (B, organs + 1 + kinds, planes, H/2, W/2).
+
+        Training sharpens only the planes that lie in the stem's ``rows`` (first, end), which is cheaper; one row more
+        on either side is read, as far as the convolutions reach, so that they are sharpened as in the whole. A lesion
+        is what differs from its own organ, whatever the contrast phase: the deviation is told, not left to be found.
+        """
+        whole = (0, self.grids[0][0])
+        wanted = rows or whole
+        rows = (max(0, wanted[0] - 1), min(whole[1], wanted[1] + 1))
+        planes, kept = self.planes(rows), self.planes(wanted)
+        pixels = functional.pixel_unshuffle(images[:, 0, planes], 2).unflatten(1, (-1, 4)).transpose(1, 2)
+        expected, covered = (self._upsampled(t, rows) for t in (coarse.expected, coarse.covered))
+        deviation = _DEVIATION_SCALE * (pixels.mean(dim=1, keepdim=True) - expected) * covered.clamp(0, 1)
+        inputs = torch.cat([pixels, deviation, covered], dim=1).to(coarse.features.dtype)
+        context = self._upsampled(self.bridge(coarse.features), rows)
+        first, joined, last = self.fine
+        detail = joined(torch.cat([first(inputs), context], dim=1))
+        detail = detail + last(detail)
+        organs = self._upsampled(coarse.organs, rows) + self.fine_organs(detail).float()
+        lesions = self.lesion_head(torch.cat([detail, inputs], dim=1)).float()
+        return torch.cat([organs, lesions], dim=1)[:, :, kept.start - planes.start : kept.stop - planes.start]
+
+    def planes(self, rows: tuple[int, int]) -> slice:
+        """Planes of the view that lie in the stem's rows (first, end)."""
+        thick = -(-self.grid[0] // self.grids[0][0])
+        return slice(rows[0] * thick, min(self.grid[0], rows[1] * thick))
+
+    def _upsampled(self, cells: Tensor, rows: tuple[int, int]) -> Tensor:
+        """Stem cells (B, C, d, h, w) interpolated to the scene's cells of those rows, one row of neighbours read."""
+        low, high = max(0, rows[0] - 1), min(cells.shape[2], rows[1] + 1)
+        around, wanted = self.planes((low, high)), self.planes(rows)
+        size = (around.stop - around.start, *self.grid[1:])
+        near = functional.interpolate(cells[:, :, low:high], size=size, mode="trilinear", align_corners=False)
+        return near[:, :, wanted.start - around.start : wanted.stop - around.start]
 
     def map_parameters(self) -> list[nn.Parameter]:
         """Parameters of the dense map, without the token embeddings."""
-        return [p for part in (self.lateral, self.refine, self.organ_head, self.lesion_head) for p in part.parameters()]
+        tokens = {id(p) for part in (self.organ_token, self.lesion_token) for p in part.parameters()}
+        return [p for p in self.parameters() if id(p) not in tokens and p is not self.slots]
 
     @torch.no_grad()
     def measure(self, images: Tensor, logits: Tensor, extent_mm: Tensor | None) -> SceneFacts:
         """Facts of every volume of a batch; not differentiable."""
-        shares = torch.sigmoid(logits).float().cpu().numpy()
-        mean = _cell_values(images.float(), self.grids[0])[:, 0].cpu().numpy()
-        extents = np.full((len(images), 3), _REFERENCE_MM) if extent_mm is None else extent_mm.cpu().double().numpy()
-        organs, lesions = [], []
-        for row in range(len(images)):
-            grid = _Grid(self.grids[0], extents[row])
-            facts = np.stack([grid.organ(share, mean[row]) for share in shares[row, : self.organs]])
-            organs.append(facts)
-            lesions.append(self._lesions(shares[row], mean[row], grid, facts))
-        device = images.device
-        return SceneFacts(
-            torch.from_numpy(np.stack(organs)).float().to(device),
-            torch.from_numpy(np.stack(lesions)).float().to(device),
-        )
+        mean = functional.avg_pool3d(images.float(), (1, 2, 2))[:, 0]
+        return measure_scene(logits, mean, extent_mm, self.organs, self.scene.lesions, self.scene.threshold)
 
     def embed(self, facts: SceneFacts) -> Tensor:
         """Image tokens (B, organs + lesions, hidden)."""
         tokens = torch.cat([self.organ_token(facts.organs), self.lesion_token(facts.lesions)], dim=1)
         return tokens + self.slots
 
-    def _lesions(self, shares: np.ndarray, mean: np.ndarray, grid: _Grid, organs: np.ndarray) -> np.ndarray:
-        """(slots, G): connected cells above the threshold, largest first; an empty slot is zero."""
-        rows = np.zeros((self.scene.lesions, _LESION_FEATURES + self.organs))
-        lesion, kinds = shares[self.organs], shares[self.organs + 1 :]
-        parts, count = ndimage.label(lesion > self.scene.threshold, _NEIGHBOURS)
-        if not count:
-            return rows
-        mass = ndimage.sum_labels(lesion, parts, np.arange(1, count + 1))
-        for slot, part in enumerate(np.argsort(-mass)[: self.scene.lesions]):
-            inside = parts == part + 1
-            weight = lesion * inside
-            total = float(weight.sum())
-            volume = total * grid.cell_mm3
-            centre = grid.centre(weight)
-            spread = grid.spread(weight, centre)
-            hosts = (shares[: self.organs] * weight).sum(axis=(1, 2, 3)) / total
-            host = organs[int(hosts.argmax())]
-            relative = (centre - host[5:8] * grid.extent) / np.maximum(host[8:11] * _REFERENCE_MM, 5.0)
-            kind = (kinds * weight).sum(axis=(1, 2, 3)) / total
-            core = weight >= 0.8 * weight.max()
-            value = float(mean[core].mean())
-            rows[slot] = [
-                1.0, float(weight.max()), total / max(1, int(inside.sum())), np.log1p(volume / 1000) / 3,
-                (6 * volume / np.pi) ** (1 / 3) / 30, *(spread / 10), *(centre / grid.extent),
-                *np.clip(relative, -3, 3), *kind, value, value - host[11], *hosts,
-            ]  # fmt: skip
-        return rows
 
-
-class _Grid:
-    """Cell centres of one view in mm, and what can be measured on them."""
-
-    def __init__(self, shape: tuple[int, int, int], extent: np.ndarray):
-        self.extent = extent
-        self.axes = [(np.arange(n) + 0.5) / n * edge for n, edge in zip(shape, extent, strict=True)]
-        self.cell_mm3 = float(np.prod(extent / np.array(shape)))
-
-    def centre(self, weight: np.ndarray) -> np.ndarray:
-        total = max(float(weight.sum()), 1e-6)
-        return np.array([(self._along(weight, n) * self.axes[n]).sum() / total for n in range(3)])
-
-    def spread(self, weight: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        total = max(float(weight.sum()), 1e-6)
-        squares = [(self._along(weight, n) * (self.axes[n] - centre[n]) ** 2).sum() / total for n in range(3)]
-        return np.sqrt(np.array(squares))
-
-    def organ(self, share: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """Presence, volume, centre, spread, attenuation and contact with the ends of the view, near unit scale."""
-        weight = share * (share > 0.3)
-        total = float(weight.sum())
-        if total < 0.2:
-            return np.concatenate([[float(share.max())], np.zeros(_ORGAN_FEATURES - 1)])
-        centre = self.centre(weight)
-        core = weight * weight
-        ends = [float(weight[0].sum()), float(weight[-1].sum())]
-        return np.array([
-            float(share.max()), np.log1p(total * self.cell_mm3 / 1000) / 5, *((centre - self.extent / 2) / 100),
-            *(centre / self.extent), *(self.spread(weight, centre) / _REFERENCE_MM),
-            float((core * mean).sum() / core.sum()), *(np.array(ends) / total),
-        ])  # fmt: skip
-
-    @staticmethod
-    def _along(weight: np.ndarray, axis: int) -> np.ndarray:
-        return cast(np.ndarray, weight.sum(axis=tuple(n for n in range(3) if n != axis)))
+def _conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(inputs, outputs, 3, padding=1), nn.BatchNorm3d(outputs), nn.GELU())
 
 
 def _embedding(features: int, hidden: int) -> nn.Sequential:
@@ -199,16 +173,16 @@ def _cell_values(images: Tensor, grid: tuple[int, int, int]) -> Tensor:
     )
 
 
-def _deviation(cells: Tensor, shares: Tensor) -> Tensor:
-    """How far every cell value (B, 3, d, h, w) lies from the mean of its organ in this volume; 0 outside organs.
+def _expected(mean: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """What every cell would look like if it were plain tissue of its organs, and how much of it is organ.
 
-    A lesion is what differs from its own organ, whatever the contrast phase: that is told, not left to be found.
+    ``mean`` (B, 1, d, h, w) and organ ``shares`` (B, organs, d, h, w) -> two (B, 1, d, h, w).
     """
     weight = shares * shares
-    means = (weight * cells[:, :1]).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp_min(1e-3)
+    means = (weight * mean).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp_min(1e-3)
     covered = shares.sum(dim=1, keepdim=True)
     expected = torch.einsum("bo,bodhw->bdhw", means, shares)[:, None] / covered.clamp_min(1e-3)
-    return _DEVIATION_SCALE * (cells - expected) * covered.clamp(0, 1)
+    return expected, covered
 
 
 def _positions(grid: tuple[int, int, int]) -> Tensor:

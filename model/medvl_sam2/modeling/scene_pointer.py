@@ -1,7 +1,7 @@
 """From words to a place: the ``[SEG]`` state points at the scene's organs and lesions.
 
 The scene stream gives every organ and every larger lesion a token and a map. A ``[SEG]`` state is matched with those
-tokens; the maps it points at, weighted, are the rough place from which the slice segmenter starts. Pointing at nothing
+tokens; the maps it points at are the rough place from which the slice segmenter starts. Pointing at nothing
 means that the object is not there.
 """
 
@@ -15,21 +15,25 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.modeling.scene_facts import lesion_parts
 
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 _NOWHERE = -8.0
+_LEAST_CHANCE = 0.1
+"""An element less likely than this is not meant, also when no other is likelier."""
 
 
 @dataclass(frozen=True)
 class SceneElements:
     """What the ``[SEG]`` state can point at in one volume.
 
-    ``tokens`` (E, H): scene tokens, organs first, then lesion slots (largest first). ``maps`` (E, d, h, w): logits on
-    the stem's grid, which spans the whole canonical volume; an empty slot is nowhere.
+    ``tokens`` (E, H): scene tokens, ``organs`` of them first, then lesion slots (largest first). ``maps`` (E, d, h, w):
+    logits on the scene's grid, which spans the whole canonical volume; an empty slot is nowhere.
     """
 
     tokens: Tensor
     maps: Tensor
+    organs: int
 
 
 class ScenePointer(nn.Module):
@@ -56,21 +60,26 @@ def scene_elements(tokens: Tensor, logits: Tensor, config: ModelConfig) -> Scene
 
     Lesion slots follow the order in which the scene measures them: connected cells above the threshold, by mass.
     """
-    organs = len(config.scene_organs)
+    organs, slots = len(config.scene_organs), config.scene.lesions
     logits = logits.float()
-    share = torch.sigmoid(logits[organs]).cpu().numpy()
-    parts, count = ndimage.label(share > config.scene.threshold, _NEIGHBOURS)
-    maps = [*logits[:organs]]
-    mass = ndimage.sum_labels(share, parts, np.arange(1, count + 1)) if count else np.zeros(0)
-    for part in np.argsort(-mass)[: config.scene.lesions]:
-        near = torch.from_numpy(ndimage.binary_dilation(parts == part + 1, _NEIGHBOURS)).to(logits.device)
-        maps.append(torch.where(near, logits[organs], torch.full_like(logits[organs], _NOWHERE)))
-    while len(maps) < organs + config.scene.lesions:
-        maps.append(torch.full_like(logits[organs], _NOWHERE))
-    return SceneElements(tokens, torch.stack(maps))
+    lesion = logits[organs]
+    maps = torch.full((organs + slots, *lesion.shape), _NOWHERE, device=logits.device)
+    maps[:organs] = logits[:organs]
+    parts = lesion_parts(torch.sigmoid(lesion).cpu().numpy(), config.scene.threshold, slots)
+    for slot, part in enumerate(parts):
+        near = torch.from_numpy(ndimage.binary_dilation(part, _NEIGHBOURS)).to(logits.device)
+        maps[organs + slot] = torch.where(near, lesion, maps[organs + slot])
+    return SceneElements(tokens, maps, organs)
 
 
 def pointed_place(scores: Tensor, elements: SceneElements) -> Tensor:
-    """Rough place (K, d, h, w) as logits: per cell the likeliest element that ``scores`` (K, E) point at."""
-    chance = torch.sigmoid(scores)[:, :, None, None, None] * torch.sigmoid(elements.maps)[None]
-    return torch.logit(chance.amax(dim=1).clamp(1e-4, 1 - 1e-4))
+    """Rough place (K, d, h, w) as logits: the maps of the elements that ``scores`` (K, E) point at.
+
+    Those are the elements above one half; where there is none, the likeliest, unless it is quite unlikely.
+    """
+    places = []
+    for chance in torch.sigmoid(scores):
+        meant = chance > min(0.5, max(_LEAST_CHANCE, float(chance.max()) - 1e-6))
+        nowhere = torch.full_like(elements.maps[0], _NOWHERE)
+        places.append(elements.maps[meant].amax(dim=0) if bool(meant.any()) else nowhere)
+    return torch.stack(places)

@@ -13,9 +13,10 @@
                                                   +-- memory across slices (both directions from the start)
 
 :meth:`UnifiedModel.answer` is the language pass and :meth:`UnifiedModel.segment` the segmentation pass of a single
-set of rows. Clicks never touch the language model, so they stay fast. How slices are visited (start slice, windows,
-propagation) is the predictor's business. The scene and its pointer are this project's addition; without them
-(``SceneConfig(lesions=0)``) the rough place is left out and ``l`` alone finds the object on the slices.
+set of rows. Clicks never touch the language model, so they stay fast; a first click or box may start from the scene.
+How slices are visited (start slice, windows, propagation) is the predictor's business. The scene and its pointer are
+this project's addition; without them (``SceneConfig(lesions=0)``) the rough place is left out and ``l`` alone finds the
+object on the slices.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.geometry import global_view
-from medvl_sam2.intensity import global_channel
-from medvl_sam2.modeling.scene_pointer import SceneElements, ScenePointer, pointed_place, scene_elements
+from medvl_sam2.intensity import IntensityRange, global_channel
+from medvl_sam2.modeling.scene_pointer import SceneElements, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -40,9 +41,18 @@ from medvl_sam2.types import Modality
 def language_view(
     image: np.ndarray, spacing: tuple[float, float, float], modality: Modality, size: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Input of :meth:`UnifiedModel.look` from a canonical image (Z, Y, X): view (1, 1, D, H, W), edges in mm (1, 3)."""
+    """Input of :meth:`UnifiedModel.look` from a canonical image (Z, Y, X): view (1, 1, D, H, W), edges in mm (1, 3).
+
+    One slab at a time: as floats a whole-body volume takes gigabytes.
+    """
     extent = [n * s for n, s in zip(image.shape, spacing, strict=True)]
-    return global_view(global_channel(image, modality), size)[None], torch.tensor([extent], dtype=torch.float32)
+    limits = None if modality is Modality.CT else IntensityRange.of(image)
+    count, rows = image.shape[0], min(image.shape[0], size[0])
+    slabs = []
+    for n in range(rows):
+        slab = image[count * n // rows : -(-count * (n + 1) // rows)]
+        slabs.append(global_view(global_channel(slab, modality, limits), (1, size[1], size[2])))
+    return global_view(torch.cat(slabs)[:, 0], size)[None], torch.tensor([extent], dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,6 @@ class UnifiedModel(nn.Module):
         self.config = config
         self.language = VisionLanguage(config, tokenizer)
         self.segmenter = SliceSegmenter(config.slices)
-        self.pointer = ScenePointer(config) if config.scene.lesions else None
 
     def look(self, view: Tensor, extent_mm: Tensor) -> GlobalLook:
         """Encode one global view (1, 1, D, H, W) of edges ``extent_mm`` (1, 3)."""
@@ -90,9 +99,9 @@ class UnifiedModel(nn.Module):
         """Step 1 of text-prompted segmentation: what every ``[SEG]`` in ``replies`` means and roughly where it is."""
         states = self.language.seg_states(look.tokens, requests, replies)
         vectors = self.language.seg_projector(states)
-        if self.pointer is None or look.elements is None:
+        if self.language.pointer is None or look.elements is None:
             return Grounding(vectors, None)
-        scores = self.pointer(states, look.elements.tokens)
+        scores = self.language.pointer(states, look.elements.tokens)
         return Grounding(vectors, pointed_place(scores, look.elements))
 
     def class_places(self, look: GlobalLook, names: Sequence[str]) -> Tensor | None:

@@ -19,7 +19,9 @@ from medvl_sam2.errors import ConfigError, PromptError
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import additive_mask, build_language_model
 from medvl_sam2.modeling.projector import MixerProjector
-from medvl_sam2.modeling.scene import SceneFacts, SceneReader
+from medvl_sam2.modeling.scene import SceneReader
+from medvl_sam2.modeling.scene_facts import SceneFacts
+from medvl_sam2.modeling.scene_pointer import ScenePointer
 from medvl_sam2.modeling.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -52,6 +54,7 @@ class VisionLanguage(nn.Module):
         self.vision = DCFormer(config.vision)
         self.projector = MixerProjector(config.vision, config.projector, hidden)
         self.scene = SceneReader(config) if config.scene.lesions else None
+        self.pointer = ScenePointer(config) if config.scene.lesions else None
         self.extent = nn.Sequential(nn.Linear(3, hidden // 4), nn.GELU(), nn.Linear(hidden // 4, hidden))
         self.lm = build_language_model(config.language, tokenizer.pad_id, tokenizer.eos_id)
         self.seg_projector = nn.Sequential(

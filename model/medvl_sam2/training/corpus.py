@@ -16,7 +16,7 @@ from medvl_sam2.modeling.prompts import (
 )
 from medvl_sam2.modeling.tokenizer import SEG, Tokenizer
 from medvl_sam2.synthesis.records import QA
-from medvl_sam2.training.language_data import ORGANS, LanguageCase
+from medvl_sam2.training.language_data import LanguageCase
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 REFERRING_TEMPLATES: tuple[str, ...] = ("Please segment {}.", "Segment {}.", "Show me {}.", "Find {}.", "{}")
@@ -26,13 +26,21 @@ _ORDERED_KINDS = ("presence", "visibility", "count", "size")
 
 
 @dataclass(frozen=True)
+class SegTarget:
+    """What one ``[SEG]`` stands for: a vocabulary class and, for lesions, indices of the case's findings."""
+
+    name: str
+    findings: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class TextSample:
-    """One exchange. ``targets``: for every ``[SEG]`` of the reply, class index and cells (d, h, w) in [0, 1]."""
+    """One exchange. ``targets``: one for every ``[SEG]`` of the reply."""
 
     question: str
     reply: str
     group: str
-    targets: tuple[tuple[int, np.ndarray], ...] = field(default=())
+    targets: tuple[SegTarget, ...] = field(default=())
 
 
 def question_sample(item: QA, rng: np.random.Generator) -> TextSample:
@@ -67,8 +75,11 @@ def class_sample(case: LanguageCase, rng: np.random.Generator) -> TextSample:
     present = [class_present(case, name) for name in picked]
     names = [spoken(name) for name in picked]
     template = str(rng.choice(np.array(SEGMENT_PROMPTS)))
+    findings = tuple(range(len(case.findings)))
     targets = tuple(
-        (CLASSES.index(name), class_cells(case, name)) for name, there in zip(picked, present, strict=True) if there
+        SegTarget(name, findings if name == "lesion" else ())
+        for name, there in zip(picked, present, strict=True)
+        if there
     )
     return TextSample(segment_prompt(names, template), segment_reply(names, present), "segment", targets)
 
@@ -79,22 +90,12 @@ def referring_sample(case: LanguageCase, index: int, rng: np.random.Generator) -
     question = item.text
     if item.text[:1].islower():
         question = str(rng.choice(np.array(REFERRING_TEMPLATES))).format(item.text.rstrip("."))
-    cells = class_cells(case, item.target)
-    if item.target == "lesion":
-        cells = case.lesion_cells[list(item.lesions)].any(axis=0).astype(np.float32)
-    return TextSample(question, f"{item.name} {SEG}", "refer", ((CLASSES.index(item.target), cells),))
+    return TextSample(question, f"{item.name} {SEG}", "refer", (SegTarget(item.target, item.lesions),))
 
 
 def class_present(case: LanguageCase, name: str) -> bool:
     """Whether a class of the vocabulary is in the volume."""
     return bool(len(case.findings)) if name == "lesion" else case.present(name)
-
-
-def class_cells(case: LanguageCase, name: str) -> np.ndarray:
-    """Cells (d, h, w) of a class in [0, 1]."""
-    if name == "lesion":
-        return case.lesion_cells.any(axis=0).astype(np.float32)
-    return case.organ_cells[ORGANS.index(name)].astype(np.float32) / 255.0
 
 
 def draw_samples(case: LanguageCase, rng: np.random.Generator, questions: int, segments: int) -> list[TextSample]:

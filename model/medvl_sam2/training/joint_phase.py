@@ -23,11 +23,11 @@ from tqdm import tqdm
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.tokenizer import SEG
-from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel, language_view
+from medvl_sam2.modeling.unified import UnifiedModel, language_view
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
-from medvl_sam2.training.losses import dice_score, mask_loss
+from medvl_sam2.training.losses import dice_score, mask_loss, pointing_loss
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
@@ -87,6 +87,19 @@ def _referred(item: Referring) -> tuple[str, str, Target]:
     return item.text, item.name, Target(CLASSES[item.values[0] - 1], 0, item.values)
 
 
+@dataclass(frozen=True, eq=False)
+class SeenVolume:
+    """What the frozen parts say of a volume.
+
+    Image ``tokens`` (1, n, H), scene tokens ``elements`` (E, H), and where the lesion ``slots`` lie, bool (slots, d,
+    h, w).
+    """
+
+    tokens: Tensor
+    elements: Tensor
+    slots: Tensor
+
+
 class JointPhase:
     """Trains the ``[SEG]`` projector, the scene pointer, the height token and the mask decoder."""
 
@@ -109,7 +122,7 @@ class JointPhase:
         self.rng = np.random.default_rng(config.seed + 2)
         size = model.config.slices.image_size
         self.sampler = SliceSampler([v.volume for v in volumes], list(weights), config.seed + 3, size)
-        self.looks: dict[int, GlobalLook] = {}
+        self.looks: dict[int, SeenVolume] = {}
         self.slots: dict[tuple[int, Target], Tensor] = {}
 
     @property
@@ -123,8 +136,8 @@ class JointPhase:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         fast: list[nn.Module] = [model.language.seg_projector, model.segmenter.height_token]
-        if model.pointer is not None:
-            fast.append(model.pointer)
+        if model.language.pointer is not None:
+            fast.append(model.language.pointer)
         slow = [model.segmenter.sam2.sam_mask_decoder, model.segmenter.sam2.sam_prompt_encoder]
         groups = [
             {"params": _released(fast), "peak": config.projector_rate},
@@ -204,7 +217,7 @@ class JointPhase:
             wanted = self.learner.concept_tokens.weight[[flat[row][1].concept for row in known]].detach()
             loss = loss + config.distil_weight * F.mse_loss(vectors[known], wanted) / wanted.var().clamp(min=1e-3)
         figures: dict[str, float] = {}
-        if model.pointer is not None:
+        if model.language.pointer is not None:
             pointed, figures["pointed"] = self._pointer_loss(states, flat)
             loss = loss + config.pointer_weight * pointed
         present = masks.amax(dim=(1, 2)) > 0.5
@@ -225,30 +238,30 @@ class JointPhase:
             )
             return hidden[ids == language.tokenizer.seg_id]
 
-    def _look(self, number: int) -> GlobalLook:
+    def _look(self, number: int) -> SeenVolume:
         if number not in self.looks:
             view, extent = self.volumes[number].view(self.model.config.vision.input_size)
             with torch.no_grad():
-                self.looks[number] = self.model.look(view.to(self.device), extent.to(self.device))
+                look = self.model.look(view.to(self.device), extent.to(self.device))
+            elements, slots = torch.zeros(0, 0), torch.zeros(0)
+            if look.elements is not None:
+                elements = look.elements.tokens
+                slots = look.elements.maps[len(self.model.config.scene_organs) :].cpu() > 0
+            self.looks[number] = SeenVolume(look.tokens, elements, slots)
         return self.looks[number]
 
     def _pointer_loss(self, states: Tensor, flat: list[tuple[int, Request]]) -> tuple[Tensor, float]:
         """Cross entropy of what each state points at, and the share of requests that point exactly right."""
-        assert self.model.pointer is not None
-        looks = [self._look(number).elements for number, _ in flat]
-        tokens = torch.stack([look.tokens for look in looks if look is not None])
-        scores = self.model.pointer(states, tokens)
+        assert self.model.language.pointer is not None
+        tokens = torch.stack([self._look(number).elements for number, _ in flat])
+        scores = self.model.language.pointer(states, tokens)
         wanted = torch.stack([self._elements_of(number, request.target) for number, request in flat]).to(self.device)
-        loss = F.binary_cross_entropy_with_logits(scores, wanted, pos_weight=wanted.new_tensor(4.0))
-        right = ((scores > 0) == (wanted > 0.5)).all(dim=1).float().mean()
-        return loss, float(right)
+        return pointing_loss(scores, wanted)
 
     def _elements_of(self, number: int, target: Target | None) -> Tensor:
         """Which scene elements (E,) a target is: its organ, or the lesion slots that lie on it."""
-        organs = self.model.config.scene_organs
-        elements = self._look(number).elements
-        assert elements is not None
-        wanted = torch.zeros(len(elements.maps))
+        organs, slots = self.model.config.scene_organs, self._look(number).slots
+        wanted = torch.zeros(len(organs) + len(slots))
         if target is None:
             return wanted
         if target.name in organs:
@@ -258,11 +271,10 @@ class JointPhase:
         if key not in self.slots:
             volume = self.volumes[number].volume
             mask = torch.from_numpy(volume.mask(target, slice(None)).astype(np.float32))[None, None]
-            cells = F.adaptive_max_pool3d(mask, elements.maps.shape[1:])[0, 0] > 0.5
-            for slot in range(len(organs), len(elements.maps)):
-                found = elements.maps[slot].cpu() > 0
+            cells = F.adaptive_max_pool3d(mask, slots.shape[1:])[0, 0] > 0.5
+            for slot, found in enumerate(slots):
                 if found.any() and float((found & cells).sum()) >= 0.4 * float(found.sum()):
-                    wanted[slot] = 1.0
+                    wanted[len(organs) + slot] = 1.0
             self.slots[key] = wanted
         return self.slots[key]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.modeling.vision_language import IGNORE, VisionLanguage
-from medvl_sam2.training.corpus import TextSample
+from medvl_sam2.training.corpus import SegTarget, TextSample
 from medvl_sam2.training.language_data import LanguageCase
 
 
@@ -18,7 +18,7 @@ from medvl_sam2.training.language_data import LanguageCase
 class PackedBatch:
     """``ids``, ``labels``, ``positions`` (B, L); ``attention`` bool (B, L, L); ``weights`` (labelled positions,).
 
-    ``seg_cells`` (N, d, h, w) and ``seg_classes`` (N,) belong to the ``[SEG]`` tokens in row then reading order.
+    ``segs``: row and target of the ``[SEG]`` tokens in row then reading order.
     """
 
     ids: Tensor
@@ -26,8 +26,18 @@ class PackedBatch:
     positions: Tensor
     attention: Tensor
     weights: Tensor
-    seg_cells: Tensor
-    seg_classes: Tensor
+    segs: tuple[tuple[int, SegTarget], ...]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch on another device."""
+        return PackedBatch(
+            self.ids.to(device),
+            self.labels.to(device),
+            self.positions.to(device),
+            self.attention.to(device),
+            self.weights.to(device),
+            self.segs,
+        )
 
 
 def stack_views(cases: Sequence[LanguageCase], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
@@ -55,8 +65,8 @@ def pack(model: VisionLanguage, rows: Sequence[Sequence[TextSample]], length: in
     """
     slots = model.image_slots
     ids, labels, positions, owners, weights = [], [], [], [], list[float]()
-    cells, classes = list[Tensor](), list[int]()
-    for samples in rows:
+    segs = list[tuple[int, SegTarget]]()
+    for row, samples in enumerate(rows):
         row_ids = [model.tokenizer.image_id] * slots
         row_labels, row_positions, row_owners = [IGNORE] * slots, list(range(slots)), [0] * slots
         for number, sample in enumerate(samples, start=1):
@@ -69,8 +79,7 @@ def pack(model: VisionLanguage, rows: Sequence[Sequence[TextSample]], length: in
             row_positions += range(slots, slots + len(question) + len(reply))
             row_owners += [number] * (len(question) + len(reply))
             weights += [len(reply) ** -0.5] * len(reply)
-            cells += [torch.from_numpy(target) for _, target in sample.targets]
-            classes += [index for index, _ in sample.targets]
+            segs += [(row, target) for target in sample.targets]
         ids.append(row_ids)
         labels.append(row_labels)
         positions.append(row_positions)
@@ -85,8 +94,7 @@ def pack(model: VisionLanguage, rows: Sequence[Sequence[TextSample]], length: in
         positions=_stack(positions, 0),
         attention=causal & same & real,
         weights=torch.tensor(weights),
-        seg_cells=torch.stack(cells) if cells else torch.zeros(0, 1, 1, 1),
-        seg_classes=torch.tensor(classes, dtype=torch.long),
+        segs=tuple(segs),
     )
 
 

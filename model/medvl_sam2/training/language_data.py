@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import DataError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import global_channel
-from medvl_sam2.synthesis.case import GeneratorConfig, generate_case
+from medvl_sam2.synthesis.case import generate_case
 from medvl_sam2.synthesis.language import write_texts
 from medvl_sam2.synthesis.records import QA, Case, Referring
 from medvl_sam2.vocabulary import CLASSES
@@ -113,10 +112,7 @@ def prepare_case(case: Case, vision: VisionConfig, wordings: int = 1) -> Languag
 
 
 class CaseStore(Sequence[LanguageCase]):
-    """The cases of ``seeds`` in a folder (about 2.5 MB each): read when asked for, generated when missing.
-
-    ``generator`` changes the population; its cases get file names of their own.
-    """
+    """The cases of ``seeds`` in a folder (about 2.5 MB each): read when asked for, generated when missing."""
 
     def __init__(
         self,
@@ -124,7 +120,6 @@ class CaseStore(Sequence[LanguageCase]):
         vision: VisionConfig,
         folder: Path,
         wordings: int = 1,
-        generator: GeneratorConfig | None = None,
     ):
         if not seeds:
             raise DataError("no seed given; ask for at least one case")
@@ -133,10 +128,8 @@ class CaseStore(Sequence[LanguageCase]):
         self._vision = vision
         self._folder = folder
         self._wordings = wordings
-        self._generator = generator
-        population = "" if generator is None else f"_p{zlib.crc32(repr(generator).encode()):08x}"
         shape = "x".join(str(size) for size in vision.input_size)
-        self._name = f"language_v{_VERSION}_{shape}_w{wordings}{population}"
+        self._name = f"language_v{_VERSION}_{shape}_w{wordings}"
 
     def __len__(self) -> int:
         return len(self._seeds)
@@ -155,7 +148,7 @@ class CaseStore(Sequence[LanguageCase]):
     def _case(self, seed: int) -> LanguageCase:
         path = self._folder / f"{self._name}_{seed:08d}.npz"
         if not path.exists():
-            write_case(prepare_case(generate_case(seed, self._generator), self._vision, self._wordings), path)
+            write_case(prepare_case(generate_case(seed), self._vision, self._wordings), path)
         return read_case(path)
 
 

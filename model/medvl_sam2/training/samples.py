@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +38,8 @@ class LabelledVolume:
     """``image`` (Z, Y, X) canonical (HU for CT), ``spacing`` mm (z, y, x), integer ``maps`` (Z, Y, X) and targets.
 
     ``known`` names every concept whose absence from the maps means absence from the image; other concepts are
-    unlabelled here and must not be trained as background. ``patient`` is the unit of every split.
+    unlabelled here and must not be trained as background. ``patient`` is the unit of every split. ``lesion_kinds`` maps
+    values of the ``lesion`` target to their kind, where that is known.
     """
 
     image: np.ndarray
@@ -47,6 +49,7 @@ class LabelledVolume:
     targets: tuple[Target, ...]
     known: frozenset[str]
     patient: str
+    lesion_kinds: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for labels in self.maps:

@@ -22,6 +22,7 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
+from medvl_sam2.training.losses import held_then_cosine
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
@@ -141,7 +142,7 @@ class SegmentationPhase:
                 share = progress[f"{name}_seconds"] / budget
                 warm = min(1.0, (progress[f"{name}_steps"] + 1) / config.warmup_steps)
                 for group in optimiser.param_groups:
-                    group["lr"] = peak * warm * _decay(share)
+                    group["lr"] = peak * warm * held_then_cosine(share)
                 loss, figures = step_function(next(rows))
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -184,12 +185,6 @@ class SegmentationPhase:
             self.learner.load_state_dict(load_file(state))
             skip = int(self.progress["image_steps"] + self.progress["memory_steps"])
             self.steps.rng = np.random.default_rng([self.config.seed + 1, skip])  # do not replay the same clicks
-
-
-def _decay(share: float) -> float:
-    """Full rate for the first 60 % of the budget, then a cosine down to 2 %."""
-    late = min(1.0, max(0.0, share - 0.6) / 0.4)
-    return 0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * late)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

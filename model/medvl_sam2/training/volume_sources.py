@@ -11,14 +11,22 @@ from tqdm import tqdm
 
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.synthesis import Case, augment_real, generate_case, synthesise_from_labels
+from medvl_sam2.synthesis.case import GeneratorConfig
 from medvl_sam2.training.real_cases import TRAINABLE_REAL, RealCase, load_cases
 from medvl_sam2.training.samples import CONCEPTS, LESION_ORGANS, LabelledVolume, Target, from_masks
 from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _BODY_HU = -300
 """Above this a voxel belongs to the patient or the table; lungs are filled slice by slice."""
+
+HELD_OUT_SEED = 1_000_000
+"""First seed of the held-out generated cases; training counts from 0, evaluation from 2,000,000."""
+LESION_RICH = GeneratorConfig(lesion_counts=(0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25))
+"""Four to seven lesions a case: from the usual few, lesions are learned far later than organs."""
+LESION_RICH_SEED = 3_000_000
+"""First seed of the lesion-rich cases."""
 
 LEFT_FOR_THE_LOOP = frozenset(f"hippocampus-{number}" for number in ("001", "003", "004", "006"))
 """Trainable patients that pretraining leaves out, so that the demo loop has a structure the weights do not know."""
@@ -29,6 +37,10 @@ class SourceConfig:
     """How many volumes of each kind. ``real`` is the folder with the trainable real cases, None for none."""
 
     generated: int = 240
+    lesion_rich: int = 0
+    """Generated cases with several lesions each; they take half of the generated share."""
+    generated_share: float = 0.45
+    """Of all draws, when there are real volumes too."""
     real: Path | None = None
     real_copies: int = 16
     """Deformed copies of every named real volume (organ classes), on top of the original."""
@@ -39,14 +51,15 @@ class SourceConfig:
 
 
 def training_volumes(config: SourceConfig) -> tuple[list[LabelledVolume], list[float]]:
-    """Volumes and their sampling weights: 45 % generated, 55 % real-derived when real data is given."""
-    generated = [
-        _generated(seed, config.cache)
-        for seed in tqdm(range(config.seed, config.seed + config.generated), desc="generated cases")
-    ]
-    groups: list[tuple[float, list[LabelledVolume]]] = [(0.45, generated)]
+    """Volumes and their sampling weights: generated, lesion-rich, and real-derived ones when real data is given."""
+    seeds = range(config.seed, config.seed + config.generated)
+    rich_seeds = range(LESION_RICH_SEED + config.seed, LESION_RICH_SEED + config.seed + config.lesion_rich)
+    generated = [_generated(seed, config.cache) for seed in tqdm(seeds, desc="generated cases")]
+    rich = [_generated(seed, config.cache, LESION_RICH) for seed in tqdm(rich_seeds, desc="lesion-rich cases")]
+    share = config.generated_share / (2 if generated and rich else 1)
+    groups: list[tuple[float, list[LabelledVolume]]] = [(share, generated), (share, rich)]
     if config.real is not None:
-        groups += _real_groups(config)
+        groups += [((1 - config.generated_share) * part, members) for part, members in _real_groups(config)]
     volumes: list[LabelledVolume] = []
     weights: list[float] = []
     for weight, members in groups:
@@ -74,6 +87,7 @@ def from_case(case: Case) -> LabelledVolume:
         tuple(targets),
         frozenset(CONCEPTS),
         f"generated-{case.seed}",
+        {f.value: f.kind for f in case.findings},
     )
 
 
@@ -94,9 +108,10 @@ def from_real(case: RealCase) -> LabelledVolume:
     return from_masks(image.astype(kind), transform.spacing, case.volume.modality, masks, case.source.patient, known)
 
 
-def _generated(seed: int, cache: Path | None) -> LabelledVolume:
+def _generated(seed: int, cache: Path | None, generator: GeneratorConfig | None = None) -> LabelledVolume:
     """Generate a case, or read its arrays back (texts are not kept here)."""
-    path = None if cache is None else cache / f"case-v{_CACHE_VERSION}-{seed}.npz"
+    kind = "case" if generator is None else "rich"
+    path = None if cache is None else cache / f"{kind}-v{_CACHE_VERSION}-{seed}.npz"
     if path is not None and path.exists():
         with np.load(path) as stored:
             values = [tuple(int(v) for v in row if v) for row in stored["values"]]
@@ -112,8 +127,9 @@ def _generated(seed: int, cache: Path | None) -> LabelledVolume:
                 targets,
                 frozenset(CONCEPTS),
                 f"generated-{seed}",
+                {n + 1: str(kind) for n, kind in enumerate(stored["kinds"]) if kind},
             )
-    volume = from_case(generate_case(seed))
+    volume = from_case(generate_case(seed, generator))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         width = max(len(t.values) for t in volume.targets)
@@ -127,6 +143,7 @@ def _generated(seed: int, cache: Path | None) -> LabelledVolume:
                 spacing=volume.spacing,
                 names=[t.name for t in volume.targets],
                 maps=[t.map for t in volume.targets],
+                kinds=[volume.lesion_kinds.get(n + 1, "") for n in range(max(volume.lesion_kinds, default=0))],
                 values=[[*t.values, *[0] * (width - len(t.values))] for t in volume.targets],
             )
         temporary.replace(path)
@@ -144,7 +161,7 @@ def _real_groups(config: SourceConfig) -> list[tuple[float, list[LabelledVolume]
             deformed.append(_deformed(volume, config.seed + 1000 * number + copy))
         for copy in range(config.label_copies):
             dressed.append(_dressed(volume, config.seed + 500_000 + 1000 * number + copy))
-    return [(0.2, originals), (0.2, deformed), (0.15, dressed)]
+    return [(0.36, originals), (0.36, deformed), (0.28, dressed)]
 
 
 def _deformed(volume: LabelledVolume, seed: int) -> LabelledVolume:
