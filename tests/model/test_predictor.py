@@ -9,6 +9,7 @@ import pytest
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor
+from medvl_sam2.predictor.phrases import vocabulary_matches
 from medvl_sam2.types import Prompt, Volume
 from medvl_sam2.vocabulary import CLASSES
 from small_model import oblique_volume, small_predictor
@@ -167,7 +168,25 @@ def test_text_answers_carry_the_notice_and_text_masks_a_name(
     assert predictor.report(session).notice == "random test weights"
     assert predictor.answer(session, "Is there a lesion in the liver?").question.startswith("Is there")
     assert predictor.segment_text(session, "Segment the right kidney.").names == ("kidney_right",)
+    both = predictor.segment_text(session, "Segment the liver, the left kidney and spleen.")
+    assert both.names == ("liver", "kidney_left", "spleen")
+    assert set(np.unique(both.mask)) <= {0, 1, 2, 3}
     assert 0 <= predictor.uncertainty(session) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("the right kidney", ("kidney_right",)),
+        ("Segment kidney_right.", ("kidney_right",)),
+        ("liver and spleen", ("liver", "spleen")),
+        ("Show me the liver, the spleen, and the liver", ("liver", "spleen")),
+        ("the lesion in the liver", ()),
+        ("liver and something", ()),
+    ],
+)
+def test_plain_class_names_are_recognised(text: str, names: tuple[str, ...]) -> None:
+    assert vocabulary_matches(text) == names
 
 
 def test_the_vocabulary_is_what_the_labels_say(predictor: Predictor) -> None:

@@ -1,6 +1,6 @@
 """Using the model: sessions, interactive and text-prompted segmentation, answers."""
 
-from medvl_sam2.predictor.interactive import InteractiveConfig
+from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.named import NamedConfig
 from medvl_sam2.predictor.predictor import Predictor
 from medvl_sam2.predictor.session import Session

@@ -1,14 +1,14 @@
-"""From prompts to a mask, and from corrections to a better mask.
+"""From corrections to a better mask.
 
-First prompts choose the window (a region of interest: a lesion costs what the lesion costs), the start slice and how
-far to propagate. Every later click edits locally: the clicked slice is decoded again with its previous logits, only the
-changed component under the click is kept, and the change fades out over neighbouring slices. A click never re-runs the
-whole volume, because that was measured to destroy good slices.
+First prompts (``first_prompts``) choose the window (a region of interest: a lesion costs what the lesion costs), the
+start slice and how far to propagate. Every later click edits locally: the clicked slice is decoded again with its
+previous logits, only the changed component under the click is kept, and the change fades out over neighbouring slices.
+A click never re-runs the whole volume, because that was measured to destroy good slices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,36 +16,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
-from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
+from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig, click_points
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
-from medvl_sam2.predictor.propagation import propagate
-from medvl_sam2.predictor.stack import SliceStack, planned_slices
-from medvl_sam2.region_assist import IntensityRule, box_diagonal, grown_at_click, grown_in_box, stroke
-
-
-@dataclass(frozen=True)
-class InteractiveConfig:
-    """Choices of the interactive engine, all lengths in mm."""
-
-    window_factor: float = 1.7
-    """Window edge over the longer box edge."""
-    click_windows_mm: tuple[float, ...] = (32.0, 60.0, 110.0, 200.0, 330.0)
-    """Windows tried for a click that comes without any hint of scale."""
-    slice_step_mm: float = 2.0
-    """Propagate in steps of about this; thinner slices are interpolated."""
-    reach_mm: float = 12.0
-    """A correction fades out over this distance in z."""
-    min_window_mm: float = 12.0
-    carry_clicks: bool = True
-    """Carry a correction through the memory to further slices, as far as they change with it."""
-    assist: bool = True
-    """Start from an intensity-grown region as rough mask, and let every click paint an intensity-limited ball."""
-    rough_prompts: bool = False
-    """Hand the rough mask to the decoder on every slice, not only on the start slice."""
-    rough_weight: float = 0.25
-    """Share of the rough mask in the first logits."""
-    assist_rule: IntensityRule = field(default_factory=IntensityRule)
+from medvl_sam2.region_assist import box_diagonal, stroke
 
 
 class InteractiveEngine:
@@ -54,72 +28,7 @@ class InteractiveEngine:
     def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig | None = None) -> None:
         self.segmenter = segmenter
         self.config = config or InteractiveConfig()
-
-    def from_box(
-        self,
-        image: np.ndarray,
-        spacing: tuple[float, float, float],
-        intensity: SliceIntensity,
-        box: np.ndarray,
-    ) -> ObjectState:
-        """Start from a canonical 3D box (2, 3); the box bounds the object in z."""
-        low, high = (round(float(v)) for v in box[:, 0])
-        crop = SliceCrop.around(
-            box[:, 1:],
-            spacing[1:],
-            self.config.window_factor,
-            self.segmenter.config.image_size,
-            self.config.min_window_mm,
-        )
-        stack = SliceStack(self.segmenter, image, intensity, crop)
-        start = (low + high + 1) // 2
-        state = ObjectState(stack, low, high, box=box, start=start)
-        points, labels = self._box_points(crop, box)
-        prompt = SlicePrompt(points, labels)
-        if self.config.assist:
-            self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
-            prompt = self._with_rough(prompt, state, start)
-        self._seed(state, start, prompt)
-        self._propagate(state, spacing, stop_when_empty=False)
-        return state
-
-    def from_click(
-        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, click: CanonicalClick
-    ) -> ObjectState:
-        """Start from one foreground click: try several scales, keep the one the model believes in."""
-        z = int(np.clip(click.z, 0, image.shape[0] - 1))
-        crop = self._best_scale(image, spacing, intensity, click, z)
-        stack = SliceStack(self.segmenter, image, intensity, crop)
-        state = ObjectState(stack, z, z, start=z, clicks=[click])
-        points, labels = self._click_points(crop, [click])
-        self._seed(state, z, SlicePrompt(points, labels))
-        state.low, state.high = 0, image.shape[0] - 1
-        if self.config.assist:
-            grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
-            self._lay_down(state, grown, 0, image.shape[0] - 1)
-        self._propagate(state, spacing, stop_when_empty=True)
-        return state
-
-    def from_mask(
-        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, mask: np.ndarray
-    ) -> ObjectState:
-        """Take over an earlier mask (Z, Y, X) bool, not empty, as it is; clicks then correct it."""
-        where = np.argwhere(mask)
-        low, high = where.min(axis=0), where.max(axis=0)
-        crop = SliceCrop.around(
-            np.stack([low[1:], high[1:]]),
-            spacing[1:],
-            self.config.window_factor,
-            self.segmenter.config.image_size,
-            self.config.min_window_mm,
-        )
-        stack = SliceStack(self.segmenter, image, intensity, crop)
-        state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
-        small = replace(crop, size=self.segmenter.mask_size)
-        planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
-        soft = small.sample(planes)[:, 0]
-        state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
-        return state
+        self.first = FirstPrompts(segmenter, self.config)
 
     def click(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> ObjectState:
         """Apply one corrective click and return the state (a new one when the window had to grow)."""
@@ -146,96 +55,6 @@ class InteractiveEngine:
             changed = ((state.logits[z] > 0) != before_edit).numpy()
             self._carry(state, z, click.label, changed, spacing)
         return state
-
-    # --- first prompts -------------------------------------------------------------------------------------------
-
-    def _seed(self, state: ObjectState, z: int, prompt: SlicePrompt) -> None:
-        """Decode the start slice and put it into the memory."""
-        features = state.stack.features([z])
-        output = self.segmenter.decode(features, prompt)
-        state.logits[z] = self._blended(state, z, output.logits[0, 0])
-        state.score = float(output.iou)
-        certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
-        state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
-
-    def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
-        """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""
-        shown = [z for z in range(low, high + 1) if mask[z].any()]
-        if not shown:
-            return
-        small = replace(state.stack.crop, size=self.segmenter.mask_size)
-        soft = small.sample(torch.from_numpy(mask[shown].astype(np.float32)))[:, 0]
-        state.rough = dict(zip(shown, soft, strict=True))
-
-    def _with_rough(self, prompt: SlicePrompt, state: ObjectState, z: int) -> SlicePrompt:
-        """The rough mask of a slice as its mask prompt, if it has one."""
-        soft = state.rough.get(z)
-        if soft is None:
-            return prompt
-        present = torch.ones(1, dtype=torch.bool)
-        return replace(prompt, mask_logits=soft[None, None] * 12 - 6, mask_present=present)
-
-    def _blended(self, state: ObjectState, z: int, logits: Tensor) -> Tensor:
-        """Decoded logits pulled towards the rough mask, where there is one at all."""
-        weight = self.config.rough_weight
-        if not weight or not state.rough:
-            return logits
-        soft = state.rough.get(z)
-        rough = torch.full_like(logits, -4.0) if soft is None else soft * 8 - 4
-        return logits.clamp(-8, 8) * (1 - weight) + weight * rough
-
-    def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], stop_when_empty: bool) -> None:
-        plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
-        if not stop_when_empty:
-            state.stack.encode(plan)
-        outputs = propagate(
-            state.stack,
-            state.memory,
-            plan,
-            state.start,
-            stop_when_empty,
-            state.rough if self.config.rough_prompts else None,
-        )
-        for z, output in outputs.items():
-            state.logits[z] = self._blended(state, z, output.logits[0, 0])
-        if stop_when_empty:
-            shown = [z for z, values in state.logits.items() if bool((values > 0).any())] or [state.start]
-            state.low, state.high = min(shown), max(shown)
-            state.logits = {z: v for z, v in state.logits.items() if state.low <= z <= state.high}
-
-    def _best_scale(
-        self,
-        image: np.ndarray,
-        spacing: tuple[float, float, float],
-        intensity: SliceIntensity,
-        click: CanonicalClick,
-        z: int,
-    ) -> SliceCrop:
-        """Window whose mask is believed most and fills it as training windows were filled."""
-        size = self.segmenter.config.image_size
-        center = (click.position[1] * spacing[1], click.position[2] * spacing[2])
-        crops = [SliceCrop(center, mm, size, spacing[1:]) for mm in self.config.click_windows_mm]
-        images = torch.cat([SliceStack(self.segmenter, image, intensity, c).pixels([z]) for c in crops])
-        points = torch.cat([self._click_points(c, [click])[0] for c in crops])
-        labels = torch.ones(len(crops), 1, dtype=torch.int32)
-        output = self.segmenter.decode(self.segmenter.encode(images), SlicePrompt(points, labels))
-        best, best_score = crops[-1], -1.0
-        for row, crop in enumerate(crops):
-            mask = output.logits[row, 0].numpy() > 0
-            if not mask.any():
-                continue
-            ys, xs = np.nonzero(mask)
-            edge = (max(np.ptp(ys), np.ptp(xs)) + 1) / mask.shape[0]
-            fill = float(np.clip((edge - 0.15) / 0.2, 0, 1) * np.clip((0.95 - edge) / 0.15, 0, 1))
-            score = float(output.iou[row]) * (0.2 + 0.8 * fill)
-            if score > best_score:
-                low = crop.inverse_points(np.array([[xs.min(), ys.min()]]) * 4.0)[0]
-                high = crop.inverse_points(np.array([[xs.max(), ys.max()]]) * 4.0 + 3.0)[0]
-                best = SliceCrop.around(
-                    np.stack([low, high]), spacing[1:], self.config.window_factor, size, self.config.min_window_mm
-                )
-                best_score = score
-        return best
 
     # --- corrections ---------------------------------------------------------------------------------------------
 
@@ -298,7 +117,7 @@ class InteractiveEngine:
         """Decode slice ``z`` with all its clicks, its previous logits and the memory of prompted slices."""
         here = state.stack.features([z])
         on_slice = [c for c in state.clicks if c.z == z]
-        points, labels = self._click_points(state.stack.crop, on_slice)
+        points, labels = click_points(state.stack.crop, on_slice)
         prompt = SlicePrompt(points, labels)
         if bool((before > 0).any()):
             prompt = replace(prompt, mask_logits=before[None, None], mask_present=torch.ones(1, dtype=torch.bool))
@@ -392,21 +211,6 @@ class InteractiveEngine:
             fade = n / (abs(z - edge) + 1)
             state.logits[between] = known * (1 - fade) + torch.full_like(known, -2.0) * fade
         state.low, state.high = min(state.low, z), max(state.high, z)
-
-    # --- prompt helpers ------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _box_points(crop: SliceCrop, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        corners = crop.forward_points(box[:, 1:] + np.array([[-0.5], [0.5]]))
-        return torch.from_numpy(corners.astype(np.float32))[None], torch.tensor([[2, 3]], dtype=torch.int32)
-
-    @staticmethod
-    def _click_points(crop: SliceCrop, clicks: list[CanonicalClick]) -> tuple[Tensor, Tensor]:
-        if not clicks:
-            return torch.zeros(1, 1, 2), torch.full((1, 1), -1, dtype=torch.int32)
-        points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
-        labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
-        return torch.from_numpy(points.astype(np.float32))[None], labels
 
 
 def _mostly_gone(before: Tensor, after: Tensor) -> bool:

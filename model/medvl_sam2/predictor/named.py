@@ -1,5 +1,6 @@
 """Segmentation from a language prompt: find the object on the whole volume, then delineate it in its own window.
 
+With a scene the volume's map says roughly where; without one the slice decoder searches whole slices for the token.
 Zooming matters because the decoder's grid is a quarter of its input: an organ of 30 mm is two cells wide on a whole
 slice and twenty in its window.
 """
@@ -19,8 +20,13 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.unified import Grounding
+from medvl_sam2.predictor.places import place_on_slices
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits, planned_slices
 
+_REACH_MM = 12.0
+"""How far round its component a rough place still counts as that component's."""
+_SLICES_AT_ONCE = 32
+"""Full-size slices painted at once; bounds memory on large volumes."""
 MIN_MM_PER_PX = 3.0
 """Whole-slice pixels never get finer: organs keep their physical size in any field of view; training imports this."""
 
@@ -34,14 +40,34 @@ class NamedConfig:
     delineate_step_mm: float = 2.0
     window_factor: float = 1.6
     min_window_mm: float = 24.0
-    min_share: float = 0.15
-    """Components smaller than this share of the largest are dropped (largest only, when ``single``)."""
-    scene_share: float = 0.8
-    """Weight of the scene's rough place against the slice decoder's own search."""
+    place_cells_mm: tuple[float, float] = (6.0, 12.0)
+    """Edge of the decoder's cells from which the scene's map begins to count in the mask, and at which it counts half.
+    """
     smooth_slices: float = 0.7
     """Standard deviation in searched slices of the smoothing across slices."""
     rows: int = 96
     """Rows decoded at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """K requests on the ``searched`` slices (canonical z) of a whole stack.
+
+    ``decoded`` (K, n, h, h) logits of the slice decoder's own search, or None where the grounding has places.
+    """
+
+    stack: SliceStack
+    searched: list[int]
+    grounding: Grounding
+    decoded: Tensor | None
+
+    def coarse(self, request: int) -> Tensor:
+        """Coarse logits (n, g, g) of one request; a place is read on the stack's own pixels."""
+        if self.decoded is not None:
+            return self.decoded[request]
+        assert self.grounding.place is not None
+        place = self.grounding.place[request][None]
+        return place_on_slices(place, self.stack.crop, self.stack.crop.size, self.searched, self.stack.image.shape)[0]
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,7 @@ class NamedResult:
 
 
 class NamedEngine:
-    """Finds and delineates objects given language tokens; whole-slice features are encoded once per volume."""
+    """Finds and delineates objects given what the language side says of them."""
 
     def __init__(self, segmenter: SliceSegmenter, config: NamedConfig | None = None) -> None:
         self.segmenter = segmenter
@@ -70,28 +96,20 @@ class NamedEngine:
         )
         return SliceStack(self.segmenter, image, intensity, crop)
 
-    def locate(
-        self, stack: SliceStack, spacing: tuple[float, float, float], grounding: Grounding
-    ) -> tuple[list[int], Tensor]:
-        """Coarse logits (K, n, h, h) of K requests on the searched slices of the whole stack, and their z.
+    def locate(self, stack: SliceStack, spacing: tuple[float, float, float], grounding: Grounding) -> Located:
+        """Where K requests are on the searched slices of the whole stack.
 
-        The scene's rough place and the slice decoder's own answer to the language token are mixed; without a scene the
-        decoder is alone.
+        With a scene its rough places say where; without one the slice decoder searches every slice for the tokens.
         """
         count = stack.image.shape[0]
         searched = planned_slices(0, count - 1, 0, spacing[0], self.config.locate_step_mm)
-        share = self.config.scene_share if grounding.place is not None else 0.0
-        coarse: Tensor | None = None
-        if share < 1.0:
-            coarse = self._decode_all(stack, searched, grounding.language)
         if grounding.place is not None:
-            place = self._on_slices(stack, searched, grounding.place)
-            coarse = place if coarse is None else share * place + (1 - share) * coarse
-        assert coarse is not None
+            return Located(stack, searched, grounding, None)
+        decoded = self._decode_all(stack, searched, grounding.language)
         if self.config.smooth_slices and len(searched) > 2:
-            smooth = ndimage.gaussian_filter1d(coarse.cpu().numpy(), self.config.smooth_slices, axis=1, mode="nearest")
-            coarse = torch.from_numpy(smooth)
-        return searched, coarse
+            smooth = ndimage.gaussian_filter1d(decoded.cpu().numpy(), self.config.smooth_slices, axis=1, mode="nearest")
+            decoded = torch.from_numpy(smooth)
+        return Located(stack, searched, grounding, decoded)
 
     def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
         """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""
@@ -108,65 +126,53 @@ class NamedEngine:
         size = self.segmenter.mask_size
         return torch.cat(parts).reshape(len(tokens), len(searched), size, size)
 
-    def _on_slices(self, stack: SliceStack, searched: list[int], place: Tensor) -> Tensor:
-        """Rough places (K, d, h, w), spanning the whole volume, on the searched slices' grid: (K, n, h, h)."""
-        size, shape = self.segmenter.mask_size, stack.image.shape
-        cell = stack.crop.size / size
-        pixels = (np.arange(size) + 0.5) * cell - 0.5
-        corners = stack.crop.inverse_points(np.stack([pixels, pixels], axis=1))  # (y, x) along the diagonal
-        edges = [(2 * (v + 0.5) / n - 1) for v, n in ((corners[:, 0], shape[1]), (corners[:, 1], shape[2]))]
-        heights = 2 * (np.asarray(searched) + 0.5) / shape[0] - 1
-        z, y, x = np.meshgrid(heights, edges[0], edges[1], indexing="ij")
-        grid = torch.from_numpy(np.stack([x, y, z], axis=-1).astype(np.float32))[None]
-        sampled = F.grid_sample(place[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-        outside = torch.from_numpy((np.abs(x) > 1) | (np.abs(y) > 1))
-        return sampled.masked_fill(outside, -8.0)
-
     def delineate(
-        self,
-        stack: SliceStack,
-        spacing: tuple[float, float, float],
-        searched: list[int],
-        coarse: Tensor,
-        token: Tensor,
-        single: bool,
+        self, located: Located, spacing: tuple[float, float, float], request: int, least_share: float
     ) -> NamedResult:
-        """Refine the coarse logits (n, h, h) of one token (C,) in a window of its own.
+        """Refine where one request was found, every component in a window of its own.
 
-        ``single``: keep the largest component only; otherwise every component of sufficient size gets its window.
+        Components smaller than ``least_share`` of the largest are dropped; 1 keeps the largest only.
         """
-        empty = NamedResult(np.zeros(stack.image.shape, dtype=bool), 0.0)
-        parts = self._components(coarse.numpy() > 0, single)
+        coarse = located.coarse(request)
+        empty = NamedResult(np.zeros(located.stack.image.shape, dtype=bool), 0.0)
+        parts = self._components(coarse.numpy() > 0, least_share)
         if not parts:
             return empty
         mask, scores, entropies = empty.mask, [], []
         for part in parts:
-            score, entropy = self._delineate_part(stack, spacing, searched, coarse, part, token, mask)
+            score, entropy = self._delineate_part(located, spacing, request, coarse, part, mask)
             scores.append(score)
             entropies.append(entropy)
         return NamedResult(mask, float(np.mean(scores)), float(np.mean(entropies)))
 
-    def _components(self, found: np.ndarray, single: bool) -> list[np.ndarray]:
+    def _place_share(self, located: Located, crop: SliceCrop) -> float:
+        """Weight of the scene's map in the mask: it counts where the decoder's cells are the coarser ones."""
+        if located.decoded is not None:
+            return 0.0
+        fine, coarse = self.config.place_cells_mm
+        cell = crop.extent_mm / self.segmenter.mask_size
+        return 0.5 * float(np.clip((cell - fine) / (coarse - fine), 0, 1))
+
+    def _components(self, found: np.ndarray, least_share: float) -> list[np.ndarray]:
         labels = cc3d.connected_components(np.ascontiguousarray(found), connectivity=26)
         counts = np.bincount(labels.ravel())
         if len(counts) < 2:
             return []
         counts[0] = 0
         order = np.argsort(counts)[::-1]
-        kept = order[:1] if single else [n for n in order if counts[n] >= max(1, self.config.min_share * counts.max())]
-        return [labels == n for n in kept if counts[n] > 0]
+        return [labels == n for n in order if counts[n] >= max(1, least_share * counts.max())]
 
     def _delineate_part(
         self,
-        stack: SliceStack,
+        located: Located,
         spacing: tuple[float, float, float],
-        searched: list[int],
+        request: int,
         coarse: Tensor,
         part: np.ndarray,
-        token: Tensor,
         result: np.ndarray,
     ) -> tuple[float, float]:
         """Delineate one coarse component and paint it into ``result``; returns (score, entropy)."""
+        stack, searched = located.stack, located.searched
         shape = stack.image.shape
         shown = np.flatnonzero(part.any(axis=(1, 2)))
         low = searched[max(0, shown[0] - 1)]
@@ -186,27 +192,36 @@ class NamedEngine:
         window = SliceStack(self.segmenter, stack.image, stack.intensity, crop)
         window.encode(plan)
         # Only this component's own coarse evidence is the rough mask; its neighbours are pushed below the threshold.
-        own = torch.from_numpy(ndimage.binary_dilation(part, np.ones((1, 3, 3))))
+        reach = max(1, round(_REACH_MM / (stack.crop.extent_mm / part.shape[-1])))
+        own = torch.from_numpy(ndimage.binary_dilation(part, np.ones((1, 3, 3)), iterations=reach))
         evidence = torch.where(own, coarse, coarse.clamp(max=-2.0))
-        rough = interpolate_logits(dict(zip(searched, evidence, strict=True)), 0, shape[0] - 1)[plan]
+        rough = interpolate_logits(dict(zip(searched, evidence, strict=True)), low, high)
         small = replace(crop, size=self.segmenter.mask_size)
-        pasted = stack.crop.paste(rough, stack.plane, -6.0)
+        pasted = stack.crop.paste(rough[[z - low for z in plan]], stack.plane, -6.0)
         prompts = small.sample(pasted, pad=-6.0).clamp(-8, 8)
         heights = torch.tensor(plan, dtype=torch.float32) / max(1, shape[0] - 1)
         prompt = replace(
             SlicePrompt.empty(len(plan)),
             mask_logits=prompts,
             mask_present=torch.ones(len(plan), dtype=torch.bool),
-            language=token.expand(len(plan), -1),
+            language=located.grounding.language[request].expand(len(plan), -1),
             height=heights,
         )
         output = self.segmenter.decode(window.features(plan), prompt)
         logits = output.logits[:, 0]
         full = interpolate_logits(dict(zip(plan, logits, strict=True)), low, high)
-        values, (y0, y1, x0, x1) = crop.paste_region(full, stack.plane)
-        inside = values.numpy() > 0
-        result[low : high + 1, y0:y1, x0:x1] |= inside
-        used = (logits > 0).any(dim=-1).any(dim=-1)
+        share = self._place_share(located, crop)
+        painted = np.zeros(high + 1 - low, dtype=bool)
+        for first in range(low, high + 1, _SLICES_AT_ONCE):
+            last = min(high + 1, first + _SLICES_AT_ONCE)
+            values, (y0, y1, x0, x1) = crop.paste_region(full[first - low : last - low].clamp(-8, 8), stack.plane)
+            if share:
+                place = stack.crop.paste(rough[first - low : last - low].clamp(-8, 8), stack.plane, -6.0)
+                values = (1 - share) * values + share * place[:, y0:y1, x0:x1]
+            inside = values.numpy() > 0
+            result[first:last, y0:y1, x0:x1] |= inside
+            painted[first - low : last - low] = inside.any(axis=(1, 2))
+        used = torch.from_numpy(painted[[z - low for z in plan]])
         score = float(output.iou[used].mean()) if bool(used.any()) else 0.0
         return score, _boundary_entropy(logits)
 

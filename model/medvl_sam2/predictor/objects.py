@@ -39,6 +39,10 @@ class ObjectState:
     logits: dict[int, Tensor] = field(default_factory=dict)
     rough: dict[int, Tensor] = field(default_factory=dict)
     """Rough first mask by canonical z, soft values (h, h) in [0, 1] in the window; empty when there is none."""
+    rough_weight: float = 0.0
+    """Share of the rough mask in the first logits."""
+    from_scene: bool = False
+    """Whether the first prompt was taken to mean an element of the scene, whose map ``rough`` is then."""
     memory: ObjectMemory = field(default_factory=ObjectMemory)
     clicks: list[CanonicalClick] = field(default_factory=list)
     box: np.ndarray | None = None

@@ -47,13 +47,13 @@ def asks_for_several(text: str) -> bool:
     return re.search(r"\b(all|both|every|lesions|cysts|nodules|metastases|tumou?rs)\b", text, re.IGNORECASE) is not None
 
 
-def vocabulary_match(text: str) -> str | None:
-    """The class whose plain name the text is ("the right kidney", "Segment kidney_right."), or None."""
+def vocabulary_matches(text: str) -> tuple[str, ...]:
+    """The classes whose plain names the text is ("the right kidney", "liver and spleen"); empty when it says more."""
     bare = _FILLER.sub("", " ".join(text.lower().split())).strip(" .?!")
-    for name in CLASSES:
-        if bare in (name, spoken(name), name.replace("_", " ")):
-            return name
-    return None
+    parts = [re.sub(r"^(the|a|an)\s+", "", part.strip()) for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", bare)]
+    found = [next((n for n in CLASSES if part in (n, spoken(n), n.replace("_", " "))), None) for part in parts]
+    names = tuple(name for name in found if name is not None)
+    return tuple(dict.fromkeys(names)) if len(names) == len(parts) else ()
 
 
 def short_name(text: str) -> str:

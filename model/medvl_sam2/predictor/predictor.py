@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
 from medvl_sam2.config import ModelConfig
@@ -21,8 +20,9 @@ from medvl_sam2.errors import PromptError
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
-from medvl_sam2.predictor.interactive import InteractiveConfig, InteractiveEngine
-from medvl_sam2.predictor.named import NamedConfig, NamedEngine, NamedResult
+from medvl_sam2.predictor.first_prompts import InteractiveConfig
+from medvl_sam2.predictor.interactive import InteractiveEngine
+from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.phrases import (
     REPORT_REQUEST,
@@ -30,14 +30,16 @@ from medvl_sam2.predictor.phrases import (
     checked,
     short_name,
     spoken_request,
-    vocabulary_match,
+    vocabulary_matches,
 )
 from medvl_sam2.predictor.session import Session
-from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import spoken
 
 MULTIPLE = ("lesion",)
+_LEAST_SHARE = {True: 0.02, False: 0.1}
+"""Components smaller than this share of the largest are dropped; lesions (True) differ in size more than the parts of
+an organ that the field of view cuts or the map breaks up."""
 """Classes that may have several separate components; organs keep their largest."""
 
 Progress = Callable[[float, str], None]
@@ -122,15 +124,15 @@ class Predictor:
         args = (session.image, session.spacing, session.intensity)
         if prompt.mask is not None and prompt.mask.any():
             canonical = np.ascontiguousarray(session.transform.forward_array(prompt.mask))
-            return self.interactive.from_mask(*args, canonical), clicks
+            return self.interactive.first.from_mask(*args, canonical), clicks
         if box is not None:
-            return self.interactive.from_box(*args, box), clicks
+            return self.interactive.first.from_box(*args, box, self._look(session).elements), clicks
         first = next((c for c in clicks if c.label == 1), None)
         if first is None:
             raise PromptError("nothing says where the object is; place a foreground point, a box or a mask")
         rest = list(clicks)
         rest.remove(first)
-        return self.interactive.from_click(*args, first), rest
+        return self.interactive.first.from_click(*args, first, self._look(session).elements), rest
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -158,27 +160,34 @@ class Predictor:
     def segment_text(self, session: Session, text: str) -> Segmentation:
         """Segment what a sentence refers to; ``names`` holds one short name, ``text`` the model's reply.
 
-        An empty mask with the model's reply is a valid answer: the object is not there.
+        Several plain class names ("the liver and the spleen") give one name and mask value each. An empty mask with the
+        model's reply is a valid answer: the object is not there.
 
         Raises:
             PromptError: the text is empty or too long.
         """
         with self._lock:
+            named = vocabulary_matches(text)
+            if len(named) > 1:
+                mask, scores = self._segment_grounded(session, named, self._class_grounding(session, named), None)
+                found = [bool((mask == value).any()) for value in range(1, len(named) + 1)]
+                reply = segment_reply([spoken(n) for n in named], found)
+                return Segmentation(mask, session.volume.geometry, named, scores, reply.replace(" [SEG]", ""))
             request = spoken_request(text)
             look = self._look(session)
             reply = self.model.answer(look.tokens, [request], max_new_tokens=48)[0]
-            named = vocabulary_match(text)
-            name = named or short_name(text)
-            if named is not None and "[SEG]" not in reply:
-                reply = segment_reply([spoken(named)], [True])  # a plain class is searched for whatever was said
+            name = named[0] if named else short_name(text)
+            if named and "[SEG]" not in reply:
+                reply = segment_reply([spoken(name)], [True])  # a plain class is searched for whatever was said
             if "[SEG]" not in reply:
                 empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
                 return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
             grounding = self.model.ground(look, [request], [reply])
-            if named is not None:
-                grounding = replace(grounding, place=self.model.class_places(look, [named]))
-            single = name not in MULTIPLE and not asks_for_several(text)
-            mask, scores = self._segment_grounded(session, (name,), grounding, None, single)
+            if named:
+                grounding = replace(grounding, place=self.model.class_places(look, [name]))
+            several = name in MULTIPLE or asks_for_several(text)
+            least = _LEAST_SHARE[several] if several or named else 1.0
+            mask, scores = self._segment_grounded(session, (name,), grounding, None, least)
         return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
 
     @torch.inference_mode()
@@ -207,12 +216,12 @@ class Predictor:
         with self._lock:
             names = tuple(n for n in self.classes if n not in MULTIPLE)
             grounding = self._class_grounding(session, names)
-            stack, searched, coarse = self._locate(session, grounding)
-            found = [
-                self.named.delineate(stack, session.spacing, searched, coarse[k], grounding.language[k], single=True)
-                for k in range(len(names))
-            ]
-        values = [f.entropy for f in found if f.score > 0]
+            located = self._locate(session, grounding)
+            values = []
+            for request in range(len(names)):
+                found = self.named.delineate(located, session.spacing, request, _LEAST_SHARE[False])
+                if found.score > 0:
+                    values.append(found.entropy)
         return float(np.mean(values)) if values else 1.0
 
     # --- shared ---------------------------------------------------------------------------------------------------
@@ -231,11 +240,10 @@ class Predictor:
         look = self._look(session)
         return replace(self.model.ground(look, requests, replies), place=self.model.class_places(look, names))
 
-    def _locate(self, session: Session, grounding: Grounding) -> tuple[SliceStack, list[int], Tensor]:
+    def _locate(self, session: Session, grounding: Grounding) -> Located:
         if session.whole is None:
             session.whole = self.named.whole_stack(session.image, session.spacing, session.intensity)
-        searched, coarse = self.named.locate(session.whole, session.spacing, grounding)
-        return session.whole, searched, coarse
+        return self.named.locate(session.whole, session.spacing, grounding)
 
     def _segment_grounded(
         self,
@@ -243,26 +251,26 @@ class Predictor:
         names: Sequence[str],
         grounding: Grounding,
         progress: Progress | None,
-        single: bool | None = None,
+        least_share: float | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Label map on the stored grid (later names never overwrite surer ones) and scores."""
         if progress is not None:
-            progress(0.05, "encoding slices")
-        stack, searched, coarse = self._locate(session, grounding)
-        results: list[NamedResult] = []
+            progress(0.05, "looking for the objects")
+        located = self._locate(session, grounding)
+        label_map = np.zeros(session.image.shape, dtype=np.uint8)
+        # Lesions lie inside organs and must stay visible, so they win; otherwise the surer class does.
+        standing = [(False, -1.0)]
         for k, name in enumerate(names):
             if progress is not None:
                 progress(0.3 + 0.7 * k / len(names), f"delineating {name}")
-            alone = (name not in MULTIPLE) if single is None else single
-            token = grounding.language[k]
-            results.append(self.named.delineate(stack, session.spacing, searched, coarse[k], token, alone))
-        label_map = np.zeros(session.image.shape, dtype=np.uint8)
-        # Lesions lie inside organs and must stay visible, so they are painted last; otherwise the surer class wins.
-        order = sorted(range(len(names)), key=lambda k: (names[k] in MULTIPLE, results[k].score))
-        for k in order:
-            label_map[results[k].mask] = k + 1
+            least = _LEAST_SHARE[name in MULTIPLE] if least_share is None else least_share
+            found = self.named.delineate(located, session.spacing, k, least)
+            standing.append((name in MULTIPLE, found.score))
+            weaker = np.array([other <= standing[-1] for other in standing])
+            label_map[found.mask] = np.where(weaker[label_map[found.mask]], k + 1, label_map[found.mask])
+            del found  # a whole-body mask has 150 million voxels: one at a time
         stored = np.ascontiguousarray(session.transform.inverse_array(label_map))
-        scores = {n: float(np.clip(r.score, 0, 1)) for n, r in zip(names, results, strict=True)}
+        scores = {name: float(np.clip(score, 0, 1)) for name, (_, score) in zip(names, standing[1:], strict=True)}
         return stored, scores
 
 

@@ -26,7 +26,7 @@ class Session:
     objects: dict[str, ObjectState] = field(default_factory=dict)
     """Interactive objects by the name the annotator gave them."""
     whole: SliceStack | None = None
-    """Whole slices for text prompts."""
+    """Whole slices that text prompts are laid out on."""
     look: GlobalLook | None = None
     """Global view for the language model."""
 
@@ -52,7 +52,10 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Approximate memory held: image, encoded slices, image tokens."""
+        """Approximate memory held: image, encoded slices, image tokens and the scene's maps."""
         stacks = [s.stack for s in self.objects.values()] + ([self.whole] if self.whole is not None else [])
         held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks)
+        if self.look is not None:
+            held += self.look.tokens.nbytes
+            held += self.look.elements.maps.nbytes if self.look.elements is not None else 0
         return held + (self.image.nbytes if "image" in self.__dict__ else 0)

@@ -68,8 +68,8 @@ class ReferringTask(MedVLTask):
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
         text = parse_text(request, "prompt", _PROMPT_EXAMPLE)
         segmentation = held.predictor.segment_text(held.session, text)
-        value = referred_value(segmentation.names[0], text, ticked_label(request))
-        reply = _reply(segmentation, [value], parsed.client)
+        values = [referred_value(name, text, ticked_label(request)) for name in segmentation.names]
+        reply = _reply(segmentation, values, parsed.client)
         return Reply({**reply.params, "prompt": text, "text": segmentation.text}, reply.mask, reply.geometry)
 
 

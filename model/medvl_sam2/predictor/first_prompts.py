@@ -1,0 +1,291 @@
+"""From the first prompt to a mask: window, start slice, rough mask, and propagation through the volume.
+
+A box or click that fits an element of the scene (an organ or lesion of the volume's map) starts from that element;
+any other from a region grown by intensity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.modeling.scene_pointer import SceneElements
+from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
+from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.places import MatchRule, Part, agreement, element_in_box, elements_at, place_on_slices
+from medvl_sam2.predictor.propagation import propagate
+from medvl_sam2.predictor.stack import SliceStack, planned_slices
+from medvl_sam2.region_assist import IntensityRule, grown_at_click, grown_in_box
+
+
+@dataclass(frozen=True)
+class InteractiveConfig:
+    """Choices of the interactive engine, all lengths in mm."""
+
+    window_factor: float = 1.7
+    """Window edge over the longer box edge."""
+    click_windows_mm: tuple[float, ...] = (32.0, 60.0, 110.0, 200.0, 330.0)
+    """Windows tried for a click that comes without any hint of scale."""
+    slice_step_mm: float = 2.0
+    """Propagate in steps of about this; thinner slices are interpolated."""
+    reach_mm: float = 12.0
+    """A correction fades out over this distance in z."""
+    min_window_mm: float = 12.0
+    carry_clicks: bool = True
+    """Carry a correction through the memory to further slices, as far as they change with it."""
+    assist: bool = True
+    """Start from an intensity-grown region as rough mask, and let every click paint an intensity-limited ball."""
+    rough_weight: float = 0.25
+    """Share of the intensity-grown rough mask in the first logits."""
+    scene_weight: float = 0.5
+    """Share of the scene's map in the first logits, where the first prompt means an element of the scene."""
+    match: MatchRule = field(default_factory=MatchRule)
+    assist_rule: IntensityRule = field(default_factory=IntensityRule)
+
+
+class FirstPrompts:
+    """Stateless over volumes: what it makes lies in :class:`ObjectState`."""
+
+    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig) -> None:
+        self.segmenter = segmenter
+        self.config = config
+
+    def from_box(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        box: np.ndarray,
+        elements: SceneElements | None = None,
+    ) -> ObjectState:
+        """Start from a canonical 3D box (2, 3); the box bounds the object in z.
+
+        With the scene's ``elements`` a box round one of them starts from that element's map.
+        """
+        low, high = (round(float(v)) for v in box[:, 0])
+        crop = SliceCrop.around(
+            box[:, 1:],
+            spacing[1:],
+            self.config.window_factor,
+            self.segmenter.config.image_size,
+            self.config.min_window_mm,
+        )
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        start = (low + high + 1) // 2
+        state = ObjectState(stack, low, high, box=box, start=start)
+        points, labels = box_points(crop, box)
+        prompt = SlicePrompt(points, labels)
+        part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
+        if part is not None:
+            self._take_part(state, part, low, high)
+        elif self.config.assist:
+            self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
+        prompt = self._with_rough(prompt, state, start)
+        self._seed(state, start, prompt)
+        self._propagate(state, spacing, stop_when_empty=False)
+        return state
+
+    def from_click(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        click: CanonicalClick,
+        elements: SceneElements | None = None,
+    ) -> ObjectState:
+        """Start from one foreground click: try several scales, keep the one the model believes in.
+
+        With the scene's ``elements``, and where the slice decoder agrees with the element under the click, that
+        element's map leads.
+        """
+        z = int(np.clip(click.z, 0, image.shape[0] - 1))
+        crop = self._best_scale(image, spacing, intensity, click, z)
+        points, labels = click_points(crop, [click])
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, z, z, start=z, clicks=[click])
+        self._seed(state, z, SlicePrompt(points, labels))
+        part = None if elements is None else self._part_meant(state, elements, click, spacing)
+        if part is not None:
+            return self._from_part(image, spacing, intensity, click, part)
+        state.low, state.high = 0, image.shape[0] - 1
+        if self.config.assist:
+            grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
+            self._lay_down(state, grown, 0, image.shape[0] - 1)
+        self._propagate(state, spacing, stop_when_empty=True)
+        return state
+
+    def from_mask(
+        self, image: np.ndarray, spacing: tuple[float, float, float], intensity: SliceIntensity, mask: np.ndarray
+    ) -> ObjectState:
+        """Take over an earlier mask (Z, Y, X) bool, not empty, as it is; clicks then correct it."""
+        where = np.argwhere(mask)
+        low, high = where.min(axis=0), where.max(axis=0)
+        crop = SliceCrop.around(
+            np.stack([low[1:], high[1:]]),
+            spacing[1:],
+            self.config.window_factor,
+            self.segmenter.config.image_size,
+            self.config.min_window_mm,
+        )
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
+        small = replace(crop, size=self.segmenter.mask_size)
+        planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
+        soft = small.sample(planes)[:, 0]
+        state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
+        return state
+
+    def _part_meant(
+        self, state: ObjectState, elements: SceneElements, click: CanonicalClick, spacing: tuple[float, float, float]
+    ) -> Part | None:
+        """Of what lies under the click, the part that the slice decoder's mask agrees with best, if well enough."""
+        shape, rule, z = state.stack.image.shape, self.config.match, state.start
+        mask, best, best_score = (state.logits[z] > 0).numpy(), None, rule.agreement
+        for part in elements_at(elements, click.position, shape, rule):
+            score = agreement(part, mask, state.stack.crop, z, shape, spacing)
+            if score >= best_score:
+                best, best_score = part, score
+        return best
+
+    def _from_part(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        click: CanonicalClick,
+        part: Part,
+    ) -> ObjectState:
+        """Start from a click on an element of the scene, in the element's own window."""
+        z = int(np.clip(click.z, 0, image.shape[0] - 1))
+        box = part.box(image.shape)
+        low, high = min(int(box[0, 0]), z), max(int(box[1, 0]), z)
+        crop = SliceCrop.around(
+            box[:, 1:],
+            spacing[1:],
+            self.config.window_factor,
+            self.segmenter.config.image_size,
+            self.config.min_window_mm,
+        )
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, low, high, start=z, clicks=[click])
+        self._take_part(state, part, low, high)
+        points, labels = click_points(crop, [click])
+        self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
+        self._propagate(state, spacing, stop_when_empty=False)
+        return state
+
+    def _take_part(self, state: ObjectState, part: Part, low: int, high: int) -> None:
+        """The map of an element's part as rough mask of the slices low..high."""
+        slices = list(range(low, high + 1))
+        shape, size = state.stack.image.shape, self.segmenter.mask_size
+        soft = place_on_slices(part.place[None], state.stack.crop, size, slices, shape)[0]
+        state.rough = dict(zip(slices, torch.sigmoid(soft), strict=True))
+        state.rough_weight, state.from_scene = self.config.scene_weight, True
+
+    def _seed(self, state: ObjectState, z: int, prompt: SlicePrompt) -> None:
+        """Decode the start slice and put it into the memory."""
+        features = state.stack.features([z])
+        output = self.segmenter.decode(features, prompt)
+        state.logits[z] = self._blended(state, z, output.logits[0, 0])
+        state.score = float(output.iou)
+        certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
+        state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
+
+    def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
+        """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""
+        shown = [z for z in range(low, high + 1) if mask[z].any()]
+        if not shown:
+            return
+        small = replace(state.stack.crop, size=self.segmenter.mask_size)
+        soft = small.sample(torch.from_numpy(mask[shown].astype(np.float32)))[:, 0]
+        state.rough, state.rough_weight = dict(zip(shown, soft, strict=True)), self.config.rough_weight
+
+    def _with_rough(self, prompt: SlicePrompt, state: ObjectState, z: int) -> SlicePrompt:
+        """The rough mask of a slice as its mask prompt, if it has one."""
+        soft = state.rough.get(z)
+        if soft is None:
+            return prompt
+        present = torch.ones(1, dtype=torch.bool)
+        return replace(prompt, mask_logits=soft[None, None] * 12 - 6, mask_present=present)
+
+    def _blended(self, state: ObjectState, z: int, logits: Tensor) -> Tensor:
+        """Decoded logits pulled towards the rough mask, where there is one at all."""
+        weight = state.rough_weight
+        if not weight or not state.rough:
+            return logits
+        soft = state.rough.get(z)
+        rough = torch.full_like(logits, -4.0) if soft is None else soft * 8 - 4
+        return logits.clamp(-8, 8) * (1 - weight) + weight * rough
+
+    def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], stop_when_empty: bool) -> None:
+        plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
+        if not stop_when_empty:
+            state.stack.encode(plan)
+        outputs = propagate(
+            state.stack,
+            state.memory,
+            plan,
+            state.start,
+            stop_when_empty,
+            state.rough if state.from_scene else None,
+        )
+        for z, output in outputs.items():
+            state.logits[z] = self._blended(state, z, output.logits[0, 0])
+        if stop_when_empty:
+            shown = [z for z, values in state.logits.items() if bool((values > 0).any())] or [state.start]
+            state.low, state.high = min(shown), max(shown)
+            state.logits = {z: v for z, v in state.logits.items() if state.low <= z <= state.high}
+
+    def _best_scale(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        click: CanonicalClick,
+        z: int,
+    ) -> SliceCrop:
+        """Window whose mask is believed most and fills it as training windows were filled."""
+        size = self.segmenter.config.image_size
+        center = (click.position[1] * spacing[1], click.position[2] * spacing[2])
+        crops = [SliceCrop(center, mm, size, spacing[1:]) for mm in self.config.click_windows_mm]
+        images = torch.cat([SliceStack(self.segmenter, image, intensity, c).pixels([z]) for c in crops])
+        points = torch.cat([click_points(c, [click])[0] for c in crops])
+        labels = torch.ones(len(crops), 1, dtype=torch.int32)
+        output = self.segmenter.decode(self.segmenter.encode(images), SlicePrompt(points, labels))
+        best, best_score = crops[-1], -1.0
+        for row, crop in enumerate(crops):
+            mask = output.logits[row, 0].numpy() > 0
+            if not mask.any():
+                continue
+            ys, xs = np.nonzero(mask)
+            edge = (max(np.ptp(ys), np.ptp(xs)) + 1) / mask.shape[0]
+            fill = float(np.clip((edge - 0.15) / 0.2, 0, 1) * np.clip((0.95 - edge) / 0.15, 0, 1))
+            score = float(output.iou[row]) * (0.2 + 0.8 * fill)
+            if score > best_score:
+                low = crop.inverse_points(np.array([[xs.min(), ys.min()]]) * 4.0)[0]
+                high = crop.inverse_points(np.array([[xs.max(), ys.max()]]) * 4.0 + 3.0)[0]
+                best = SliceCrop.around(
+                    np.stack([low, high]), spacing[1:], self.config.window_factor, size, self.config.min_window_mm
+                )
+                best_score = score
+        return best
+
+
+def box_points(crop: SliceCrop, box: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The in-plane edges of a canonical box (2, 3) as SAM2's two corner points: (1, 2, 2), (1, 2)."""
+    corners = crop.forward_points(box[:, 1:] + np.array([[-0.5], [0.5]]))
+    return torch.from_numpy(corners.astype(np.float32))[None], torch.tensor([[2, 3]], dtype=torch.int32)
+
+
+def click_points(crop: SliceCrop, clicks: list[CanonicalClick]) -> tuple[Tensor, Tensor]:
+    """Clicks as points (1, n, 2) in the window's pixels and labels (1, n); one empty point without clicks."""
+    if not clicks:
+        return torch.zeros(1, 1, 2), torch.full((1, 1), -1, dtype=torch.int32)
+    points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
+    labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
+    return torch.from_numpy(points.astype(np.float32))[None], labels

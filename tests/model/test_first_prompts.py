@@ -1,0 +1,98 @@
+"""First prompts on a hand-made scene: what starts from an element, in which window, and what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.intensity import SliceIntensity
+from medvl_sam2.modeling.scene_pointer import SceneElements
+from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
+from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.places import MatchRule, elements_at
+from medvl_sam2.predictor.stack import SliceStack
+from medvl_sam2.types import Modality
+from small_model import small_model
+
+SHAPE, SPACING = (24, 48, 64), (4.0, 2.0, 1.5)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).normal(40, 10, SHAPE).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def intensity(image: np.ndarray) -> SliceIntensity:
+    return SliceIntensity.of(image, Modality.CT)
+
+
+@pytest.fixture(scope="module")
+def first() -> FirstPrompts:
+    return FirstPrompts(small_model().segmenter, InteractiveConfig())
+
+
+@pytest.fixture
+def elements() -> SceneElements:
+    """Organ 0 on planes 6..11, rows 12..23, columns 16..31 of the volume; a lesion in it; a stray cell far away."""
+    maps = torch.full((3, 12, 24, 32), -7.0)
+    maps[0, 3:6, 6:12, 8:16] = 7.0
+    maps[0, 11, 23, 31] = 7.0
+    maps[1, 4:6, 8:10, 10:12] = 7.0
+    return SceneElements(torch.zeros(3, 8), maps, organs=1)
+
+
+@torch.inference_mode()
+def test_a_box_round_an_element_starts_from_its_map(
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, elements: SceneElements
+) -> None:
+    box = np.array([[6.0, 12.0, 16.0], [11.0, 23.0, 31.0]])
+    state = first.from_box(image, SPACING, intensity, box, elements)
+    assert state.from_scene
+    assert sorted(state.rough) == list(range(6, 12))
+    inside = SliceCrop.forward_points(state.stack.crop, np.array([[17.5, 23.5]]))[0] / 4
+    column, row = (int(v) for v in inside)
+    assert float(state.rough[8][row, column]) > 0.9
+    assert float(state.rough[8][0, 0]) < 0.1
+    other = first.from_box(image, SPACING, intensity, np.array([[0.0, 0.0, 0.0], [4.0, 40.0, 60.0]]), elements)
+    assert not other.from_scene
+
+
+@torch.inference_mode()
+def test_a_click_means_the_part_the_decoder_agrees_with(
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, elements: SceneElements
+) -> None:
+    crop = SliceCrop.around(np.array([[12, 16], [23, 31]]), SPACING[1:], 1.7, first.segmenter.config.image_size, 1.0)
+    click = CanonicalClick((9.0, 17.0, 21.0), 1)  # in the lesion
+    size = first.segmenter.mask_size
+
+    def meant(rows: slice, columns: slice) -> np.ndarray | None:
+        full = torch.full((1, *SHAPE[1:]), -5.0)
+        full[0, rows, columns] = 5.0
+        small = SliceCrop(crop.center_mm, crop.extent_mm, size, crop.spacing_yx)
+        state = ObjectState(SliceStack(first.segmenter, image, intensity, crop), 9, 9, start=9)
+        state.logits[9] = small.sample(full, pad=-5.0)[0, 0]
+        part = first._part_meant(state, elements, click, SPACING)
+        return None if part is None else np.argwhere(part.found).max(axis=0)
+
+    organ, lesion = meant(slice(12, 24), slice(16, 32)), meant(slice(16, 20), slice(20, 24))
+    assert organ is not None
+    assert lesion is not None
+    assert organ.tolist() == [5, 11, 15]  # without the stray cell
+    assert lesion.tolist() == [5, 9, 11]
+    assert meant(slice(0, 12), slice(0, 16)) is None
+
+
+@torch.inference_mode()
+def test_a_click_on_a_part_works_in_the_parts_own_window_and_range(
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, elements: SceneElements
+) -> None:
+    click = CanonicalClick((8.0, 22.0, 30.0), 1)
+    (part,) = elements_at(elements, click.position, SHAPE, MatchRule())
+    state = first._from_part(image, SPACING, intensity, click, part)
+    assert (state.low, state.high) == (6, 11)
+    assert state.stack.crop.extent_mm == pytest.approx(1.7 * 24.0)
+    assert set(state.logits) <= set(range(6, 12))
+    assert state.mask()[8, 22, 30]
