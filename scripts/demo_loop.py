@@ -383,8 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="demo-loop-") as name:
         try:
             if options.start_server:
-                with own_server(Path(name)) as address:
-                    return 0 if run(options, address, Path(name)) else 1
+                with own_server(Path(name)) as server:
+                    return 0 if run(options, server.address, Path(name)) else 1
             return 0 if run(options, options.server, Path(name)) else 1
         except (MedVLError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
@@ -19,8 +20,21 @@ from medvl_sam2.errors import DataError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@dataclass(frozen=True)
+class OwnServer:
+    """``address`` to talk to and ``process`` id of a running server."""
+
+    address: str
+    process: int
+
+    def peak_memory_mib(self) -> float:
+        """Peak resident memory of the server process in MiB (Linux)."""
+        status = Path(f"/proc/{self.process}/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
 @contextmanager
-def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[OwnServer]:
     """A server of this checkout on a free port, with empty studies and a store of its own; stopped at the end."""
     with socket.socket() as probe:
         probe.bind((host, 0))
@@ -33,7 +47,7 @@ def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
     try:
         _wait_for(f"http://{host}:{port}", server, folder / "server.log")
-        yield f"http://{host}:{port}"
+        yield OwnServer(f"http://{host}:{port}", server.pid)
     finally:
         # Its own process group: a training is a child of the server and must not outlive it.
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -94,7 +94,8 @@ class MyApp(MONAILabelApp):
         scores = ScoreFile(self.config.store, self.studies, "uncertainty")
         chance = RandomStrategy(scores)
         # Slicer preselects the first.
-        return {"uncertainty": UncertaintyStrategy(scores, chance), "random": chance, "first": FirstStrategy()}
+        uncertain = UncertaintyStrategy(scores, self.runtime.served_version, chance)
+        return {"uncertainty": uncertain, "random": chance, "first": FirstStrategy()}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         store, studies = self.config.store, self.studies

@@ -14,7 +14,7 @@ import pytest
 from app.conftest import AFFINE, SHAPE, Running, write_phantom
 from lib.label_names import stored_names
 from lib.scoring.score_file import ScoreFile
-from lib.strategies.sampling import RandomStrategy
+from lib.strategies.sampling import RandomStrategy, UncertaintyStrategy
 from medvl_sam2.types import Geometry
 from medvl_sam2.vocabulary import CLASSES
 from medvl_sam2.volume_io import write_mask
@@ -96,6 +96,17 @@ def test_random_draws_uncertain_images_more_often(running: Running, tmp_path: Pa
     strategy = RandomStrategy(scores, random.Random(0))
     drawn = Counter(strategy({"strategy": "random"}, running.app.datastore())["id"] for _ in range(300))
     assert drawn["case_b"] > 2 * drawn["case_a"] > 0
+
+
+def test_scores_of_replaced_weights_come_second(running: Running, tmp_path: Path) -> None:
+    scores = ScoreFile(tmp_path, "here", "uncertainty")
+    scores.add("case_a", 0.2, "2", 0)
+    scores.add("case_b", 0.9, "1", 0)
+    served = ["2"]
+    strategy = UncertaintyStrategy(scores, lambda: served[0], RandomStrategy(scores))
+    assert strategy({}, running.app.datastore()) == {"id": "case_a", "uncertainty": 0.2, "scored_by": "2"}
+    served[0] = "3"
+    assert strategy({}, running.app.datastore()) == {"id": "case_b", "uncertainty": 0.9, "scored_by": "1"}
 
 
 def test_score_file_survives_damage_and_keeps_studies_apart(tmp_path: Path) -> None:

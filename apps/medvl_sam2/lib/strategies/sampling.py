@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
@@ -56,11 +56,15 @@ class RandomStrategy(Strategy):
 
 
 class UncertaintyStrategy(Strategy):
-    """The image without final label that the model is least sure about; random while nothing is scored."""
+    """The image without final label that the model is least sure about; random while nothing is scored.
 
-    def __init__(self, scores: ScoreFile, fallback: Strategy) -> None:
+    Scores of the served weights come before those of weights that have been replaced since, which still beat chance.
+    """
+
+    def __init__(self, scores: ScoreFile, served_version: Callable[[], str], fallback: Strategy) -> None:
         super().__init__("Most uncertain unlabeled image (run scoring method uncertainty); random without scores")
         self._scores = scores
+        self._served_version = served_version
         self._fallback = fallback
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
@@ -70,8 +74,10 @@ class UncertaintyStrategy(Strategy):
         if not scored:
             chosen: dict[str, Any] | None = self._fallback(request, datastore)
             return chosen
-        image = max(scored, key=lambda name: (scores[name].value, name))
-        return {"id": image, "uncertainty": scores[image].value}
+        served = self._served_version()
+        current = [image for image in scored if scores[image].model_version == served]
+        image = max(current or scored, key=lambda name: (scores[name].value, name))
+        return {"id": image, "uncertainty": scores[image].value, "scored_by": scores[image].model_version}
 
 
 def _candidates(datastore: Datastore) -> list[str]:

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""What an annotator waits for, over HTTP: /info/ idle and under load, clicks with mask transfer, text requests, memory.
+
+Example: scripts/benchmark_server.py ct.nii.gz --json server.json
+Starts a server of this checkout for itself and stops it at the end. Without a volume, two generated ones of
+122x101x112 and 512x512x20 voxels are used. Linux: the memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from benchmark_latency import SHAPES, click_series, generated_volume, summary
+from local_server import OwnServer, own_server
+from monailabel.client.client import MONAILabelClient, MONAILabelClientException
+from tqdm import tqdm
+
+from medvl_sam2.errors import MedVLError
+from medvl_sam2.files import write_json_atomically
+from medvl_sam2.types import Volume
+from medvl_sam2.volume_io import read_volume
+
+_QUESTION = "Is there a lesion in the liver?"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("volumes", nargs="*", type=Path, help="image files or DICOM folders")
+    parser.add_argument("--objects", type=int, default=4, help="objects a volume, each in a session of its own")
+    parser.add_argument("--clicks", type=int, default=5, help="clicks an object")
+    parser.add_argument("--infos", type=int, default=40, help="GET /info/ requests on the idle server")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    options = parser.parse_args(arguments)
+    if options.objects < 1 or options.clicks < 2 or options.infos < 1:
+        parser.error("give at least one object, two clicks and one /info/ request")
+    return options
+
+
+def timed(request: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    request()
+    return time.perf_counter() - started
+
+
+def info(address: str) -> None:
+    """GET /info/ as every client does first."""
+    with urllib.request.urlopen(f"{address}/info/", timeout=60) as reply:
+        reply.read()
+
+
+def clicks(client: Any, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """Seconds of first and next clicks, mask transfer included."""
+    rng = np.random.default_rng(options.seed)
+    first, later = [], []
+    for number in range(options.objects):
+        points, labels = click_series(volume, options.clicks, rng)
+        points = points.astype(int)
+        for placed in range(1, options.clicks + 1):
+            request: dict[str, Any] = {
+                "client_id": f"annotator {number}",
+                "label": "object",
+                "foreground": points[:placed][labels[:placed] == 1].tolist(),
+                "background": points[:placed][labels[:placed] == 0].tolist(),
+                "result_extension": ".nrrd",
+                "result_dtype": "uint8",
+            }
+            seconds = timed(partial(infer, client, "medvl_interactive", image, request))
+            (first if placed == 1 else later).append(seconds)
+            bar.update()
+    return {"first_click_s": summary(first), "next_click_s": summary(later)}
+
+
+def infer(client: Any, model: str, image: str, request: dict[str, Any]) -> None:
+    """One request; the mask it returns is thrown away."""
+    file, _ = client.infer(model, image, request)
+    if file is not None:
+        Path(file).unlink()
+
+
+def under_load(server: OwnServer, work: Callable[[], None]) -> tuple[float, list[float]]:
+    """Seconds of ``work`` and of every /info/ answered meanwhile (one every 0.2 s)."""
+    waits: list[float] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            waits.append(timed(lambda: info(server.address)))
+            done.wait(0.2)
+
+    watcher = threading.Thread(target=ask)
+    watcher.start()
+    try:
+        seconds = timed(work)
+    finally:
+        done.set()
+        watcher.join()
+    return seconds, waits
+
+
+def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], options: argparse.Namespace) -> dict:
+    """All figures."""
+    client = MONAILabelClient(server.address)
+    info(server.address)
+    record: dict[str, Any] = {
+        "info_idle_s": summary([timed(lambda: info(server.address)) for _ in range(options.infos)])
+    }
+    record["volumes"], busy = [], []
+    with tqdm(total=len(volumes) * (options.objects * options.clicks + 4), unit="request") as bar:
+        for number, (name, volume) in enumerate(volumes):
+            bar.set_postfix_str(name)
+            image, path = f"study{number}", folder / f"study{number}.nii.gz"
+            nib.save(nib.Nifti1Image(volume.array, volume.geometry.affine), path)
+            client.upload_image(path, image, {"PatientID": image})
+            result: dict[str, Any] = {"volume": name, "shape": list(volume.geometry.shape)}
+            result.update(clicks(client, image, volume, options, bar))
+            for model, request in (
+                ("medvl_semantic", {"result_extension": ".nrrd"}),
+                ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),
+                ("medvl_vqa", {"question": _QUESTION}),
+                ("medvl_report", {}),
+            ):
+                seconds, waits = under_load(server, partial(infer, client, model, image, dict(request)))
+                result[f"{model}_s"] = seconds
+                busy += waits
+                bar.update()
+            result["peak_memory_mib_so_far"] = server.peak_memory_mib()
+            record["volumes"].append(result)
+    record["info_busy_s"] = summary(busy)
+    record["peak_memory_mib"] = server.peak_memory_mib()
+    return record
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the figures."""
+    for state in ("idle", "busy"):
+        part = record[f"info_{state}_s"]
+        print(f"GET /info/ {state}: p50 {1e3 * part['p50']:.0f} ms, p95 {1e3 * part['p95']:.0f} ms (n={part['count']})")
+    for result in record["volumes"]:
+        head, after = result["first_click_s"], result["next_click_s"]
+        print(
+            f"{result['volume']} {result['shape']}: first click p50 {head['p50']:.2f} s, p95 {head['p95']:.2f} s; next "
+            f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}); "
+            + ", ".join(f"{m} {result[f'medvl_{m}_s']:.1f} s" for m in ("semantic", "referring", "vqa", "report"))
+        )
+    print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; 0 on success, 2 with a message otherwise."""
+    options = parse(arguments)
+    try:
+        if options.volumes:
+            volumes = [(path.name, read_volume(path)) for path in options.volumes]
+        else:
+            volumes = [("generated " + "x".join(map(str, s)), generated_volume(s, options.seed)) for s in SHAPES]
+        with tempfile.TemporaryDirectory(prefix="benchmark-server-") as name, own_server(Path(name)) as server:
+            record = measure(server, Path(name), volumes, options)
+    except (MedVLError, OSError) as error:
+        print(f"benchmark_server: {error}", file=sys.stderr)
+        return 2
+    except MONAILabelClientException as error:
+        print(f"benchmark_server: the server refused: {error.msg}", file=sys.stderr)
+        return 2
+    show(record)
+    if options.json is not None:
+        write_json_atomically(options.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
