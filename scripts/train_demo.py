@@ -30,8 +30,8 @@ from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
 NOTICE = (
-    "Demo weights: about four CPU hours on generated phantoms and a few public scans. Text answers are unreliable; the "
-    "model card gives their measured accuracy. Not for clinical use."
+    "Demo weights: about five CPU hours on generated phantoms and a few public scans. Text answers are often wrong and "
+    "were measured on phantoms only; the model card gives their accuracy. Not for clinical use."
 )
 
 

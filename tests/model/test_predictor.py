@@ -9,7 +9,7 @@ import pytest
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor
-from medvl_sam2.predictor.phrases import vocabulary_matches
+from medvl_sam2.predictor.phrases import closed_question, vocabulary_matches
 from medvl_sam2.types import Prompt, Volume
 from medvl_sam2.vocabulary import CLASSES
 from small_model import oblique_volume, small_predictor
@@ -172,6 +172,13 @@ def test_text_answers_carry_the_notice_and_text_masks_a_name(
     assert both.names == ("liver", "kidney_left", "spleen")
     assert set(np.unique(both.mask)) <= {0, 1, 2, 3}
     assert 0 <= predictor.uncertainty(session) <= 1
+
+
+def test_yes_or_no_questions_are_asked_as_closed_ones() -> None:
+    closed = "Is there a lesion in the liver? Choices: A. yes B. no"
+    assert closed_question("Is there a lesion in the liver?") == closed
+    for text in (closed, "Is the lesion in the left or the right lobe?", "Which phase is this?", "Isolate the liver"):
+        assert closed_question(text) == text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from medvl_sam2.errors import PromptError
-from medvl_sam2.modeling.prompts import REPORT_PROMPTS, segment_prompt
+from medvl_sam2.modeling.prompts import REPORT_PROMPTS, format_choices, segment_prompt
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 REPORT_REQUEST = REPORT_PROMPTS[0]
@@ -15,6 +15,7 @@ MAX_CHARACTERS = 2_000
 """Longer prompts are refused: nobody refers to one object in more words, and a paste error would stall everyone."""
 
 _REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
+_YES_OR_NO = re.compile(r"^(is|are|was|were|does|do|did|has|have|can)\b(?!.*\bor\b)", re.IGNORECASE)
 _FILLER = re.compile(
     r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?"
     r"((the|a|an|all)\s+)?",
@@ -40,6 +41,13 @@ def spoken_request(text: str) -> str:
     if _REQUEST.match(plain):
         return plain
     return segment_prompt([re.sub(r"^the\s+", "", plain.rstrip("."), flags=re.IGNORECASE)])
+
+
+def closed_question(text: str) -> str:
+    """A question to be answered yes or no with these choices named, as the model reads closed questions."""
+    if _YES_OR_NO.match(text) and "choices:" not in text.lower():
+        return format_choices(text, ("yes", "no"))
+    return text
 
 
 def asks_for_several(text: str) -> bool:

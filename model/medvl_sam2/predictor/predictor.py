@@ -28,6 +28,7 @@ from medvl_sam2.predictor.phrases import (
     REPORT_REQUEST,
     asks_for_several,
     checked,
+    closed_question,
     short_name,
     spoken_request,
     vocabulary_matches,
@@ -199,7 +200,7 @@ class Predictor:
         """
         question = checked(question, "question")
         with self._lock:
-            text = self.model.answer(self._look(session).tokens, [question])[0]
+            text = self.model.answer(self._look(session).tokens, [closed_question(question)])[0]
         return Answer(question, text.replace("[SEG]", "").strip(), self.meta.notice)
 
     def report(self, session: Session) -> Answer:
