@@ -96,3 +96,14 @@ def test_a_click_on_a_part_works_in_the_parts_own_window_and_range(
     assert state.stack.crop.extent_mm == pytest.approx(1.7 * 24.0)
     assert set(state.logits) <= set(range(6, 12))
     assert state.mask()[8, 22, 30]
+
+
+@torch.inference_mode()
+def test_a_box_does_not_take_an_element_that_nothing_on_the_slice_agrees_with(
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, elements: SceneElements
+) -> None:
+    strict = FirstPrompts(first.segmenter, InteractiveConfig(match=MatchRule(agreement=1.01)))
+    box = np.array([[6.0, 12.0, 16.0], [11.0, 23.0, 31.0]])
+    state = strict.from_box(image, SPACING, intensity, box, elements)
+    assert not state.from_scene
+    assert state.rough  # the intensity-grown region stands

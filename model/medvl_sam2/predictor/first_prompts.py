@@ -80,11 +80,11 @@ class FirstPrompts:
         state = ObjectState(stack, low, high, box=box, start=start)
         points, labels = box_points(crop, box)
         prompt = SlicePrompt(points, labels)
-        part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
-        if part is not None:
-            self._take_part(state, part, low, high)
-        elif self.config.assist:
+        if self.config.assist:
             self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
+        part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
+        if part is not None and self._box_agrees(state, part, prompt, spacing):
+            self._take_part(state, part, low, high)
         prompt = self._with_rough(prompt, state, start)
         self._seed(state, start, prompt)
         self._propagate(state, spacing, stop_when_empty=False)
@@ -139,6 +139,17 @@ class FirstPrompts:
         soft = small.sample(planes)[:, 0]
         state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
         return state
+
+    def _box_agrees(
+        self, state: ObjectState, part: Part, prompt: SlicePrompt, spacing: tuple[float, float, float]
+    ) -> bool:
+        """Whether the decoder's mask of the start slice or the intensity-grown one is much the same as the part."""
+        shape, z, crop = state.stack.image.shape, state.start, state.stack.crop
+        masks = [self.segmenter.decode(state.stack.features([z]), prompt).logits[0, 0] > 0]
+        if z in state.rough:
+            masks.append(state.rough[z] > 0.5)
+        least = self.config.match.agreement
+        return any(agreement(part, mask.numpy(), crop, z, shape, spacing) >= least for mask in masks)
 
     def _part_meant(
         self, state: ObjectState, elements: SceneElements, click: CanonicalClick, spacing: tuple[float, float, float]

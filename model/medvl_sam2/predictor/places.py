@@ -38,8 +38,8 @@ class MatchRule:
     """When a prompt is taken to mean an element of the scene.
 
     ``inside``: least share of the element that a box holds; ``filled``: least share of each box edge that the element
-    spans there; ``certain``: least probability at a click; ``agreement``: least Dice on the clicked slice between the
-    element and what the slice decoder makes of the click.
+    spans there; ``certain``: least probability at a click; ``agreement``: least Dice on the prompted slice between the
+    element and what the slice decoder makes of the prompt.
     """
 
     inside: float = 0.75
