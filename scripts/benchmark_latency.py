@@ -28,16 +28,28 @@ from medvl_sam2.volume_io import read_volume
 SHAPES = ((122, 101, 112), (512, 512, 20))
 
 
+def add_click_options(parser: argparse.ArgumentParser, objects: int) -> None:
+    """Options of every benchmark that clicks on volumes; ``objects`` is the default a volume."""
+    parser.add_argument("volumes", nargs="*", type=Path, help="image files or DICOM folders")
+    parser.add_argument("--objects", type=int, default=objects, help="objects a volume, each in a new session")
+    parser.add_argument("--clicks", type=int, default=5, help="clicks an object")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+
+
+def named_volumes(options: argparse.Namespace) -> list[tuple[str, Volume]]:
+    """The volumes asked for with their names, or the two generated ones."""
+    if options.volumes:
+        return [(str(path), read_volume(path)) for path in options.volumes]
+    return [("generated " + "x".join(map(str, s)), generated_volume(s, options.seed)) for s in SHAPES]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("volumes", nargs="*", type=Path, help="image files or DICOM folders")
+    add_click_options(parser, objects=6)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
-    parser.add_argument("--objects", type=int, default=6, help="objects a volume, each in a new session")
-    parser.add_argument("--clicks", type=int, default=5, help="clicks an object")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2:
         parser.error("give at least one object and two clicks, else there is no next click to time")
@@ -105,10 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     rng = np.random.default_rng(options.seed)
     try:
         predictor = Predictor.load(options.checkpoint)
-        if options.volumes:
-            volumes = [(str(path), read_volume(path)) for path in options.volumes]
-        else:
-            volumes = [("generated " + "x".join(map(str, s)), generated_volume(s, options.seed)) for s in SHAPES]
+        volumes = named_volumes(options)
         results = []
         with tqdm(total=len(volumes) * options.objects * options.clicks, unit="click") as bar:
             for name, volume in volumes:

@@ -21,7 +21,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmark_latency import SHAPES, click_series, generated_volume, summary
+from benchmark_latency import add_click_options, click_series, named_volumes, summary
 from local_server import OwnServer, own_server
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.types import Volume
-from medvl_sam2.volume_io import read_volume
 
 _QUESTION = "Is there a lesion in the liver?"
 
@@ -37,12 +36,8 @@ _QUESTION = "Is there a lesion in the liver?"
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("volumes", nargs="*", type=Path, help="image files or DICOM folders")
-    parser.add_argument("--objects", type=int, default=4, help="objects a volume, each in a session of its own")
-    parser.add_argument("--clicks", type=int, default=5, help="clicks an object")
+    add_click_options(parser, objects=4)
     parser.add_argument("--infos", type=int, default=40, help="GET /info/ requests on the idle server")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2 or options.infos < 1:
         parser.error("give at least one object, two clicks and one /info/ request")
@@ -163,10 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 0 on success, 2 with a message otherwise."""
     options = parse(arguments)
     try:
-        if options.volumes:
-            volumes = [(path.name, read_volume(path)) for path in options.volumes]
-        else:
-            volumes = [("generated " + "x".join(map(str, s)), generated_volume(s, options.seed)) for s in SHAPES]
+        volumes = named_volumes(options)
         with tempfile.TemporaryDirectory(prefix="benchmark-server-") as name, own_server(Path(name)) as server:
             record = measure(server, Path(name), volumes, options)
     except (MedVLError, OSError) as error:
