@@ -138,13 +138,17 @@ class ModelConfig:
     def scene_grid(self) -> tuple[int, int, int]:
         """Cells (d, h, w) of the scene's map: two pixels of the view in the plane, every plane of the view."""
         d, h, w = self.vision.input_size
-        return d, -(-h // 2), -(-w // 2)
+        return d, h // 2, w // 2
+
+    @property
+    def scene_tokens(self) -> int:
+        """Elements of the scene, each a token: organs, then lesion slots; 0 without a scene."""
+        return len(self.scene_organs) + self.scene.lesions if self.scene.lesions else 0
 
     @property
     def image_tokens(self) -> int:
         """Image slots of every language sequence: projector streams, then organs and lesions of the scene stream."""
-        scene = len(self.scene_organs) + self.scene.lesions if self.scene.lesions else 0
-        return self.projector.image_tokens + scene
+        return self.projector.image_tokens + self.scene_tokens
 
     @classmethod
     def tiny(cls) -> ModelConfig:

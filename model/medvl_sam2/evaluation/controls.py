@@ -12,6 +12,7 @@ A network earns its place only where it beats the better of the two on the same 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,7 +63,7 @@ class Opened:
     transform: CanonicalTransform
 
 
-class _Control:
+class _Control(ABC):
     """Frame handling common to both controls; subclasses paint in the canonical frame."""
 
     name = "control"
@@ -82,9 +83,9 @@ class _Control:
             raise PromptError("a control needs a box or a foreground click; the prompt has neither")
         return transform.inverse_array(self.paint(Scene(opened.image, transform.spacing, points, labels, box)))
 
+    @abstractmethod
     def paint(self, scene: Scene) -> np.ndarray:
         """Bool mask (Z, Y, X) of a canonical scene."""
-        raise NotImplementedError
 
 
 class ShapeControl(_Control):

@@ -125,8 +125,8 @@ class SceneReader(nn.Module):
 
     def planes(self, rows: tuple[int, int]) -> slice:
         """Planes of the view that lie in the stem's rows (first, end)."""
-        thick = -(-self.grid[0] // self.grids[0][0])
-        return slice(rows[0] * thick, min(self.grid[0], rows[1] * thick))
+        thick = self.grid[0] // self.grids[0][0]
+        return slice(rows[0] * thick, rows[1] * thick)
 
     def _upsampled(self, cells: Tensor, rows: tuple[int, int]) -> Tensor:
         """Stem cells (B, C, d, h, w) interpolated to the scene's cells of those rows, one row of neighbours read."""

@@ -88,32 +88,36 @@ class UnifiedModel(nn.Module):
             return GlobalLook(language.project(maps, extent_mm, None), None)
         logits = language.scene(view, maps)
         tokens = language.project(maps, extent_mm, language.scene.measure(view, logits, extent_mm))
-        count = len(self.config.scene_organs) + self.config.scene.lesions
-        return GlobalLook(tokens, scene_elements(tokens[0, -count:], logits[0], self.config))
+        elements = scene_elements(tokens[0, -self.config.scene_tokens :], logits[0], self.config)
+        return GlobalLook(tokens, elements)
 
     def answer(self, image_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 160) -> list[str]:
         """Greedy replies about one volume; ``image_tokens`` (1, n, H) come from :meth:`look`."""
         return self.language.generate(image_tokens, questions, max_new_tokens)
 
-    def ground(self, look: GlobalLook, requests: Sequence[str], replies: Sequence[str]) -> Grounding:
-        """Step 1 of text-prompted segmentation: what every ``[SEG]`` in ``replies`` means and roughly where it is."""
+    def ground(
+        self, look: GlobalLook, requests: Sequence[str], replies: Sequence[str], names: Sequence[str] = ()
+    ) -> Grounding:
+        """Step 1 of text-prompted segmentation: what every ``[SEG]`` in ``replies`` means and roughly where it is.
+
+        ``names``: the vocabulary class of every ``[SEG]``, where the request is a plain class name. That needs no
+        pointing: the scene's map has a channel of that name, and ``lesion`` is all lesion slots.
+        """
         states = self.language.seg_states(look.tokens, requests, replies)
         vectors = self.language.seg_projector(states)
         if self.language.pointer is None or look.elements is None:
             return Grounding(vectors, None)
+        if names:
+            return Grounding(vectors, self._class_places(look.elements, names))
         scores = self.language.pointer(states, look.elements.tokens)
         return Grounding(vectors, pointed_place(scores, look.elements))
 
-    def class_places(self, look: GlobalLook, names: Sequence[str]) -> Tensor | None:
-        """Rough places (K, d, h, w) of vocabulary classes straight from the scene's maps; None without a scene.
-
-        A class name needs no pointing: the map has a channel of that name, and ``lesion`` is all lesion slots.
-        """
-        if look.elements is None:
-            return None
-        maps, organs = look.elements.maps, self.config.scene_organs
-        places = [maps[organs.index(n)] if n in organs else maps[len(organs) :].amax(dim=0) for n in names]
-        return torch.stack(places)
+    def _class_places(self, elements: SceneElements, names: Sequence[str]) -> Tensor:
+        """Rough places (K, d, h, w) of vocabulary classes."""
+        maps, organs = elements.maps, self.config.scene_organs
+        return torch.stack(
+            [maps[organs.index(n)] if n in organs else maps[elements.organs :].amax(dim=0) for n in names]
+        )
 
     def segment(
         self,

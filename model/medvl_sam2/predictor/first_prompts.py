@@ -68,13 +68,7 @@ class FirstPrompts:
         With the scene's ``elements`` a box round one of them starts from that element's map.
         """
         low, high = (round(float(v)) for v in box[:, 0])
-        crop = SliceCrop.around(
-            box[:, 1:],
-            spacing[1:],
-            self.config.window_factor,
-            self.segmenter.config.image_size,
-            self.config.min_window_mm,
-        )
+        crop = self._window(box[:, 1:], spacing)
         stack = SliceStack(self.segmenter, image, intensity, crop)
         start = (low + high + 1) // 2
         state = ObjectState(stack, low, high, box=box, start=start)
@@ -125,13 +119,7 @@ class FirstPrompts:
         """Take over an earlier mask (Z, Y, X) bool, not empty, as it is; clicks then correct it."""
         where = np.argwhere(mask)
         low, high = where.min(axis=0), where.max(axis=0)
-        crop = SliceCrop.around(
-            np.stack([low[1:], high[1:]]),
-            spacing[1:],
-            self.config.window_factor,
-            self.segmenter.config.image_size,
-            self.config.min_window_mm,
-        )
+        crop = self._window(np.stack([low[1:], high[1:]]), spacing)
         stack = SliceStack(self.segmenter, image, intensity, crop)
         state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
         small = replace(crop, size=self.segmenter.mask_size)
@@ -139,6 +127,11 @@ class FirstPrompts:
         soft = small.sample(planes)[:, 0]
         state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
         return state
+
+    def _window(self, corners_yx: np.ndarray, spacing: tuple[float, float, float]) -> SliceCrop:
+        """Window round canonical corners (2, 2), as wide as the objects of training filled theirs."""
+        config, size = self.config, self.segmenter.config.image_size
+        return SliceCrop.around(corners_yx, spacing[1:], config.window_factor, size, config.min_window_mm)
 
     def _box_agrees(
         self, state: ObjectState, part: Part, prompt: SlicePrompt, spacing: tuple[float, float, float]
@@ -175,13 +168,7 @@ class FirstPrompts:
         z = int(np.clip(click.z, 0, image.shape[0] - 1))
         box = part.box(image.shape)
         low, high = min(int(box[0, 0]), z), max(int(box[1, 0]), z)
-        crop = SliceCrop.around(
-            box[:, 1:],
-            spacing[1:],
-            self.config.window_factor,
-            self.segmenter.config.image_size,
-            self.config.min_window_mm,
-        )
+        crop = self._window(box[:, 1:], spacing)
         stack = SliceStack(self.segmenter, image, intensity, crop)
         state = ObjectState(stack, low, high, start=z, clicks=[click])
         self._take_part(state, part, low, high)
@@ -280,9 +267,7 @@ class FirstPrompts:
             if score > best_score:
                 low = crop.inverse_points(np.array([[xs.min(), ys.min()]]) * 4.0)[0]
                 high = crop.inverse_points(np.array([[xs.max(), ys.max()]]) * 4.0 + 3.0)[0]
-                best = SliceCrop.around(
-                    np.stack([low, high]), spacing[1:], self.config.window_factor, size, self.config.min_window_mm
-                )
+                best = self._window(np.stack([low, high]), spacing)
                 best_score = score
         return best
 

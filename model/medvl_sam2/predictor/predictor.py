@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +182,7 @@ class Predictor:
             if "[SEG]" not in reply:
                 empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
                 return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
-            grounding = self.model.ground(look, [request], [reply])
-            if named:
-                grounding = replace(grounding, place=self.model.class_places(look, [name]))
+            grounding = self.model.ground(look, [request], [reply], named)
             several = name in MULTIPLE or asks_for_several(text)
             least = _LEAST_SHARE[several] if several or named else 1.0
             mask, scores = self._segment_grounded(session, (name,), grounding, None, least)
@@ -238,8 +235,7 @@ class Predictor:
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:
         requests = [segment_prompt([spoken(n)]) for n in names]
         replies = [segment_reply([spoken(n)], [True]) for n in names]
-        look = self._look(session)
-        return replace(self.model.ground(look, requests, replies), place=self.model.class_places(look, names))
+        return self.model.ground(self._look(session), requests, replies, names)
 
     def _locate(self, session: Session, grounding: Grounding) -> Located:
         if session.whole is None:

@@ -27,7 +27,8 @@ from medvl_sam2.modeling.unified import UnifiedModel, language_view
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
-from medvl_sam2.training.losses import dice_score, mask_loss, pointing_loss
+from medvl_sam2.training.losses import cosine, dice_score, mask_loss
+from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
@@ -156,7 +157,7 @@ class JointPhase:
         ):
             while spent < budget:
                 start = time.monotonic()
-                rate = min(1.0, (step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * spent / budget))))
+                rate = min(1.0, (step + 1) / 40) * cosine(spent / budget)
                 for group in optimiser.param_groups:
                     group["lr"] = group["peak"] * rate
                 loss, figures = self._step(step)
@@ -261,21 +262,15 @@ class JointPhase:
     def _elements_of(self, number: int, target: Target | None) -> Tensor:
         """Which scene elements (E,) a target is: its organ, or the lesion slots that lie on it."""
         organs, slots = self.model.config.scene_organs, self._look(number).slots
-        wanted = torch.zeros(len(organs) + len(slots))
-        if target is None:
-            return wanted
-        if target.name in organs:
-            wanted[organs.index(target.name)] = 1.0
-            return wanted
+        if target is None or target.name in organs:
+            return wanted_elements(target.name if target else "", organs, torch.zeros(len(slots), dtype=torch.bool))
         key = (number, target)
         if key not in self.slots:
             volume = self.volumes[number].volume
             mask = torch.from_numpy(volume.mask(target, slice(None)).astype(np.float32))[None, None]
             cells = F.adaptive_max_pool3d(mask, slots.shape[1:])[0, 0] > 0.5
-            for slot, found in enumerate(slots):
-                if found.any() and float((found & cells).sum()) >= 0.4 * float(found.sum()):
-                    wanted[len(organs) + slot] = 1.0
-            self.slots[key] = wanted
+            on_target = torch.tensor([slot_lies_on(slot, cells) for slot in slots])
+            self.slots[key] = wanted_elements(target.name, organs, on_target)
         return self.slots[key]
 
     def _requests(self, item: SpokenVolume) -> list[Request]:

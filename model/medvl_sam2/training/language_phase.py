@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,11 +27,12 @@ from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
-from medvl_sam2.training.language_batches import PackedBatch, pack, stack_views
+from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, LanguageCase
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
-from medvl_sam2.training.losses import pointing_loss
+from medvl_sam2.training.losses import cosine
+from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ _WORDINGS = 6
 _SURVEYED = 400
 """So many cases are read through for the tokenizer's corpus and the list of facts."""
 _SECONDS_PER_STEP = 0.95
-_LEAST_OVERLAP = 0.4
-"""Share of a lesion slot's cells that must lie on a finding for the slot to be that finding."""
 
 
 @dataclass(frozen=True)
@@ -143,26 +141,17 @@ class LanguageTrainer(nn.Module):
         loss = language + config.fact_weight * fact
         parts = {"language": language.item(), "fact": fact.item()}
         if batch.segs and self.model.pointer is not None:
-            scores = self.model.pointer(hidden[batch.ids == self.model.tokenizer.seg_id], self._scene_of(tokens, batch))
+            scene = tokens[[row for row, _ in batch.segs], -self.model.config.scene_tokens :]
+            scores = self.model.pointer(hidden[batch.ids == self.model.tokenizer.seg_id], scene)
             wanted = torch.stack([self._wanted(target, encoded[row].found) for row, target in batch.segs])
             pointed, parts["pointed"] = pointing_loss(scores, wanted.to(scores.device))
             loss = loss + config.pointer_weight * pointed
         return loss, parts
 
-    def _scene_of(self, tokens: Tensor, batch: PackedBatch) -> Tensor:
-        """Scene tokens (segs, E, H) that every ``[SEG]`` may point at."""
-        count = len(self.model.config.scene_organs) + self.model.config.scene.lesions
-        return tokens[[row for row, _ in batch.segs], -count:]
-
     def _wanted(self, target: SegTarget, found: Tensor) -> Tensor:
-        """Elements (E,) in {0, 1} that a target is: its organ, or the lesion slots that lie on its findings."""
-        organs = self.model.config.scene_organs
-        wanted = torch.zeros(len(organs) + len(found))
-        if target.name in organs:
-            wanted[organs.index(target.name)] = 1.0
-        elif target.findings:
-            wanted[len(organs) :] = found[:, list(target.findings)].any(dim=1).float()
-        return wanted
+        """Elements (E,) in {0, 1} that a target is, given which slot lies on which finding (slots, findings)."""
+        slots = found[:, list(target.findings)].any(dim=1)
+        return wanted_elements(target.name, self.model.config.scene_organs, slots)
 
     @torch.no_grad()
     def _encode(self, number: int, window: int) -> EncodedCase:
@@ -190,7 +179,7 @@ class LanguageTrainer(nn.Module):
         for slot, part in enumerate(lesion_parts(share, config.scene.threshold, config.scene.lesions)):
             cells = functional.adaptive_max_pool3d(torch.from_numpy(part)[None].float(), findings.shape[1:])[0] > 0
             for index, finding in enumerate(findings):
-                found[slot, index] = float((cells & finding).sum()) >= _LEAST_OVERLAP * float(cells.sum())
+                found[slot, index] = slot_lies_on(cells, finding)
         return found
 
     def _image_tokens(self, encoded: Sequence[EncodedCase]) -> Tensor:
@@ -222,7 +211,7 @@ class LanguageTrainer(nn.Module):
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warm-up, then cosine to 2 % of the peak."""
         count = self.config.steps
-        factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(1, count)))
+        factor = cosine(step / max(1, count))
         factor *= min(1.0, (step + 1) / max(1, min(self.config.warmup, count // 4)))
         for group in optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor

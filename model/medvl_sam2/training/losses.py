@@ -53,18 +53,11 @@ def dice_score(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.where(total > 0, 2 * (guess & real).sum(dim=(1, 2)) / total.clamp(min=1), torch.ones_like(total) * 1.0)
 
 
+def cosine(share: float) -> float:
+    """Factor of the learning rate after ``share`` of the way: a cosine from 1 down to 2 %."""
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def held_then_cosine(share: float) -> float:
-    """Factor of the learning rate after ``share`` of the budget: full for 60 %, then a cosine down to 2 %."""
-    late = min(1.0, max(0.0, share - 0.6) / 0.4)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late))
-
-
-def pointing_loss(scores: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
-    """Cross entropy of what ``[SEG]`` states point at, and the share of states that point exactly right.
-
-    ``scores`` (K, E) logits, ``wanted`` (K, E) in {0, 1}.
-    """
-    scores = scores.float()
-    loss = F.binary_cross_entropy_with_logits(scores, wanted, pos_weight=wanted.new_tensor(4.0))
-    right = ((scores > 0) == (wanted > 0.5)).all(dim=1).float().mean()
-    return loss, float(right)
+    """Factor of the learning rate after ``share`` of the budget: full for 60 %, then :func:`cosine`."""
+    return cosine(min(1.0, max(0.0, share - 0.6) / 0.4))
