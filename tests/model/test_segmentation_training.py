@@ -17,6 +17,7 @@ from medvl_sam2.training.batch_stream import BatchShape, batch_stream
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, spoken_case
 from medvl_sam2.training.losses import LossWeights, dice_score, mask_loss
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, from_masks
+from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_phase import SegmentationPhase, SegmentationPhaseConfig
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import TRUTH_SIZE, SliceSampler, Window, _turned
@@ -64,6 +65,43 @@ def test_turning_eight_ways_moves_image_truth_and_box_alike() -> None:
         assert turned.images[0, 0, y0 : y1 + 1, x0 : x1 + 1].mean() == 1
         assert turned.images[0, 0].sum() == (y1 + 1 - y0) * (x1 + 1 - x0)
         assert turned.concept is None
+
+
+def share_map(volume: LabelledVolume, name: str) -> torch.Tensor:
+    """A perfect scene's map of a target: logits on a grid of 24 x 32 x 32 cells."""
+    target = volume.find(name)
+    assert target is not None
+    mask = torch.from_numpy(volume.mask(target, slice(None)).astype(np.float32))
+    return (torch.nn.functional.adaptive_avg_pool3d(mask[None, None], (24, 32, 32))[0, 0] - 0.4) * 20
+
+
+def test_located_slices_show_the_target_where_its_map_says(generated: LabelledVolume) -> None:
+    sampler, target = SliceSampler([generated], [1.0], 5, SIZE), generated.find("liver")
+    assert target is not None
+    place = share_map(generated, "liver")
+    rows = sampler.located(0, target, place, 12)
+    assert len(rows) == 12
+    overlap = total = 0.0
+    for row in rows:
+        assert row.image.shape == (3, SIZE, SIZE)
+        assert row.rough.shape == (SIZE // 4, SIZE // 4)
+        truth = torch.nn.functional.interpolate(row.truth[None, None], size=row.rough.shape, mode="area")[0, 0] > 0.5
+        found = row.rough > 0
+        overlap += 2 * float((found & truth).sum())
+        total += float(found.sum() + truth.sum())
+    assert overlap / total > 0.8  # cells of the map are some 10 mm wide
+    assert sampler.located(0, target, torch.full_like(place, -8.0), 3) == []
+    invented = sampler.located(0, None, place, 3)
+    assert all(float(row.truth.max()) == 0 and float(row.rough.max()) > 0 for row in invented)
+
+
+def test_half_of_the_guesses_come_from_the_scene(generated: LabelledVolume) -> None:
+    nowhere = torch.full((8, 8, 8), -8.0)
+    plain = SliceSampler([generated], [1.0], 5, SIZE)
+    seeing = SliceSampler([generated], [1.0], 5, SIZE, places=lambda number, target: nowhere)
+    from_scene = [float(seeing.window().guess.max()) < 0.01 for _ in range(60)]
+    assert 15 <= sum(from_scene) <= 45
+    assert sum(float(plain.window().guess.max()) < 0.01 for _ in range(60)) < 6  # a corrupted truth may end up empty
 
 
 def test_unlabelled_concepts_are_marked_and_never_asked() -> None:
@@ -185,6 +223,29 @@ def test_pointing_at_nothing_is_nowhere_and_slots_follow_size() -> None:
     assert torch.nonzero(place[1] > 0).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
 
 
+def test_requests_mean_their_organ_the_found_lesions_or_nothing(generated: LabelledVolume) -> None:
+    model = small_model()
+    looks = SceneLooks(model, lambda number: generated)
+    seen, organs = looks.of(0), model.config.scene_organs
+    lesion = generated.find("lesion")
+    assert lesion is not None
+    maps = torch.full_like(seen.maps, -8.0)
+    cells = torch.from_numpy(generated.mask(lesion, slice(None)).astype(np.float32))[None, None]
+    maps[len(organs)] = torch.where(
+        torch.nn.functional.adaptive_max_pool3d(cells, maps.shape[1:])[0, 0] > 0.5, 8.0, -8.0
+    )
+    looks._looks[0] = replace(seen, maps=maps)
+    liver = organs.index("liver")
+    assert torch.nonzero(looks.wanted(0, "liver", generated.find("liver"))).flatten().tolist() == [liver]
+    assert not looks.wanted(0, "liver", None).any()
+    assert torch.nonzero(looks.wanted(0, "lesion", lesion)).flatten().tolist() == [len(organs)]
+    place = looks.place(0, "lesion", lesion)
+    assert place is not None
+    assert torch.equal(place, maps[len(organs)].float())
+    assert looks.place(0, "liver", None) is not None  # what the scene invents is to be refused by the decoder
+    assert looks.place(0, "hippocampus", lesion) is None
+
+
 def test_joint_phase_trains_the_seam_and_leaves_language_and_encoders_alone(tmp_path: Path) -> None:
     model = small_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -195,5 +256,6 @@ def test_joint_phase_trains_the_seam_and_leaves_language_and_encoders_alone(tmp_
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert any(name.startswith("language.pointer.") for name in moved)
     assert any(name.startswith("language.seg_projector.") for name in moved)
-    frozen = ("language.lm.", "language.vision.", "segmenter.sam2.image_encoder.", "segmenter.sam2.memory_attention.")
+    assert any(name.startswith("segmenter.sam2.memory_attention.") for name in moved)
+    frozen = ("language.lm.", "language.vision.", "language.scene.", "segmenter.sam2.image_encoder.")
     assert not {name for name in moved if name.startswith(frozen)}

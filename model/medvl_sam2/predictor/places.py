@@ -67,6 +67,14 @@ def place_on_slices(
     return sampled.masked_fill(torch.from_numpy((np.abs(x) > 1) | (np.abs(y) > 1)), OUTSIDE_VOLUME)
 
 
+def parts_of(place: Tensor) -> list[Part]:
+    """The connected parts of a map (d, h, w), largest first."""
+    labels, _ = ndimage.label((place > 0).cpu().numpy(), _NEIGHBOURS)
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return [Part(labels == n, _alone(place, labels == n)) for n in np.argsort(counts)[::-1] if counts[n]]
+
+
 def element_in_box(elements: SceneElements, box: np.ndarray, shape: tuple[int, ...], rule: MatchRule) -> Part | None:
     """The element that a canonical box (2, 3), inclusive corners, was drawn round; None when none fits."""
     maps = elements.maps > 0

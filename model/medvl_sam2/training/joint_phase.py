@@ -2,8 +2,8 @@
 
 The projector of the ``[SEG]`` state learns to land where the stand-in token of the same concept lies (a fast start)
 and, through the mask loss, wherever the decoder segments best. The language model and the encoders stay frozen, so
-that answers do not change; the mask decoder moves a little, with window and memory rows mixed in so that clicks keep
-working.
+that answers do not change. Decoder and memory learn what they meet when serving: windows round what the scene located
+with the scene's map as rough mask, for text prompts and for clicks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ from tqdm import tqdm
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.tokenizer import SEG
-from medvl_sam2.modeling.unified import UnifiedModel, language_view
+from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
 from medvl_sam2.training.losses import cosine, dice_score, mask_loss
-from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
+from medvl_sam2.training.pointing import pointing_loss
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
+from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.volume_sources import from_case
@@ -63,17 +65,20 @@ class Request:
     target: Target | None
     concept: int | None
 
+    @property
+    def name(self) -> str:
+        """Class of what is asked for, whether the volume has it or not."""
+        if self.target is not None:
+            return self.target.name
+        return "" if self.concept is None else CONCEPTS[self.concept]
+
 
 @dataclass(frozen=True, eq=False)
 class SpokenVolume:
-    """A labelled volume, its global view and the referring sentences that are true of it."""
+    """A labelled volume and the referring sentences that are true of it."""
 
     volume: LabelledVolume
     referring: tuple[tuple[str, str, Target], ...] = ()
-
-    def view(self, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Global view (1, 1, D, H, W) and extent (1, 3) in mm."""
-        return language_view(self.volume.image, self.volume.spacing, self.volume.modality, size)
 
 
 def spoken_case(seed: int) -> SpokenVolume:
@@ -88,21 +93,18 @@ def _referred(item: Referring) -> tuple[str, str, Target]:
     return item.text, item.name, Target(CLASSES[item.values[0] - 1], 0, item.values)
 
 
-@dataclass(frozen=True, eq=False)
-class SeenVolume:
-    """What the frozen parts say of a volume.
+class SpokenRow(NamedTuple):
+    """One slice for request ``request``; ``rough`` (h, h) logits of the scene's map, where there is one."""
 
-    Image ``tokens`` (1, n, H), scene tokens ``elements`` (E, H), and where the lesion ``slots`` lie, bool (slots, d,
-    h, w).
-    """
-
-    tokens: Tensor
-    elements: Tensor
-    slots: Tensor
+    request: int
+    image: Tensor
+    height: float
+    truth: Tensor
+    rough: Tensor | None
 
 
 class JointPhase:
-    """Trains the ``[SEG]`` projector, the scene pointer, the height token and the mask decoder."""
+    """Trains the ``[SEG]`` projector, the scene pointer, the height token, the mask decoder and the memory."""
 
     def __init__(
         self,
@@ -122,14 +124,17 @@ class JointPhase:
         self.chance = np.asarray(weights) / np.sum(weights)
         self.rng = np.random.default_rng(config.seed + 2)
         size = model.config.slices.image_size
-        self.sampler = SliceSampler([v.volume for v in volumes], list(weights), config.seed + 3, size)
-        self.looks: dict[int, SeenVolume] = {}
-        self.slots: dict[tuple[int, Target], Tensor] = {}
+        self.looks = SceneLooks(model, lambda number: self.volumes[number].volume)
+        places = None if model.language.pointer is None else self._place
+        self.sampler = SliceSampler([v.volume for v in volumes], list(weights), config.seed + 3, size, places)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def _place(self, number: int, target: Target) -> Tensor | None:
+        return self.looks.place(number, target.name, target)
 
     def run(self, out: Path) -> dict[str, float]:
         """Train for the configured minutes, writing a log to ``out``; returns the last smoothed figures."""
@@ -139,12 +144,13 @@ class JointPhase:
         fast: list[nn.Module] = [model.language.seg_projector, model.segmenter.height_token]
         if model.language.pointer is not None:
             fast.append(model.language.pointer)
-        slow = [model.segmenter.sam2.sam_mask_decoder, model.segmenter.sam2.sam_prompt_encoder]
+        sam2 = model.segmenter.sam2
+        slow = [sam2.sam_mask_decoder, sam2.sam_prompt_encoder, sam2.memory_attention, sam2.memory_encoder]
         groups = [
             {"params": _released(fast), "peak": config.projector_rate},
             {"params": _released(slow), "peak": config.decoder_rate},
         ]
-        for head in (model.segmenter.sam2.sam_mask_decoder.conv_s0, model.segmenter.sam2.sam_mask_decoder.conv_s1):
+        for head in (sam2.sam_mask_decoder.conv_s0, sam2.sam_mask_decoder.conv_s1):
             head.requires_grad_(False)  # part of the cached features
         trained = [p for g in groups for p in g["params"] if p.requires_grad]  # type: ignore[attr-defined]
         optimiser = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
@@ -192,45 +198,58 @@ class JointPhase:
         return loss + prompted, figures
 
     def _spoken_loss(self) -> tuple[Tensor, dict[str, float]]:
-        """Masks from words on whole slices, and the pull towards the stand-in tokens."""
+        """Masks from words, and the pull towards the stand-in tokens."""
         config, model = self.config, self.model
         numbers = self.rng.choice(len(self.volumes), size=config.volumes, p=self.chance)
-        rows = [self._requests(self.volumes[int(n)]) for n in numbers]
-        states = self._states(numbers, rows)
+        asked = [self._requests(self.volumes[int(n)]) for n in numbers]
+        states = self._states(numbers, asked)
         vectors = model.language.seg_projector(states)
-        flat = [(int(n), request) for n, requests in zip(numbers, rows, strict=True) for request in requests]
-        images, heights, truth, index = [], [], [], []
-        for row, (number, request) in enumerate(flat):
-            for _ in range(config.slices):
-                image, height, mask = self._slice(number, request)
-                images.append(image)
-                heights.append(height)
-                truth.append(mask)
-                index.append(row)
-        with torch.no_grad():
-            features = model.segmenter.encode(torch.stack(images).to(self.device))
-        prompt = replace(SlicePrompt.empty(len(index), self.device), height=torch.tensor(heights, device=self.device))
-        output = model.segment(features, prompt, language=vectors[index])
-        masks = torch.stack(truth).to(self.device)
-        loss = mask_loss(output, masks, self.steps.weights)
+        flat = [(int(n), request) for n, requests in zip(numbers, asked, strict=True) for request in requests]
+        rows = [row for index, (number, request) in enumerate(flat) for row in self._rows(index, number, request)]
+        loss, figures = vectors.sum() * 0, {}
+        if rows:
+            masked, figures["spoken"] = self._rows_loss(rows, vectors)
+            loss = loss + masked
         known = [row for row, (_, request) in enumerate(flat) if request.concept is not None]
         if known and config.distil_weight:
             wanted = self.learner.concept_tokens.weight[[flat[row][1].concept for row in known]].detach()
             loss = loss + config.distil_weight * F.mse_loss(vectors[known], wanted) / wanted.var().clamp(min=1e-3)
-        figures: dict[str, float] = {}
         if model.language.pointer is not None:
             pointed, figures["pointed"] = self._pointer_loss(states, flat)
             loss = loss + config.pointer_weight * pointed
-        present = masks.amax(dim=(1, 2)) > 0.5
-        dice = dice_score(output.logits.detach(), masks)[present]
-        figures["spoken"] = float(dice.mean()) if len(dice) else float("nan")
         return loss, figures
+
+    def _rows_loss(self, rows: Sequence[SpokenRow], vectors: Tensor) -> tuple[Tensor, float]:
+        """Mask loss of ``rows``, each with the token (R, C) of its request, and the mean Dice where there is a mask."""
+        model, device = self.model, self.device
+        with torch.no_grad():
+            features = model.segmenter.encode(torch.stack([row.image for row in rows]).to(device))
+        heights = torch.tensor([row.height for row in rows], dtype=torch.float32, device=device)
+        prompt = replace(SlicePrompt.empty(len(rows), device), height=heights)
+        rough = [row.rough for row in rows if row.rough is not None]
+        if rough:
+            present = torch.ones(len(rows), dtype=torch.bool, device=device)
+            prompt = replace(prompt, mask_logits=torch.stack(rough)[:, None].to(device), mask_present=present)
+        output = model.segment(features, prompt, language=vectors[[row.request for row in rows]])
+        masks = torch.stack([row.truth for row in rows]).to(device)
+        dice = dice_score(output.logits.detach(), masks)[masks.amax(dim=(1, 2)) > 0.5]
+        return mask_loss(output, masks, self.steps.weights), float(dice.mean()) if len(dice) else float("nan")
+
+    def _rows(self, index: int, number: int, request: Request) -> list[SpokenRow]:
+        """Slices of a request: in the window of what the scene located; whole slices for a model without a scene."""
+        count, target = self.config.slices, request.target
+        if self.model.language.pointer is None:
+            whole = [self.sampler.whole_slice_of(number, target, self.rng.random() < 0.6) for _ in range(count)]
+            return [SpokenRow(index, image, height, truth, None) for image, height, truth in whole]
+        place = self.looks.place(number, request.name, target)
+        located = [] if place is None else self.sampler.located(number, target, place, count)
+        return [SpokenRow(index, row.image, row.height, row.truth, row.rough) for row in located]
 
     def _states(self, numbers: np.ndarray, rows: list[list[Request]]) -> Tensor:
         """``[SEG]`` states (sum of requests, H), in order."""
         language = self.model.language
         with torch.no_grad():
-            tokens = torch.cat([self._look(int(n)).tokens for n in numbers])
+            tokens = torch.cat([self.looks.of(int(n)).tokens for n in numbers])
             samples = [[TextSample(r.question, r.reply, "segment") for r in requests] for requests in rows]
             batch = pack(language, samples, 2000)
             ids = batch.ids.to(self.device)
@@ -239,39 +258,15 @@ class JointPhase:
             )
             return hidden[ids == language.tokenizer.seg_id]
 
-    def _look(self, number: int) -> SeenVolume:
-        if number not in self.looks:
-            view, extent = self.volumes[number].view(self.model.config.vision.input_size)
-            with torch.no_grad():
-                look = self.model.look(view.to(self.device), extent.to(self.device))
-            elements, slots = torch.zeros(0, 0), torch.zeros(0)
-            if look.elements is not None:
-                elements = look.elements.tokens
-                slots = look.elements.maps[len(self.model.config.scene_organs) :].cpu() > 0
-            self.looks[number] = SeenVolume(look.tokens, elements, slots)
-        return self.looks[number]
-
     def _pointer_loss(self, states: Tensor, flat: list[tuple[int, Request]]) -> tuple[Tensor, float]:
         """Cross entropy of what each state points at, and the share of requests that point exactly right."""
         assert self.model.language.pointer is not None
-        tokens = torch.stack([self._look(number).elements for number, _ in flat])
+        tokens = torch.stack([self.looks.of(number).elements for number, _ in flat])
         scores = self.model.language.pointer(states, tokens)
-        wanted = torch.stack([self._elements_of(number, request.target) for number, request in flat]).to(self.device)
+        wanted = torch.stack([self.looks.wanted(number, request.name, request.target) for number, request in flat]).to(
+            self.device
+        )
         return pointing_loss(scores, wanted)
-
-    def _elements_of(self, number: int, target: Target | None) -> Tensor:
-        """Which scene elements (E,) a target is: its organ, or the lesion slots that lie on it."""
-        organs, slots = self.model.config.scene_organs, self._look(number).slots
-        if target is None or target.name in organs:
-            return wanted_elements(target.name if target else "", organs, torch.zeros(len(slots), dtype=torch.bool))
-        key = (number, target)
-        if key not in self.slots:
-            volume = self.volumes[number].volume
-            mask = torch.from_numpy(volume.mask(target, slice(None)).astype(np.float32))[None, None]
-            cells = F.adaptive_max_pool3d(mask, slots.shape[1:])[0, 0] > 0.5
-            on_target = torch.tensor([slot_lies_on(slot, cells) for slot in slots])
-            self.slots[key] = wanted_elements(target.name, organs, on_target)
-        return self.slots[key]
 
     def _requests(self, item: SpokenVolume) -> list[Request]:
         """Half classes (also absent ones), half referring sentences where there are any, lesions first among them."""
@@ -301,10 +296,6 @@ class JointPhase:
                     )
                 )
         return requests
-
-    def _slice(self, number: int, request: Request) -> tuple[Tensor, float, Tensor]:
-        """A whole slice for a request; three in five show the target."""
-        return self.sampler.whole_slice_of(number, request.target, float(self.rng.random()) < 0.6)
 
 
 def _concept_of(volume: LabelledVolume, target: Target) -> int | None:

@@ -5,7 +5,7 @@ Everything here is drawn from one ``numpy`` generator, so a seed fixes the whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.predictor.named import MIN_MM_PER_PX
+from medvl_sam2.predictor.named import MIN_MM_PER_PX, NamedConfig
+from medvl_sam2.predictor.places import parts_of, place_on_slices
 from medvl_sam2.training.clicks import box_prompt_2d
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
 from medvl_sam2.types import Modality
@@ -52,10 +53,38 @@ class Window:
     height: Tensor
 
 
-class SliceSampler:
-    """Draws training rows from a list of volumes with given weights."""
+@dataclass(frozen=True)
+class LocatedSlice:
+    """A slice in the window of something the scene located, as text prompts delineate it.
 
-    def __init__(self, volumes: Sequence[LabelledVolume], weights: Sequence[float], seed: int, image_size: int) -> None:
+    image (3, S, S), ``rough`` (h, h) logits of the scene's map, truth (T, T), height in [0, 1].
+    """
+
+    image: Tensor
+    rough: Tensor
+    truth: Tensor
+    height: float
+
+
+Places = Callable[[int, Target], Tensor | None]
+"""The scene's map (d, h, w), as logits, of a target of volume ``number``; None where it does not show it."""
+
+
+class SliceSampler:
+    """Draws training rows from a list of volumes with given weights.
+
+    With ``places`` half of the guesses come from the scene, so that its real mistakes are learned.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[LabelledVolume],
+        weights: Sequence[float],
+        seed: int,
+        image_size: int,
+        places: Places | None = None,
+    ) -> None:
+        self.places = places
         self.volumes = list(volumes)
         chance = np.asarray(weights, dtype=np.float64)
         self.chance = chance / chance.sum()
@@ -151,9 +180,46 @@ class SliceSampler:
                 corners = crop.forward_points(box_prompt_2d(mask, rng, 0.08) + np.array([[-0.5], [0.5]]))
                 boxes[row] = corners.reshape(-1)
         height = torch.as_tensor(z / max(1, volume.image.shape[0] - 1), dtype=torch.float32)
-        guess = self._blurred(truth, crop) if rng.random() < 0.5 else self._corrupt(truth)
+        guess = self._guess(number, target, z, crop, truth)
         window = Window(images, truth, boxes, guess, target.concept, height)
         return _turned(window, int(rng.integers(8)), self.size) if rng.random() < 0.5 else window
+
+    def located(self, number: int, target: Target | None, place: Tensor, count: int) -> list[LocatedSlice]:
+        """``count`` slices of one part of ``place``, drawn by size; none where the place is empty.
+
+        With ``target`` None nothing is there: the scene made it up.
+        """
+        volume, rng, config = self.volumes[number], self.rng, NamedConfig()
+        parts = parts_of(place)
+        if not parts:
+            return []
+        sizes = np.array([part.found.sum() for part in parts], dtype=np.float64)
+        part = parts[int(rng.choice(len(parts), p=sizes / sizes.sum()))]
+        shape = volume.image.shape
+        box = part.box(shape)
+        factor = config.window_factor * float(rng.uniform(0.9, 1.2))
+        crop = SliceCrop.around(box[:, 1:], volume.spacing[1:], factor, self.size, config.min_window_mm)
+        shift = rng.uniform(-0.05, 0.05, 2) * crop.extent_mm
+        crop = replace(crop, center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]))
+        beyond = config.locate_step_mm / volume.spacing[0]  # the predictor looks one searched slice further
+        low, high = max(0, round(box[0, 0] - beyond)), min(shape[0] - 1, round(box[1, 0] + beyond))
+        z = rng.integers(low, high + 1, count)
+        rough = place_on_slices(part.place[None], crop, self.size // 4, z, shape)[0]
+        truth = torch.zeros(count, TRUTH_SIZE, TRUTH_SIZE)
+        if target is not None:
+            masks = torch.from_numpy(volume.mask(target, z).astype(np.float32))
+            truth = replace(crop, size=TRUTH_SIZE).sample(masks)[:, 0]
+        images = self._image(number, z, crop)
+        heights = z / max(1, shape[0] - 1)
+        return [LocatedSlice(*row) for row in zip(images, rough.clamp(-8, 8), truth, heights.tolist(), strict=True)]
+
+    def _guess(self, number: int, target: Target, z: np.ndarray, crop: SliceCrop, truth: Tensor) -> Tensor:
+        """A rough mask (T, T', T') in [0, 1] to start from."""
+        place = self.places(number, target) if self.places and self.rng.random() < 0.5 else None
+        if place is not None:
+            shape = self.volumes[number].image.shape
+            return torch.sigmoid(place_on_slices(place[None], crop, TRUTH_SIZE, z, shape)[0])
+        return self._blurred(truth, crop) if self.rng.random() < 0.5 else self._corrupt(truth)
 
     def _target(self, volume: LabelledVolume) -> Target:
         """Prefer neither huge nor tiny objects: weight by the cube root of size."""
