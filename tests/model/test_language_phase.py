@@ -20,7 +20,13 @@ from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import ORGANS, CaseStore, LanguageCase
 from medvl_sam2.training.language_heads import FactVocabulary, case_facts
 from medvl_sam2.training.language_metrics import closed_correct, language_scores
-from medvl_sam2.training.language_phase import LanguagePhaseConfig, load_model_state, model_state, train_language
+from medvl_sam2.training.language_phase import (
+    LanguagePhaseConfig,
+    LanguageTrainer,
+    load_model_state,
+    model_state,
+    train_language,
+)
 from medvl_sam2.vocabulary import CLASSES
 
 SMALL = ModelConfig(
@@ -117,6 +123,15 @@ def test_the_encoder_stays_as_the_scene_phase_left_it(cases: list[LanguageCase],
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert not [k for k in changed if k.startswith(("vision.", "scene.lateral", "scene.fine", "scene.lesion_head"))]
     assert {"scene.slots", "pointer.bias"} <= changed
+
+
+def test_blinded_cases_are_read_from_the_scene_alone(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    for chance in (0.0, 1.0):
+        trainer = LanguageTrainer(fresh_model(tokenizer), replace(STEPS, blind_chance=chance), cases)
+        tokens = trainer._image_tokens([trainer._encode(0, 0)])
+        scene = trainer.model.config.scene_tokens
+        assert (tokens[:, :-scene] == 0).all() == bool(chance)
+        assert (tokens[:, -scene:].abs().sum(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
