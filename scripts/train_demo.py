@@ -30,7 +30,7 @@ from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
 NOTICE = (
-    "Demo weights: about five CPU hours on generated phantoms and a few public scans. Text answers are often wrong and "
+    "Demo weights: about eight CPU hours on generated phantoms and a few public scans. Text answers are often wrong and "
     "were measured on phantoms only; the model card gives their accuracy. Not for clinical use."
 )
 
@@ -101,7 +101,7 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
         "real_volumes": bool(options.real),
         "seed": options.seed,
     }
-    meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-2", notice=NOTICE)
+    meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-3", notice=NOTICE)
     save_checkpoint(checkpoint, model.cpu().state_dict(), config, language / "tokenizer.json", meta, overwrite=True)
     (checkpoint.parent / "training.json").write_text(json.dumps(facts, indent=2))
     print(f"checkpoint written to {checkpoint}; measure it with scripts/evaluate.py --checkpoint {checkpoint}")

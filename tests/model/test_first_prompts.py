@@ -91,19 +91,39 @@ def test_a_click_on_a_part_works_in_the_parts_own_window_and_range(
 ) -> None:
     click = CanonicalClick((8.0, 22.0, 30.0), 1)
     (part,) = elements_at(elements, click.position, SHAPE, MatchRule())
-    state = first._from_part(image, SPACING, intensity, click, part)
-    assert (state.low, state.high) == (6, 11)
+    whole = SliceCrop.whole(SHAPE[1:], SPACING[1:], first.segmenter.config.image_size, 1.0)
+    fresh = ObjectState(SliceStack(first.segmenter, image, intensity, whole), 6, 11, start=8, clicks=[click])
+    state = first._from_part(fresh, part, SPACING)
+    assert list(state.memory.conditioning) == [8]
     assert state.stack.crop.extent_mm == pytest.approx(1.7 * 24.0)
     assert set(state.logits) <= set(range(6, 12))
     assert state.mask()[8, 22, 30]
 
 
 @torch.inference_mode()
-def test_a_box_does_not_take_an_element_that_nothing_on_the_slice_agrees_with(
+def test_a_box_that_fits_loosely_asks_what_is_on_the_slice(
     first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, elements: SceneElements
 ) -> None:
     strict = FirstPrompts(first.segmenter, InteractiveConfig(match=MatchRule(agreement=1.01)))
-    box = np.array([[6.0, 12.0, 16.0], [11.0, 23.0, 31.0]])
-    state = strict.from_box(image, SPACING, intensity, box, elements)
+    tight, loose = np.array([[6.0, 12.0, 16.0], [11.0, 23.0, 31.0]]), np.array([[6.0, 12.0, 16.0], [11.0, 23.0, 39.0]])
+    assert strict.from_box(image, SPACING, intensity, tight, elements).from_scene
+    state = strict.from_box(image, SPACING, intensity, loose, elements)
     assert not state.from_scene
     assert state.rough  # the intensity-grown region stands
+
+
+@torch.inference_mode()
+def test_the_window_holds_the_element_where_the_box_shows_one_section(
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity
+) -> None:
+    """An organ that wanders: the box was drawn on the middle slice and given the first and last slice."""
+    maps = torch.full((2, 12, 24, 32), -7.0)
+    for plane in range(2, 10):
+        maps[0, plane, 2 * plane : 2 * plane + 4, 10:16] = 7.0
+    box = np.array([[4.0, 24.0, 20.0], [19.0, 31.0, 31.0]])  # planes 2..9; rows of plane 6
+    state = first.from_box(image, SPACING, intensity, box, SceneElements(torch.zeros(2, 8), maps, organs=1))
+    assert state.from_scene
+    corners = SliceCrop.forward_points(state.stack.crop, np.array([[8.0, 20.0], [43.0, 31.0]]))
+    assert corners.min() >= 0
+    assert corners.max() <= first.segmenter.config.image_size - 1
+    assert sorted(state.rough) == list(range(4, 20))

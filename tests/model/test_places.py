@@ -63,6 +63,27 @@ def test_a_box_means_the_element_it_was_drawn_round(elements: SceneElements) -> 
     assert element_in_box(elements, np.array([[1000, 5, 5], [1000, 6, 6]]), (1001, 60, 80), rule) is None
 
 
+def test_pieces_of_an_element_in_the_box_are_meant_together(elements: SceneElements) -> None:
+    elements.maps[0, 7:9, 4:12, 4:12] = -6.0
+    elements.maps[0, 17:19] = 6.0
+    part = element_in_box(elements, np.array([[8, 8, 16], [23, 23, 47]]), SHAPE, MatchRule())
+    assert cells_of(part) == ORGAN
+    assert part is not None
+    assert not part.found[7:9].any()
+    assert part.fit == pytest.approx(1.0)
+
+
+def test_a_box_may_show_one_section_of_what_wanders_through_the_slices(elements: SceneElements) -> None:
+    elements.maps[:] = -6.0
+    for plane in range(4, 12):
+        elements.maps[1, plane, 2 * plane : 2 * plane + 4, 8:12] = 6.0
+    rule, section = MatchRule(), [[8, 32, 32], [23, 39, 47]]  # planes 4..11, rows 16..19: those of plane 8
+    assert cells_of(element_in_box(elements, np.array(section), SHAPE, rule)) == [[4, 8, 8], [11, 25, 11]]
+    short, aside = np.array([[14, 32, 32], [17, 39, 47]]), np.array([[8, 44, 32], [23, 51, 47]])
+    assert element_in_box(elements, short, SHAPE, rule) is None
+    assert element_in_box(elements, aside, SHAPE, rule) is None
+
+
 def test_a_stray_cell_is_not_part_of_what_is_meant(elements: SceneElements) -> None:
     elements.maps[0, 0, 29, 19] = 6.0
     rule = MatchRule()

@@ -42,7 +42,7 @@ class InteractiveConfig:
     """Start from an intensity-grown region as rough mask, and let every click paint an intensity-limited ball."""
     rough_weight: float = 0.25
     """Share of the intensity-grown rough mask in the first logits."""
-    scene_weight: float = 0.5
+    scene_weight: float = 0.25
     """Share of the scene's map in the first logits, where the first prompt means an element of the scene."""
     match: MatchRule = field(default_factory=MatchRule)
     assist_rule: IntensityRule = field(default_factory=IntensityRule)
@@ -78,7 +78,7 @@ class FirstPrompts:
             self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
         part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
         if part is not None and self._box_agrees(state, part, prompt, spacing):
-            self._take_part(state, part, low, high)
+            return self._from_part(ObjectState(stack, low, high, box=box, start=start), part, spacing)
         prompt = self._with_rough(prompt, state, start)
         self._seed(state, start, prompt)
         self._propagate(state, spacing, stop_when_empty=False)
@@ -105,7 +105,9 @@ class FirstPrompts:
         self._seed(state, z, SlicePrompt(points, labels))
         part = None if elements is None else self._part_meant(state, elements, click, spacing)
         if part is not None:
-            return self._from_part(image, spacing, intensity, click, part)
+            box = part.box(image.shape)
+            low, high = min(int(box[0, 0]), z), max(int(box[1, 0]), z)
+            return self._from_part(ObjectState(stack, low, high, start=z, clicks=[click]), part, spacing)
         state.low, state.high = 0, image.shape[0] - 1
         if self.config.assist:
             grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
@@ -136,7 +138,12 @@ class FirstPrompts:
     def _box_agrees(
         self, state: ObjectState, part: Part, prompt: SlicePrompt, spacing: tuple[float, float, float]
     ) -> bool:
-        """Whether the decoder's mask of the start slice or the intensity-grown one is much the same as the part."""
+        """Whether the decoder's mask of the start slice or the intensity-grown one is much the same as the part.
+
+        A part that fills the box well is not asked: of thin or branching organs the decoder sees little at first.
+        """
+        if part.fit >= self.config.match.clear:
+            return True
         shape, z, crop = state.stack.image.shape, state.start, state.stack.crop
         masks = [self.segmenter.decode(state.stack.features([z]), prompt).logits[0, 0] > 0]
         if z in state.rough:
@@ -156,26 +163,37 @@ class FirstPrompts:
                 best, best_score = part, score
         return best
 
-    def _from_part(
-        self,
-        image: np.ndarray,
-        spacing: tuple[float, float, float],
-        intensity: SliceIntensity,
-        click: CanonicalClick,
-        part: Part,
-    ) -> ObjectState:
-        """Start from a click on an element of the scene, in the element's own window."""
-        z = int(np.clip(click.z, 0, image.shape[0] - 1))
-        box = part.box(image.shape)
-        low, high = min(int(box[0, 0]), z), max(int(box[1, 0]), z)
-        crop = self._window(box[:, 1:], spacing)
-        stack = SliceStack(self.segmenter, image, intensity, crop)
-        state = ObjectState(stack, low, high, start=z, clicks=[click])
-        self._take_part(state, part, low, high)
-        points, labels = click_points(crop, [click])
-        self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
-        self._propagate(state, spacing, stop_when_empty=False)
+    def _from_part(self, state: ObjectState, part: Part, spacing: tuple[float, float, float]) -> ObjectState:
+        """Start from an element of the scene, in a window that holds it and the box that was drawn, if any."""
+        stack, shape = state.stack, state.stack.image.shape
+        corners = part.box(shape) if state.box is None else np.concatenate([part.box(shape), state.box])
+        crop = self._window(np.stack([corners[:, 1:].min(axis=0), corners[:, 1:].max(axis=0)]), spacing)
+        state = replace(state, stack=SliceStack(self.segmenter, stack.image, stack.intensity, crop))
+        self._take_part(state, part, state.low, state.high)
+        self._outline(state, spacing)
         return state
+
+    def _outline(self, state: ObjectState, spacing: tuple[float, float, float]) -> None:
+        """Decode every slice from the part's map on it, as text prompts are: no slice hangs on another's mistakes."""
+        count = state.stack.image.shape[0]
+        plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
+        state.stack.encode(plan)
+        rough = torch.stack([state.rough[z] for z in plan])
+        prompt = replace(
+            SlicePrompt.empty(len(plan)),
+            mask_logits=torch.logit(rough, eps=3e-4)[:, None],
+            mask_present=torch.ones(len(plan), dtype=torch.bool),
+            height=torch.tensor(plan, dtype=torch.float32) / max(1, count - 1),
+        )
+        output = self.segmenter.decode(state.stack.features(plan), prompt)
+        state.logits = {z: self._blended(state, z, logits) for z, logits in zip(plan, output.logits[:, 0], strict=True)}
+        row = plan.index(state.start)
+        state.score = float(output.iou[row])
+        certain = output.presence[row : row + 1].clamp(min=1.0)
+        features = state.stack.features([state.start])
+        state.memory.conditioning[state.start] = self.segmenter.remember(
+            features, output.logits[row : row + 1], certain, output.pointer[row : row + 1]
+        )
 
     def _take_part(self, state: ObjectState, part: Part, low: int, high: int) -> None:
         """The map of an element's part as rough mask of the slices low..high."""
@@ -224,14 +242,7 @@ class FirstPrompts:
         plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
         if not stop_when_empty:
             state.stack.encode(plan)
-        outputs = propagate(
-            state.stack,
-            state.memory,
-            plan,
-            state.start,
-            stop_when_empty,
-            state.rough if state.from_scene else None,
-        )
+        outputs = propagate(state.stack, state.memory, plan, state.start, stop_when_empty)
         for z, output in outputs.items():
             state.logits[z] = self._blended(state, z, output.logits[0, 0])
         if stop_when_empty:

@@ -20,10 +20,14 @@ OUTSIDE_VOLUME = -8.0
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One connected part of an element: bool cells ``found`` (d, h, w) and its map ``place`` (d, h, w) as logits."""
+    """What is meant of an element: bool cells ``found`` (d, h, w) and its map ``place`` (d, h, w) as logits.
+
+    ``fit``: how well it fills the box that was drawn round it, 0 to 1; 0 where there was none.
+    """
 
     found: np.ndarray
     place: Tensor
+    fit: float = 0.0
 
     def box(self, shape: tuple[int, ...]) -> np.ndarray:
         """Canonical box (2, 3), inclusive corners, of the voxels of a volume (Z, Y, X) that the part covers."""
@@ -37,15 +41,17 @@ class Part:
 class MatchRule:
     """When a prompt is taken to mean an element of the scene.
 
-    ``inside``: least share of the element that a box holds; ``filled``: least share of each box edge that the element
-    spans there; ``certain``: least probability at a click; ``agreement``: least Dice on the prompted slice between the
-    element and what the slice decoder makes of the prompt.
+    ``inside``: least share of a piece of the element that a box holds; ``filled``: least share of each box edge that
+    the element spans there; ``certain``: least probability at a click; ``agreement``: least Dice on the prompted slice
+    between the element and what the slice decoder makes of the prompt; ``clear``: a box that fits this well needs no
+    agreement.
     """
 
     inside: float = 0.75
     filled: float = 0.6
     certain: float = 0.6
     agreement: float = 0.5
+    clear: float = 0.7
 
 
 def place_on_slices(
@@ -76,27 +82,49 @@ def parts_of(place: Tensor) -> list[Part]:
 
 
 def element_in_box(elements: SceneElements, box: np.ndarray, shape: tuple[int, ...], rule: MatchRule) -> Part | None:
-    """The element that a canonical box (2, 3), inclusive corners, was drawn round; None when none fits."""
+    """The element that a canonical box (2, 3), inclusive corners, was drawn round; None when none fits.
+
+    The box bounds the object in all three axes, or it was drawn on the middle slice and given the object's first and
+    last slice. Of an element in several pieces (the colon often is) those in the box are meant.
+    """
     maps = elements.maps > 0
     cells = np.array(maps.shape[1:])
     scale = cells / np.array(shape)
     low = np.minimum(np.floor(box[0] * scale + 0.25).astype(int), cells - 1)
     high = np.maximum(np.ceil((box[1] + 1) * scale - 0.25).astype(int), low + 1)
     window = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    middle = min(int((np.ceil(box[:, 0].mean()) + 0.5) * scale[0]), cells[0] - 1)
     best, best_score = None, 0.0
     for number in torch.nonzero(maps[(slice(None), *window)].any(dim=3).any(dim=2).any(dim=1))[:, 0].tolist():
-        found = maps[number].cpu().numpy()
-        if min(_edges(found[window])) < rule.filled:
-            continue
-        labels, _ = ndimage.label(found, _NEIGHBOURS)
-        counts = np.bincount(labels[window].ravel())
-        counts[0] = 0
-        part = labels == int(counts.argmax())
-        inside, edges = float(part[window].sum() / part.sum()), _edges(part[window])
-        score = inside * float(np.prod(edges))
-        if inside >= rule.inside and min(edges) >= rule.filled and score > best_score:
-            best, best_score = Part(part, _alone(elements.maps[number], part)), score
+        labels, _ = ndimage.label(maps[number].cpu().numpy(), _NEIGHBOURS)
+        for part, shares in (_bounded(labels, window, rule), _bounded_on_slice(labels, window, middle, rule)):
+            score = float(np.prod(shares))
+            if min(shares) >= rule.filled and score > best_score:
+                best, best_score = Part(part, _alone(elements.maps[number], part), min(shares)), score
     return best
+
+
+def _bounded(labels: np.ndarray, window: tuple[slice, ...], rule: MatchRule) -> tuple[np.ndarray, list[float]]:
+    """The pieces of ``labels`` in a window, on any axes: the share of them inside, and of each edge they span."""
+    counts = np.bincount(labels.ravel())
+    inside = np.bincount(labels[window].ravel(), minlength=len(counts)) / counts.clip(1)
+    inside[0] = 0
+    part = np.isin(labels, np.flatnonzero(inside >= rule.inside))
+    if not part.any():
+        return part, [0.0]
+    return part, [float(part[window].sum() / part.sum()), *_edges(part[window])]
+
+
+def _bounded_on_slice(
+    labels: np.ndarray, window: tuple[slice, ...], row: int, rule: MatchRule
+) -> tuple[np.ndarray, list[float]]:
+    """The pieces whose section on ``row`` lies in the window; shares as above, there and in z."""
+    section, shares = _bounded(labels[row], window[1:], rule)
+    part = np.isin(labels, np.setdiff1d(labels[row][section], [0]))
+    if not part.any():
+        return part, [0.0]
+    rows = part.sum(axis=(1, 2))
+    return part, [*shares, float(rows[window[0]].sum() / rows.sum()), *_edges(rows[window[0]] > 0)]
 
 
 def elements_at(

@@ -5,11 +5,7 @@ The two directions keep separate banks (as MedSAM2's reset between passes); prom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt
 from medvl_sam2.predictor.stack import SliceStack
@@ -31,13 +27,11 @@ def propagate(
     plan: list[int],
     start: int,
     stop_when_empty: bool,
-    rough: Mapping[int, Tensor] | None = None,
 ) -> dict[int, SliceOutput]:
     """Decode the slices of ``plan`` outwards from ``start`` (already in ``memory.conditioning``).
 
     ``plan`` is sorted canonical z and contains ``start``; memory distances count positions in it. With
-    ``stop_when_empty`` a direction ends after :data:`EMPTY_RUN` slices without the object. ``rough``: soft masks
-    (h, h) by z that serve as mask prompts beside the memory.
+    ``stop_when_empty`` a direction ends after :data:`EMPTY_RUN` slices without the object.
     """
     outputs: dict[int, SliceOutput] = {}
     origin = plan.index(start)
@@ -52,11 +46,7 @@ def propagate(
                 break
             here = stack.features([z])
             fused = stack.segmenter.attend(here, position, conditioning, tracked, len(plan), reverse=step < 0)
-            prompt = SlicePrompt.empty(1, fused.device)
-            if rough is not None and z in rough:
-                present = torch.ones(1, dtype=torch.bool, device=fused.device)
-                prompt = replace(prompt, mask_logits=rough[z][None, None] * 12 - 6, mask_present=present)
-            output = stack.segmenter.decode(here, prompt, fused)
+            output = stack.segmenter.decode(here, SlicePrompt.empty(1, fused.device), fused)
             outputs[z] = output
             tracked[position] = stack.segmenter.remember(here, output.logits, output.presence, output.pointer)
             empty = 0 if bool((output.logits > 0).any()) and float(output.presence) > 0 else empty + 1
