@@ -9,7 +9,7 @@ import pytest
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor
-from medvl_sam2.predictor.phrases import closed_question, vocabulary_matches
+from medvl_sam2.predictor.phrases import closed_question, organs_within, vocabulary_matches
 from medvl_sam2.types import Prompt, Volume
 from medvl_sam2.vocabulary import CLASSES
 from small_model import oblique_volume, small_predictor
@@ -194,6 +194,23 @@ def test_yes_or_no_questions_are_asked_as_closed_ones() -> None:
 )
 def test_plain_class_names_are_recognised(text: str, names: tuple[str, ...]) -> None:
     assert vocabulary_matches(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "organs"),
+    [
+        ("the cyst in the upper pole of the right kidney", ("kidney_right",)),
+        ("Segment the nodules in the left lung.", ("lung_left",)),
+        ("all lesions within the liver and the spleen", ("spleen", "liver")),
+        ("the largest lesion", ()),
+        ("the liver", ()),
+        ("the nodule in the lung next to the heart", ()),
+        ("the lesion in the kidneys", ()),
+        ("the delivery in the deliverance", ()),
+    ],
+)
+def test_organs_that_something_lies_in_are_read_from_the_words(text: str, organs: tuple[str, ...]) -> None:
+    assert organs_within(text) == organs
 
 
 def test_the_vocabulary_is_what_the_labels_say(predictor: Predictor) -> None:

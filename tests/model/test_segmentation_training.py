@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.modeling.scene_pointer import pointed_place, scene_elements
+from medvl_sam2.modeling.scene_pointer import SceneElements, lesions_within, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceOutput, SliceSegmenter
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.batch_stream import BatchShape, batch_stream
@@ -221,6 +221,23 @@ def test_pointing_at_nothing_is_nowhere_and_slots_follow_size() -> None:
     place = pointed_place(scores, elements)
     assert not (place[0] > 0).any()
     assert torch.nonzero(place[1] > 0).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+
+
+def test_a_lesion_said_to_lie_in_an_organ_is_not_looked_for_in_another() -> None:
+    maps = torch.full((4, 4, 8, 8), -8.0)
+    maps[0, :, :, :4] = 8.0
+    maps[1, :, :, 4:] = 8.0
+    maps[2, 1, 2:4, 1:3] = 8.0  # a lesion in organ 0
+    maps[3, 1, 2:4, 5:7] = 8.0  # and one in organ 1
+    elements = SceneElements(torch.zeros(4, 8), maps, organs=2)
+    scores = torch.tensor([[-5.0, -5.0, 3.0, 1.0]])
+    assert torch.equal(pointed_place(scores, elements)[0], maps[2:].amax(dim=0))
+    assert torch.equal(pointed_place(scores, elements, single=True)[0], maps[2])
+    within = lesions_within(scores, elements, {1})
+    assert torch.equal(pointed_place(within, elements, single=True)[0], maps[3])
+    assert scores[0, 2] == 3.0  # the caller's scores stand
+    nowhere = lesions_within(scores, elements, {5})
+    assert not (pointed_place(nowhere, elements, single=True) > 0).any()
 
 
 def test_requests_mean_their_organ_the_found_lesions_or_nothing(generated: LabelledVolume) -> None:

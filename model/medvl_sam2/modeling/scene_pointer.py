@@ -7,6 +7,7 @@ means that the object is not there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +73,27 @@ def scene_elements(tokens: Tensor, logits: Tensor, config: ModelConfig) -> Scene
     return SceneElements(tokens, maps, organs)
 
 
-def pointed_place(scores: Tensor, elements: SceneElements) -> Tensor:
+def lesions_within(scores: Tensor, elements: SceneElements, organs: Collection[int]) -> Tensor:
+    """``scores`` (K, E) without the lesion slots that lie mostly in other organs than those of index ``organs``."""
+    scores = scores.clone()
+    shares = torch.sigmoid(elements.maps[: elements.organs])
+    for slot in range(elements.organs, len(elements.maps)):
+        host = int((shares * (elements.maps[slot] > 0)).sum(dim=(1, 2, 3)).argmax())
+        if host not in organs:
+            scores[:, slot] = -torch.inf
+    return scores
+
+
+def pointed_place(scores: Tensor, elements: SceneElements, single: bool = False) -> Tensor:
     """Rough place (K, d, h, w) as logits: the maps of the elements that ``scores`` (K, E) point at.
 
-    Those are the elements above one half; where there is none, the likeliest, unless it is quite unlikely.
+    Those are the elements above one half; where there is none, or only a ``single`` object is meant, the likeliest,
+    unless it is quite unlikely.
     """
     places = []
     for chance in torch.sigmoid(scores):
-        meant = chance > min(0.5, max(_LEAST_CHANCE, float(chance.max()) - 1e-6))
+        most = max(_LEAST_CHANCE, float(chance.max()) - 1e-6)
+        meant = chance > (most if single else min(0.5, most))
         nowhere = torch.full_like(elements.maps[0], _NOWHERE)
         places.append(elements.maps[meant].amax(dim=0) if bool(meant.any()) else nowhere)
     return torch.stack(places)

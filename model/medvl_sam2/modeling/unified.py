@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import IntensityRange, global_channel
-from medvl_sam2.modeling.scene_pointer import SceneElements, pointed_place, scene_elements
+from medvl_sam2.modeling.scene_pointer import SceneElements, lesions_within, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -96,12 +96,19 @@ class UnifiedModel(nn.Module):
         return self.language.generate(image_tokens, questions, max_new_tokens)
 
     def ground(
-        self, look: GlobalLook, requests: Sequence[str], replies: Sequence[str], names: Sequence[str] = ()
+        self,
+        look: GlobalLook,
+        requests: Sequence[str],
+        replies: Sequence[str],
+        names: Sequence[str] = (),
+        within: Sequence[str] = (),
+        single: bool = False,
     ) -> Grounding:
         """Step 1 of text-prompted segmentation: what every ``[SEG]`` in ``replies`` means and roughly where it is.
 
         ``names``: the vocabulary class of every ``[SEG]``, where the request is a plain class name. That needs no
-        pointing: the scene's map has a channel of that name, and ``lesion`` is all lesion slots.
+        pointing: the scene's map has a channel of that name, and ``lesion`` is all lesion slots. ``within``: organ
+        classes that a lesion must lie in to be meant; ``single``: every request means one object.
         """
         states = self.language.seg_states(look.tokens, requests, replies)
         vectors = self.language.seg_projector(states)
@@ -110,7 +117,11 @@ class UnifiedModel(nn.Module):
         if names:
             return Grounding(vectors, self._class_places(look.elements, names))
         scores = self.language.pointer(states, look.elements.tokens)
-        return Grounding(vectors, pointed_place(scores, look.elements))
+        organs = self.config.scene_organs
+        hosts = {organs.index(name) for name in within if name in organs}
+        if hosts:
+            scores = lesions_within(scores, look.elements, hosts)
+        return Grounding(vectors, pointed_place(scores, look.elements, single))
 
     def _class_places(self, elements: SceneElements, names: Sequence[str]) -> Tensor:
         """Rough places (K, d, h, w) of vocabulary classes."""

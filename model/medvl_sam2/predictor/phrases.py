@@ -16,6 +16,10 @@ MAX_CHARACTERS = 2_000
 
 _REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
 _YES_OR_NO = re.compile(r"^(is|are|was|were|does|do|did|has|have|can)\b(?!.*\bor\b)", re.IGNORECASE)
+_INSIDE = re.compile(r"\b(in|inside|within)\b")
+_BESIDE = re.compile(
+    r"\b((left|right) of|next to|near|beside|above|below|between|behind|before|adjacent|around|outside|not)\b"
+)
 _FILLER = re.compile(
     r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?"
     r"((the|a|an|all)\s+)?",
@@ -53,6 +57,19 @@ def closed_question(text: str) -> str:
 def asks_for_several(text: str) -> bool:
     """Whether a phrase means several objects ("all lesions", "the cysts in the liver"), so that every part counts."""
     return re.search(r"\b(all|both|every|lesions|cysts|nodules|metastases|tumou?rs)\b", text, re.IGNORECASE) is not None
+
+
+def organs_within(text: str) -> tuple[str, ...]:
+    """The organ classes that something is said to lie in ("the cyst in the upper pole of the right kidney").
+
+    Empty where the text names none, or a neighbour ("the nodule next to the heart").
+    """
+    plain = " ".join(text.lower().split())
+    place = _INSIDE.search(plain)
+    if place is None or _BESIDE.search(plain):
+        return ()
+    after = plain[place.end() :]
+    return tuple(name for name in CLASSES if name != "lesion" and re.search(rf"\b{spoken(name)}\b", after))
 
 
 def vocabulary_matches(text: str) -> tuple[str, ...]:

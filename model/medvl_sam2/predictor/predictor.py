@@ -28,6 +28,7 @@ from medvl_sam2.predictor.phrases import (
     asks_for_several,
     checked,
     closed_question,
+    organs_within,
     short_name,
     spoken_request,
     vocabulary_matches,
@@ -182,8 +183,8 @@ class Predictor:
             if "[SEG]" not in reply:
                 empty = np.zeros(session.volume.geometry.shape, dtype=np.uint8)
                 return Segmentation(empty, session.volume.geometry, (name,), {name: 0.0}, reply)
-            grounding = self.model.ground(look, [request], [reply], named)
             several = name in MULTIPLE or asks_for_several(text)
+            grounding = self.model.ground(look, [request], [reply], named, organs_within(text), not several)
             least = _LEAST_SHARE[several] if several or named else 1.0
             mask, scores = self._segment_grounded(session, (name,), grounding, None, least)
         return Segmentation(mask, session.volume.geometry, (name,), scores, reply.replace("[SEG]", "").strip())
