@@ -27,15 +27,12 @@ from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.training import language_phase, scene_phase, segmentation_phase
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
 from medvl_sam2.training.language_phase import load_model_state
-from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
+from medvl_sam2.training.volume_sources import UNSEEN_SEED, SourceConfig, training_volumes
 
 NOTICE = (
-    "Demo weights: about eight CPU hours on generated phantoms and a few public scans. Text answers are often wrong and "
-    "were measured on phantoms only; the model card gives their accuracy. Not for clinical use."
+    "Demo weights: about eight CPU hours on generated phantoms and a few public scans. Text answers are often wrong "
+    "and were measured on phantoms only; the model card gives their accuracy. Not for clinical use."
 )
-
-_JOINT_SEED = 600
-"""The scene phase trains on lower seeds; the decoder learns how far the scene's map can be trusted on others."""
 
 
 def main() -> None:
@@ -71,7 +68,8 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
     state = load_file(segmentation / "segmenter.safetensors")
     prefix = "segmenter."
     model.segmenter.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    seeds = range(_JOINT_SEED, _JOINT_SEED + options.joint_cases)
+    first = options.seed + UNSEEN_SEED
+    seeds = range(first, first + options.joint_cases)
     cases = [spoken_case(seed) for seed in tqdm(seeds, desc="spoken cases")]
     volumes, weights = [*cases], [0.6 / len(cases)] * len(cases)
     if options.real:

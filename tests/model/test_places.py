@@ -63,6 +63,17 @@ def test_a_box_means_the_element_it_was_drawn_round(elements: SceneElements) -> 
     assert element_in_box(elements, np.array([[1000, 5, 5], [1000, 6, 6]]), (1001, 60, 80), rule) is None
 
 
+def test_specks_do_not_make_an_element_fill_a_box(elements: SceneElements) -> None:
+    elements.maps[:] = -6.0
+    elements.maps[0, 4:7, 4:7, 4:7] = 6.0
+    elements.maps[0, 15, 15, 15] = 6.0  # the box reaches from the organ's corner to the speck
+    box = np.array([[8, 8, 16], [31, 31, 63]])
+    assert element_in_box(elements, box, SHAPE, MatchRule()) is None
+    elements.maps[0, 4:7, 4:7, 4:7] = -6.0
+    elements.maps[0, 4, 4, 4] = 6.0  # two specks in opposite corners
+    assert element_in_box(elements, box, SHAPE, MatchRule()) is None
+
+
 def test_pieces_of_an_element_in_the_box_are_meant_together(elements: SceneElements) -> None:
     elements.maps[0, 7:9, 4:12, 4:12] = -6.0
     elements.maps[0, 17:19] = 6.0

@@ -230,13 +230,16 @@ def test_a_lesion_said_to_lie_in_an_organ_is_not_looked_for_in_another() -> None
     maps[2, 1, 2:4, 1:3] = 8.0  # a lesion in organ 0
     maps[3, 1, 2:4, 5:7] = 8.0  # and one in organ 1
     elements = SceneElements(torch.zeros(4, 8), maps, organs=2)
-    scores = torch.tensor([[-5.0, -5.0, 3.0, 1.0]])
+    scores = torch.tensor([[-2.0, -2.0, 3.0, 1.0]])
     assert torch.equal(pointed_place(scores, elements)[0], maps[2:].amax(dim=0))
     assert torch.equal(pointed_place(scores, elements, single=True)[0], maps[2])
     within = lesions_within(scores, elements, {1})
     assert torch.equal(pointed_place(within, elements, single=True)[0], maps[3])
     assert scores[0, 2] == 3.0  # the caller's scores stand
-    nowhere = lesions_within(scores, elements, {5})
+    sure = torch.tensor([[-9.0, -9.0, 20.0, 15.0]])
+    assert torch.equal(pointed_place(sure, elements, single=True)[0], maps[2])
+    elements.maps[3] = -8.0  # an empty slot lies in no organ; nor is organ 1 itself the lesion
+    nowhere = lesions_within(scores, elements, {1})
     assert not (pointed_place(nowhere, elements, single=True) > 0).any()
 
 

@@ -74,14 +74,18 @@ def scene_elements(tokens: Tensor, logits: Tensor, config: ModelConfig) -> Scene
 
 
 def lesions_within(scores: Tensor, elements: SceneElements, organs: Collection[int]) -> Tensor:
-    """``scores`` (K, E) without the lesion slots that lie mostly in other organs than those of index ``organs``."""
-    scores = scores.clone()
+    """``scores`` (K, E) without the lesion slots whose cells belong most to another organ than ``organs`` (indices).
+
+    Where a lesion was pointed at, no organ takes its place.
+    """
+    narrowed = scores.clone()
+    narrowed[scores.argmax(dim=1) >= elements.organs, : elements.organs] = -torch.inf
     shares = torch.sigmoid(elements.maps[: elements.organs])
     for slot in range(elements.organs, len(elements.maps)):
-        host = int((shares * (elements.maps[slot] > 0)).sum(dim=(1, 2, 3)).argmax())
-        if host not in organs:
-            scores[:, slot] = -torch.inf
-    return scores
+        cells = elements.maps[slot] > 0
+        if not bool(cells.any()) or int((shares * cells).sum(dim=(1, 2, 3)).argmax()) not in organs:
+            narrowed[:, slot] = -torch.inf
+    return narrowed
 
 
 def pointed_place(scores: Tensor, elements: SceneElements, single: bool = False) -> Tensor:
@@ -91,9 +95,11 @@ def pointed_place(scores: Tensor, elements: SceneElements, single: bool = False)
     unless it is quite unlikely.
     """
     places = []
-    for chance in torch.sigmoid(scores):
-        most = max(_LEAST_CHANCE, float(chance.max()) - 1e-6)
-        meant = chance > (most if single else min(0.5, most))
+    for row in scores:
+        chance, likeliest = torch.sigmoid(row), torch.arange(len(row), device=row.device) == row.argmax()
+        likeliest &= chance > _LEAST_CHANCE
+        sure = chance > 0.5
+        meant = likeliest if single or not bool(sure.any()) else sure
         nowhere = torch.full_like(elements.maps[0], _NOWHERE)
         places.append(elements.maps[meant].amax(dim=0) if bool(meant.any()) else nowhere)
     return torch.stack(places)

@@ -174,7 +174,10 @@ class FirstPrompts:
         return state
 
     def _outline(self, state: ObjectState, spacing: tuple[float, float, float]) -> None:
-        """Decode every slice from the part's map on it, as text prompts are: no slice hangs on another's mistakes."""
+        """Decode every slice from the part's map on it, without memory: no slice hangs on another's mistakes.
+
+        Neither box nor click is given to the decoder here; the part was chosen by them.
+        """
         count = state.stack.image.shape[0]
         plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
         state.stack.encode(plan)

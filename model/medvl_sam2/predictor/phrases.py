@@ -16,10 +16,12 @@ MAX_CHARACTERS = 2_000
 
 _REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
 _YES_OR_NO = re.compile(r"^(is|are|was|were|does|do|did|has|have|can)\b(?!.*\bor\b)", re.IGNORECASE)
-_INSIDE = re.compile(r"\b(in|inside|within)\b")
-_BESIDE = re.compile(
-    r"\b((left|right) of|next to|near|beside|above|below|between|behind|before|adjacent|around|outside|not)\b"
+_ORGAN = "(?:" + "|".join(re.escape(spoken(name)) for name in CLASSES if name != "lesion") + ")"
+_INSIDE = re.compile(
+    r"\b(?:in|inside|within)\s+(?:the\s+)?(?:(?:\w+\s+){1,3}of\s+(?:the\s+)?)?"
+    rf"({_ORGAN}(?:\s*(?:,|\band\b|\bor\b)\s*(?:and\s+)?(?:the\s+)?{_ORGAN})*)$"
 )
+"""A place at the end of a phrase, in whole: whatever else is said of the organ may name a neighbour."""
 _FILLER = re.compile(
     r"^(please\s+)?((segment|outline|find|show me|show|mark|label|delineate|contour|where (is|are))\s+)?"
     r"((the|a|an|all)\s+)?",
@@ -62,14 +64,13 @@ def asks_for_several(text: str) -> bool:
 def organs_within(text: str) -> tuple[str, ...]:
     """The organ classes that something is said to lie in ("the cyst in the upper pole of the right kidney").
 
-    Empty where the text names none, or a neighbour ("the nodule next to the heart").
+    Empty unless the phrase ends with a place of that form and nothing but vocabulary organs: of "the liver and kidneys"
+    or "the lung touching the heart" nothing is concluded.
     """
-    plain = " ".join(text.lower().split())
-    place = _INSIDE.search(plain)
-    if place is None or _BESIDE.search(plain):
+    place = _INSIDE.search(" ".join(text.lower().split()).strip(" .?!"))
+    if place is None:
         return ()
-    after = plain[place.end() :]
-    return tuple(name for name in CLASSES if name != "lesion" and re.search(rf"\b{spoken(name)}\b", after))
+    return tuple(name for name in CLASSES if re.search(rf"\b{re.escape(spoken(name))}\b", place[1]))
 
 
 def vocabulary_matches(text: str) -> tuple[str, ...]:

@@ -44,7 +44,8 @@ class MatchRule:
     ``inside``: least share of a piece of the element that a box holds; ``filled``: least share of each box edge that
     the element spans there; ``certain``: least probability at a click; ``agreement``: least Dice on the prompted slice
     between the element and what the slice decoder makes of the prompt; ``clear``: a box that fits this well needs no
-    agreement.
+    agreement. ``piece``: smaller pieces, as a share of the largest, are specks; ``solid``: least share of the box that
+    the element fills.
     """
 
     inside: float = 0.75
@@ -52,6 +53,8 @@ class MatchRule:
     certain: float = 0.6
     agreement: float = 0.5
     clear: float = 0.7
+    piece: float = 0.1
+    solid: float = 0.03
 
 
 def place_on_slices(
@@ -109,8 +112,9 @@ def _bounded(labels: np.ndarray, window: tuple[slice, ...], rule: MatchRule) -> 
     counts = np.bincount(labels.ravel())
     inside = np.bincount(labels[window].ravel(), minlength=len(counts)) / counts.clip(1)
     inside[0] = 0
-    part = np.isin(labels, np.flatnonzero(inside >= rule.inside))
-    if not part.any():
+    own = (inside >= rule.inside) & (counts >= rule.piece * (counts * (inside >= rule.inside)).max())
+    part = np.isin(labels, np.flatnonzero(own))
+    if not part.any() or part[window].mean() < rule.solid:
         return part, [0.0]
     return part, [float(part[window].sum() / part.sum()), *_edges(part[window])]
 

@@ -1,9 +1,10 @@
 """Joint phase: the language model's ``[SEG]`` state takes the place of the stand-in tokens.
 
 The projector of the ``[SEG]`` state learns to land where the stand-in token of the same concept lies (a fast start)
-and, through the mask loss, wherever the decoder segments best. The language model and the encoders stay frozen, so
-that answers do not change. Decoder and memory learn what they meet when serving: windows round what the scene located
-with the scene's map as rough mask, for text prompts and for clicks.
+and, through the mask loss, wherever the decoder segments best. The language model and the image encoders stay frozen,
+so that answers do not change. Decoder and memory learn from what the scene makes of volumes: text requests in windows
+round what it located, with its map as rough mask; clicks and memory in windows round the object, with its map as half
+of the rough masks. Lesions that it misses or makes up give no row.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from medvl_sam2.training.language_heads import DenseHeads, cell_loss, dense_loss
 from medvl_sam2.training.losses import held_then_cosine
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.scene_samples import SceneBatch, SceneSampler, ViewConfig
-from medvl_sam2.training.volume_sources import HELD_OUT_SEED, SourceConfig, training_volumes
+from medvl_sam2.training.volume_sources import HELD_OUT_SEED, UNSEEN_SEED, SourceConfig, training_volumes
 
 _LEAST_CLASSES = 3
 """Volumes with fewer vocabulary classes teach little of naming."""
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=ScenePhaseConfig.minutes)
-    parser.add_argument("--generated", type=int, default=600, help="generated training cases")
+    parser.add_argument("--generated", type=int, default=UNSEEN_SEED, help="generated training cases")
     parser.add_argument("--lesion-rich", type=int, default=400, help="generated cases with many lesions")
     parser.add_argument("--real", type=Path, help="folder with the trainable real cases; none by default")
     parser.add_argument("--cache", type=Path, help="folder that keeps generated cases between runs")

@@ -201,8 +201,8 @@ class SliceSampler:
         crop = SliceCrop.around(box[:, 1:], volume.spacing[1:], factor, self.size, config.min_window_mm)
         shift = rng.uniform(-0.05, 0.05, 2) * crop.extent_mm
         crop = replace(crop, center_mm=(crop.center_mm[0] + shift[0], crop.center_mm[1] + shift[1]))
-        beyond = config.locate_step_mm / volume.spacing[0]  # the predictor looks one searched slice further
-        low, high = max(0, round(box[0, 0] - beyond)), min(shape[0] - 1, round(box[1, 0] + beyond))
+        beyond = max(1, round(config.locate_step_mm / volume.spacing[0]))  # the predictor looks a searched slice on
+        low, high = max(0, int(box[0, 0]) - beyond), min(shape[0] - 1, int(box[1, 0]) + beyond)
         z = rng.integers(low, high + 1, count)
         rough = place_on_slices(part.place[None], crop, self.size // 4, z, shape)[0]
         truth = torch.zeros(count, TRUTH_SIZE, TRUTH_SIZE)

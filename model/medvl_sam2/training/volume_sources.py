@@ -23,6 +23,9 @@ _BODY_HU = -300
 
 HELD_OUT_SEED = 1_000_000
 """First seed of the held-out generated cases; training counts from 0, evaluation from 2,000,000."""
+UNSEEN_SEED = 600
+"""The scene phase trains on generated cases below, language and joint phase on those from here: they are to learn how
+far the scene can be trusted on cases it has not seen."""
 LESION_RICH = GeneratorConfig(lesion_counts=(0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25))
 """Four to seven lesions a case: from the usual few, lesions are learned far later than organs."""
 LESION_RICH_SEED = 3_000_000
