@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.scene_pointer import SceneElements
+from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
 from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.places import MatchRule, elements_at
@@ -114,9 +117,16 @@ def test_a_box_that_fits_loosely_asks_what_is_on_the_slice(
 
 @torch.inference_mode()
 def test_the_window_holds_the_element_where_the_box_shows_one_section(
-    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity
+    first: FirstPrompts, image: np.ndarray, intensity: SliceIntensity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An organ that wanders: the box was drawn on the middle slice and given the first and last slice."""
+    decode = first.segmenter.decode
+
+    def echo(features: SliceFeatures, prompt: SlicePrompt) -> SliceOutput:
+        assert prompt.mask_logits is not None
+        return replace(decode(features, prompt), logits=prompt.mask_logits)
+
+    monkeypatch.setattr(first.segmenter, "decode", echo)
     maps = torch.full((2, 12, 24, 32), -7.0)
     for plane in range(2, 10):
         maps[0, plane, 2 * plane : 2 * plane + 4, 10:16] = 7.0
@@ -127,3 +137,11 @@ def test_the_window_holds_the_element_where_the_box_shows_one_section(
     assert corners.min() >= 0
     assert corners.max() <= first.segmenter.config.image_size - 1
     assert sorted(state.rough) == list(range(4, 20))
+    mask = state.mask()
+    assert mask.any(axis=(1, 2)).nonzero()[0].tolist() == list(range(4, 20))
+    for z in range(4, 20):  # the decoder that repeats its mask prompt draws every slice's own section of the map
+        plane = 4 * (z // 2)
+        rows, columns = np.nonzero(mask[z])
+        assert abs(rows.mean() - (plane + 3.5)) < 2  # planes lie four rows apart, and the map is smooth
+        assert abs(columns.mean() - 25.5) < 0.6
+        assert 40 < mask[z].sum() < 130  # of 96; less where the map turns into the next plane
