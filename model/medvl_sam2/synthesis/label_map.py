@@ -70,13 +70,19 @@ def synthesise_from_labels(
 
 
 def augment_real(
-    image: np.ndarray, labels: np.ndarray, spacing: Spacing, seed: int, per_class: bool = True
+    image: np.ndarray,
+    labels: np.ndarray,
+    spacing: Spacing,
+    seed: int,
+    per_class: bool = True,
+    names: Mapping[int, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Deform, crop and re-contrast a real volume with its labels, both (Z, Y, X) canonical. No left-right flips.
 
     Intensities are jittered in the volume's own units: gain, offset, gamma between the 0.5 and 99.5 percentile, noise
     and, with ``per_class``, a small constant offset a class (another contrast phase). Values at or below the padding
-    (minimum of the volume) stay there.
+    (minimum of the volume) stay there. ``names`` (class name by label, of an unenhanced CT) lets contrast agent reach
+    the organs in half of the draws.
 
     :return: float32 image in the input's units and labels of the input's dtype, at least 60 % of each axis kept.
     :raises DataError: shapes differ, or labels are no 3D integer array.
@@ -105,6 +111,8 @@ def augment_real(
         for value in np.unique(moved):
             if value:
                 out[moved == value] += np.float32(np.clip(rng.normal(0, 0.012), -0.03, 0.03) * span)
+    if names and rng.random() < 0.5:
+        out += _enhancement(rng, moved, names)
     out += np.float32(rng.uniform(0, 0.008) * span) * rng.standard_normal(out.shape, dtype=np.float32)
     out[padding] = source.min()
     return out, moved
@@ -170,9 +178,25 @@ def _class_means(rng: np.random.Generator, names: Mapping[int, str]) -> dict[int
     """Attenuation near the real one for labels that the vocabulary knows, in half of the draws."""
     if rng.random() < 0.5:
         return {}
-    means, _ = draw_attenuation(rng, str(rng.choice(PHASES)))
-    by_class = {CLASSES[TISSUE_CLASS[t] - 1]: float(means[t]) for t in reversed(range(len(means))) if TISSUE_CLASS[t]}
+    by_class = _drawn_by_class(rng, str(rng.choice(PHASES)))
     return {value: by_class[name] + float(rng.normal(0, 10)) for value, name in names.items() if name in by_class}
+
+
+def _drawn_by_class(rng: np.random.Generator, phase: str) -> dict[str, float]:
+    """One patient's mean HU by class name; a class of several tissues has that of its first."""
+    means, _ = draw_attenuation(rng, phase)
+    return {CLASSES[TISSUE_CLASS[t] - 1]: float(means[t]) for t in reversed(range(len(means))) if TISSUE_CLASS[t]}
+
+
+def _enhancement(rng: np.random.Generator, labels: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
+    """HU that contrast agent adds to the named organs: float32 (Z, Y, X), blurred at their borders."""
+    plain = _drawn_by_class(rng, PHASES[0])
+    enhanced = _drawn_by_class(rng, str(rng.choice(PHASES[1:])))
+    added = np.zeros(labels.shape, dtype=np.float32)
+    for value, name in names.items():
+        if name in plain and name not in ("lung_right", "lung_left", "stomach", "colon"):  # filled with air or food
+            added[labels == value] = enhanced[name] - plain[name]
+    return np.asarray(ndimage.gaussian_filter(added, 0.7), dtype=np.float32)
 
 
 def _random_crop(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import DataError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import global_channel
-from medvl_sam2.synthesis.case import generate_case
+from medvl_sam2.synthesis.case import GeneratorConfig, generate_case
 from medvl_sam2.synthesis.language import write_texts
 from medvl_sam2.synthesis.records import QA, Case, Referring
 from medvl_sam2.vocabulary import CLASSES
@@ -120,6 +121,7 @@ class CaseStore(Sequence[LanguageCase]):
         vision: VisionConfig,
         folder: Path,
         wordings: int = 1,
+        generator: GeneratorConfig | None = None,
     ):
         if not seeds:
             raise DataError("no seed given; ask for at least one case")
@@ -128,8 +130,10 @@ class CaseStore(Sequence[LanguageCase]):
         self._vision = vision
         self._folder = folder
         self._wordings = wordings
+        self._generator = generator
         shape = "x".join(str(size) for size in vision.input_size)
-        self._name = f"language_v{_VERSION}_{shape}_w{wordings}"
+        population = "" if generator is None else f"_{zlib.crc32(repr(generator).encode()):08x}"
+        self._name = f"language_v{_VERSION}_{shape}_w{wordings}{population}"
 
     def __len__(self) -> int:
         return len(self._seeds)
@@ -148,8 +152,30 @@ class CaseStore(Sequence[LanguageCase]):
     def _case(self, seed: int) -> LanguageCase:
         path = self._folder / f"{self._name}_{seed:08d}.npz"
         if not path.exists():
-            write_case(prepare_case(generate_case(seed), self._vision, self._wordings), path)
+            write_case(prepare_case(generate_case(seed, self._generator), self._vision, self._wordings), path)
         return read_case(path)
+
+
+class JoinedCases(Sequence[LanguageCase]):
+    """Two sequences of cases, one after the other; cases are read when asked for."""
+
+    def __init__(self, first: Sequence[LanguageCase], second: Sequence[LanguageCase]):
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, index: int) -> LanguageCase: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[LanguageCase]: ...
+
+    def __getitem__(self, index: int | slice) -> LanguageCase | list[LanguageCase]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        return self._first[number] if number < len(self._first) else self._second[number - len(self._first)]
 
 
 def write_case(case: LanguageCase, path: Path) -> None:

@@ -25,15 +25,16 @@ from tqdm import tqdm
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
+from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
-from medvl_sam2.training.language_data import CaseStore, LanguageCase
+from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
 from medvl_sam2.training.losses import cosine
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
-from medvl_sam2.training.volume_sources import HELD_OUT_SEED, UNSEEN_SEED
+from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +295,16 @@ def load_scene(model: VisionLanguage, path: Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
+def load_language(model: VisionLanguage, path: Path) -> None:
+    """Take everything of a checkpoint's ``model.safetensors`` that is not of the segmenter.
+
+    Raises :class:`CheckpointError` when the file belongs to another configuration.
+    """
+    prefix = "language."
+    stored = load_file(path)
+    load_model_state(model, {k.removeprefix(prefix): v.float() for k, v in stored.items() if k.startswith(prefix)})
+
+
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """State dict without the tied output embedding, contiguous, as safetensors stores it."""
     return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name != "lm.lm_head.weight"}
@@ -332,31 +343,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train on generated cases and write weights, tokenizer and metrics."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
-    parser.add_argument("--scene", type=Path, required=True, help="scene.safetensors of a finished scene phase")
+    parser.add_argument("--scene", type=Path, help="scene.safetensors of a finished scene phase")
     parser.add_argument("--cache", type=Path, help="folder of prepared cases (default: OUT/cache)")
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--lesion-rich", type=int, default=0, help="further cases with many lesions")
     parser.add_argument("--held-out", type=int, default=40)
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
+    parser.add_argument("--learning-rate", type=float, default=LanguagePhaseConfig.learning_rate)
+    parser.add_argument("--steps", type=int, default=0, help="instead of what --minutes allow")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: for processors without units for it")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
+    if options.scene is None and options.start is None:
+        parser.error("nothing to read volumes with; give --scene, --start or both")
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     model_config = ModelConfig.tiny()
     cache = options.cache or options.out / "cache"
     seeds = range(options.seed + UNSEEN_SEED, options.seed + UNSEEN_SEED + options.cases)
-    cases = CaseStore(seeds, model_config.vision, cache, wordings=_WORDINGS)
+    usual = CaseStore(seeds, model_config.vision, cache, wordings=_WORDINGS)
+    cases: Sequence[LanguageCase] = usual
+    if options.lesion_rich:
+        first = options.seed + LESION_RICH_SEED + UNSEEN_SEED
+        rich_seeds = range(first, first + options.lesion_rich)
+        cases = JoinedCases(usual, CaseStore(rich_seeds, model_config.vision, cache, _WORDINGS, LESION_RICH))
     surveyed = CaseStore(range(min(_SURVEYED, options.cases)), model_config.vision, cache, wordings=_WORDINGS)[:]
     held_out = CaseStore(range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out), model_config.vision, cache)
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(surveyed, model_config.language.vocab_size)
+    if options.start is None:
+        tokenizer = build_tokenizer(surveyed, model_config.language.vocab_size)
+    else:
+        tokenizer = Tokenizer.load(options.start / "tokenizer.json")
     tokenizer.save(options.out / "tokenizer.json")
-    config = LanguagePhaseConfig(seed=options.seed, device=options.device).within(options.minutes)
+    config = LanguagePhaseConfig(
+        seed=options.seed, device=options.device, learning_rate=options.learning_rate, bfloat16=not options.float32
+    ).within(options.minutes)
+    if options.steps:
+        config = replace(config, steps=options.steps)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")
     torch.manual_seed(options.seed)
     model = VisionLanguage(model_config, tokenizer)
-    load_scene(model, options.scene)
+    if options.start is not None:
+        load_language(model, options.start / "model.safetensors")
+    if options.scene is not None:
+        load_scene(model, options.scene)
     training = time.perf_counter()
     result = train_language(config, model, cases, options.out, surveyed=surveyed)
     trained = time.perf_counter()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.errors import CheckpointError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.scene import SceneReader
@@ -106,6 +107,20 @@ class ScenePhase:
         self.sampler = SceneSampler(volumes, weights, model, config.seed + 1, views)
         self.progress: dict[str, float] = {"steps": 0, "seconds": 0.0}
         out.mkdir(parents=True, exist_ok=True)
+
+    def start_from(self, weights: Path) -> None:
+        """Begin with encoder and scene of a checkpoint's ``model.safetensors``; a resumed run has its own.
+
+        Raises :class:`CheckpointError` when the file belongs to another configuration.
+        """
+        prefix = "language."
+        own = self.learner.state_dict()
+        found = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items() if k.startswith(prefix)}
+        shared = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
+        odd = [k for k in own if k.startswith(("vision.", "scene.")) and k not in shared and "num_batches" not in k]
+        if odd:
+            raise CheckpointError(f"{weights} does not fit this model at {odd[0]!r}; start from weights of this preset")
+        self.learner.load_state_dict(shared, strict=False)
 
     def run(self) -> None:
         """From wherever the last run stopped to the end of the budget."""
@@ -223,20 +238,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--real", type=Path, help="folder with the trainable real cases; none by default")
     parser.add_argument("--cache", type=Path, help="folder that keeps generated cases between runs")
     parser.add_argument("--held-out", type=int, default=24, help="generated cases measured at the end")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
+    parser.add_argument("--learning-rate", type=float, default=ScenePhaseConfig.learning_rate)
+    parser.add_argument("--batch", type=int, default=ScenePhaseConfig.batch)
+    parser.add_argument("--generated-share", type=float, default=0.7, help="of all draws, beside real volumes")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: for processors without units for it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     source = SourceConfig(
-        generated=options.generated, lesion_rich=options.lesion_rich, generated_share=0.7, real=options.real,
+        generated=options.generated, lesion_rich=options.lesion_rich, generated_share=options.generated_share, real=options.real,
         real_copies=20, label_copies=30, cache=options.cache, seed=options.seed,
     )  # fmt: skip
     volumes, weights = training_volumes(source)
     model = ModelConfig.tiny()
     taught = [n for n, v in enumerate(volumes) if sum(t.name in model.classes for t in v.targets) >= _LEAST_CLASSES]
-    config = ScenePhaseConfig(minutes=options.minutes, seed=options.seed, device=options.device)
+    config = ScenePhaseConfig(
+        minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
+        bfloat16=not options.float32, seed=options.seed, device=options.device,
+    )  # fmt: skip
     phase = ScenePhase(config, [volumes[n] for n in taught], [weights[n] for n in taught], model, options.out)
+    if options.start is not None:
+        phase.start_from(options.start / "model.safetensors")
     phase.run()
     if not options.held_out:
         return

@@ -56,6 +56,10 @@ class ViewConfig:
     crop_chance: float = 0.5
     least_share: tuple[float, float] = (0.35, 0.7)
     """Smallest share of the height and of the plane's edges that a cropped view keeps."""
+    narrow_chance: float = 0.15
+    """Chance of a view round one labelled place instead, such as a crop that was made for a single organ."""
+    narrow_share: tuple[float, float] = (0.25, 0.6)
+    """Least and largest share of every edge that such a view keeps."""
     thick_chance: float = 0.15
     """Chance to see every second to fourth slice only."""
     gain: float = 0.1
@@ -104,7 +108,13 @@ class SceneSampler:
         rng, config = self.rng, self.config
         spans = [slice(0, n) for n in volume.image.shape]
         least = (config.least_share[0], config.least_share[1], config.least_share[1])
-        if rng.random() < config.crop_chance:
+        if rng.random() < config.narrow_chance:
+            place = _labelled_place(volume, rng)
+            for axis, count in enumerate(volume.image.shape):
+                keep = max(8, round(count * rng.uniform(*config.narrow_share)))
+                start = int(np.clip(place[axis] - rng.uniform(0.2, 0.8) * keep, 0, max(0, count - keep)))
+                spans[axis] = slice(start, min(count, start + keep))
+        elif rng.random() < config.crop_chance:
             for axis, (count, share) in enumerate(zip(volume.image.shape, least, strict=True)):
                 keep = max(1, round(count * rng.uniform(share, 1)))
                 start = int(rng.integers(count - keep + 1))
@@ -155,6 +165,16 @@ class SceneSampler:
             if volume.lesion_kinds:
                 _count(found, kind[maps[lesion.map]])
         return quarters, valid
+
+
+def _labelled_place(volume: LabelledVolume, rng: np.random.Generator) -> np.ndarray:
+    """A random labelled voxel (z, y, x); any voxel where labels are too rare to be met in a few draws."""
+    place = np.zeros(3, dtype=np.int64)
+    for _ in range(30):
+        place = rng.integers(volume.image.shape)
+        if any(labels[tuple(place)] for labels in volume.maps):
+            break
+    return place
 
 
 def _nearest(have: int, want: int) -> np.ndarray:

@@ -170,23 +170,30 @@ def _real_groups(config: SourceConfig) -> list[tuple[float, list[LabelledVolume]
 def _deformed(volume: LabelledVolume, seed: int) -> LabelledVolume:
     """A deformed copy: all maps ride along as one stacked label."""
     codes, table = _stacked(volume)
-    image, labels = augment_real(volume.image, codes, volume.spacing, seed)
+    names = _class_names(volume, table) if volume.modality is Modality.CT else None
+    image, labels = augment_real(volume.image, codes, volume.spacing, seed, names=names)
     return _unstacked(volume, image, labels, table, volume.modality)
 
 
 def _dressed(volume: LabelledVolume, seed: int) -> LabelledVolume:
     """The label map deformed and dressed in random intensities (contrast-free anatomy)."""
     codes, table = _stacked(volume)
-    names = {}
-    for target in volume.targets:
-        if target.name in CLASSES:
-            rows = np.flatnonzero(np.isin(table[:, target.map], target.values))
-            names.update({int(row): target.name for row in rows})
+    names = _class_names(volume, table)
     body = None
     if volume.modality is Modality.CT:
         body = np.stack([ndimage.binary_fill_holes(plane) for plane in volume.image > _BODY_HU])
     image, labels = synthesise_from_labels(codes, volume.spacing, seed, names, body)
     return _unstacked(volume, image, labels, table, Modality.CT)
+
+
+def _class_names(volume: LabelledVolume, table: np.ndarray) -> dict[int, str]:
+    """Vocabulary class by code of :func:`_stacked`."""
+    names = {}
+    for target in volume.targets:
+        if target.name in CLASSES:
+            rows = np.flatnonzero(np.isin(table[:, target.map], target.values))
+            names.update({int(row): target.name for row in rows})
+    return names
 
 
 def _stacked(volume: LabelledVolume) -> tuple[np.ndarray, np.ndarray]:
