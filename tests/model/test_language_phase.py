@@ -17,7 +17,7 @@ from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.synthesis.records import QA
 from medvl_sam2.training.corpus import build_tokenizer, draw_samples, question_sample
 from medvl_sam2.training.language_batches import pack, stack_views
-from medvl_sam2.training.language_data import ORGANS, CaseStore, LanguageCase
+from medvl_sam2.training.language_data import ORGANS, CaseStore, JoinedCases, LanguageCase
 from medvl_sam2.training.language_heads import FactVocabulary, case_facts
 from medvl_sam2.training.language_metrics import closed_correct, language_scores
 from medvl_sam2.training.language_phase import (
@@ -27,6 +27,7 @@ from medvl_sam2.training.language_phase import (
     model_state,
     train_language,
 )
+from medvl_sam2.training.volume_sources import LESION_RICH
 from medvl_sam2.vocabulary import CLASSES
 
 SMALL = ModelConfig(
@@ -54,6 +55,19 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[LanguageCase]:
 @pytest.fixture(scope="module")
 def tokenizer(cases: list[LanguageCase]) -> Tokenizer:
     return build_tokenizer(cases, SMALL.language.vocab_size)
+
+
+def test_cases_of_two_populations_join_without_mixing_their_files(tmp_path: Path) -> None:
+    usual = CaseStore((3, 4), SMALL.vision, tmp_path)
+    rich = CaseStore((3,), SMALL.vision, tmp_path, generator=LESION_RICH)
+    joined = JoinedCases(usual, rich)
+    assert len(joined) == 3
+    assert [case.seed for case in joined[0:3]] == [3, 4, 3]
+    assert len(joined[2].findings) >= 4 > len(joined[0].findings)
+    assert joined[-1].findings == rich[0].findings
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+    with pytest.raises(IndexError):
+        joined[3]
 
 
 def test_cases_keep_truth_and_wordings(cases: list[LanguageCase]) -> None:

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from medvl_sam2.checkpoint import CheckpointMeta, save_checkpoint
 from medvl_sam2.config import SceneConfig
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.language_heads import cell_loss
-from medvl_sam2.training.language_phase import load_scene
+from medvl_sam2.training.language_phase import load_language, load_scene
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig, scene_scores
 from medvl_sam2.training.scene_samples import SceneSampler, ViewConfig
@@ -86,6 +88,47 @@ def test_drawn_views_and_cells_stay_together() -> None:
         bright = torch.nn.functional.avg_pool3d(batch.views, (1, 2, 2))[0, 0] > 0.3
         liver = channel(batch.cells(), "liver") > 0.5
         assert float((bright != liver).float().mean()) < 0.06  # trilinear against nearest at the border
+
+
+def test_narrow_views_lie_round_labels_and_keep_their_cells() -> None:
+    config = ViewConfig(narrow_chance=1.0, narrow_share=(0.3, 0.5), thick_chance=0.0, gain=0.0, bias=0.0, noise=0.0)
+    volume = two_organs()
+    sampler = SceneSampler([volume], [1.0], TINY, 5, config)
+    whole = float(sampler.plain(0).cells()[0, : len(ORGANS)].sum()) / TINY.scene_grid[0]
+    shares = []
+    for _ in range(8):
+        batch = sampler.batch(1)
+        cells = batch.cells()
+        shares.append(float(cells[0, : len(ORGANS)].sum()) / TINY.scene_grid[0])
+        bright = torch.nn.functional.avg_pool3d(batch.views, (1, 2, 2))[0, 0] > 0.3
+        liver = channel(cells, "liver") > 0.5
+        assert float((bright != liver).float().mean()) < 0.12  # fewer voxels, so more of them are border
+    assert min(shares) > 0, "a narrow view shows what it was drawn round"
+    assert np.mean(shares) > 1.2 * whole
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    Tokenizer.train(["a b c"], 300).save(tokenizer)
+    model = UnifiedModel(TINY, Tokenizer.load(tokenizer))
+    meta = CheckpointMeta("small", "1", "test weights")
+    save_checkpoint(tmp_path / "start", model.state_dict(), TINY, tokenizer, meta)
+    config = ScenePhaseConfig(bfloat16=False)
+    phase = ScenePhase(config, [two_organs()], [1.0], TINY, tmp_path / "run")
+    wanted = model.language.state_dict()
+    assert not torch.equal(phase.learner.state_dict()["scene.bridge.weight"], wanted["scene.bridge.weight"])
+    phase.start_from(tmp_path / "start")
+    for name, tensor in phase.learner.state_dict().items():
+        if name.startswith(("vision.", "scene.")):
+            torch.testing.assert_close(tensor, wanted[name], atol=2e-3, rtol=1e-3)  # stored as fp16
+    fresh = VisionLanguage(TINY, Tokenizer.load(tokenizer))
+    load_language(fresh, tmp_path / "start")
+    torch.testing.assert_close(
+        fresh.state_dict()["lm.lm_head.weight"], wanted["lm.lm_head.weight"], atol=2e-3, rtol=1e-3
+    )
+    wider = replace(TINY, scene=SceneConfig(lesions=2, width=12, detail=8))
+    with pytest.raises(CheckpointError, match="scene"):
+        ScenePhase(config, [two_organs()], [1.0], wider, tmp_path / "other").start_from(tmp_path / "start")
 
 
 def test_phase_learns_stops_and_resumes(tmp_path: Path) -> None:

@@ -257,6 +257,24 @@ def test_augment_real_keeps_image_and_labels_together() -> None:
     np.testing.assert_array_equal(augment_real(image, labels, (4.0, 3.0, 2.5), 5)[0], out)
 
 
+def test_contrast_agent_reaches_named_organs_only() -> None:
+    labels = block_labels()
+    image = np.full(labels.shape, 40, dtype=np.int16)
+    image[:, :2] = -1000
+    image[:, -2:] = 400
+    spacing, enhanced = (4.0, 3.0, 2.5), 0
+    for seed in range(10):
+        plain, _ = augment_real(image, labels, spacing, seed, per_class=False)
+        out, moved = augment_real(image, labels, spacing, seed, per_class=False, names={5: "aorta", 9: "lung_left"})
+        inside = ndimage.binary_erosion(moved == 5, iterations=2)
+        added = float(out[inside].mean() - plain[inside].mean())
+        enhanced += added > 60
+        assert added > 60 or abs(added) < 5
+        air = ndimage.binary_erosion(moved == 9, iterations=2)
+        assert abs(float(out[air].mean() - plain[air].mean())) < 5
+    assert 2 <= enhanced <= 8, "about half of the draws get contrast agent"
+
+
 def test_label_maps_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="integer"):
         synthesise_from_labels(np.zeros((4, 4, 4)), (1.0, 1.0, 1.0), 0)

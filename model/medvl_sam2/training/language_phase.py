@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
@@ -295,14 +296,14 @@ def load_scene(model: VisionLanguage, path: Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
-def load_language(model: VisionLanguage, path: Path) -> None:
-    """Take everything of a checkpoint's ``model.safetensors`` that is not of the segmenter.
+def load_language(model: VisionLanguage, checkpoint: Path) -> None:
+    """Take everything of a checkpoint folder that is not of the segmenter.
 
-    Raises :class:`CheckpointError` when the file belongs to another configuration.
+    Raises :class:`CheckpointError` when it belongs to another configuration.
     """
-    prefix = "language."
-    stored = load_file(path)
-    load_model_state(model, {k.removeprefix(prefix): v.float() for k, v in stored.items() if k.startswith(prefix)})
+    prefix, tied = "language.", "lm.lm_head.weight"
+    state = {k.removeprefix(prefix): v for k, v in load_checkpoint(checkpoint).state.items() if k.startswith(prefix)}
+    load_model_state(model, {k: v for k, v in state.items() if k != tied})
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -387,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     model = VisionLanguage(model_config, tokenizer)
     if options.start is not None:
-        load_language(model, options.start / "model.safetensors")
+        load_language(model, options.start)
     if options.scene is not None:
         load_scene(model, options.scene)
     training = time.perf_counter()

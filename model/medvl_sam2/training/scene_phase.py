@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.files import write_json_atomically
@@ -108,18 +109,19 @@ class ScenePhase:
         self.progress: dict[str, float] = {"steps": 0, "seconds": 0.0}
         out.mkdir(parents=True, exist_ok=True)
 
-    def start_from(self, weights: Path) -> None:
-        """Begin with encoder and scene of a checkpoint's ``model.safetensors``; a resumed run has its own.
+    def start_from(self, checkpoint: Path) -> None:
+        """Begin with encoder and scene of a checkpoint folder; a resumed run goes on with its own.
 
-        Raises :class:`CheckpointError` when the file belongs to another configuration.
+        Raises :class:`CheckpointError` when the folder belongs to another configuration.
         """
-        prefix = "language."
-        own = self.learner.state_dict()
-        found = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items() if k.startswith(prefix)}
-        shared = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
-        odd = [k for k in own if k.startswith(("vision.", "scene.")) and k not in shared and "num_batches" not in k]
+        own, prefix = self.learner.state_dict(), "language."
+        stored = {k.removeprefix(prefix): v for k, v in load_checkpoint(checkpoint).state.items()}
+        shared = {k: v for k, v in stored.items() if k in own and v.shape == own[k].shape}
+        odd = [k for k in own if k.startswith(("vision.", "scene.")) and k not in shared]
         if odd:
-            raise CheckpointError(f"{weights} does not fit this model at {odd[0]!r}; start from weights of this preset")
+            raise CheckpointError(
+                f"{checkpoint} does not fit this model at {odd[0]!r}; start from weights of this preset"
+            )
         self.learner.load_state_dict(shared, strict=False)
 
     def run(self) -> None:
@@ -249,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     source = SourceConfig(
-        generated=options.generated, lesion_rich=options.lesion_rich, generated_share=options.generated_share, real=options.real,
-        real_copies=20, label_copies=30, cache=options.cache, seed=options.seed,
+        generated=options.generated, lesion_rich=options.lesion_rich, generated_share=options.generated_share,
+        real=options.real, real_copies=20, label_copies=30, cache=options.cache, seed=options.seed,
     )  # fmt: skip
     volumes, weights = training_volumes(source)
     model = ModelConfig.tiny()
@@ -261,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     phase = ScenePhase(config, [volumes[n] for n in taught], [weights[n] for n in taught], model, options.out)
     if options.start is not None:
-        phase.start_from(options.start / "model.safetensors")
+        phase.start_from(options.start)
     phase.run()
     if not options.held_out:
         return
