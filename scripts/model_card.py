@@ -101,9 +101,15 @@ def _parameters(state: dict[str, Any]) -> int:
 def _phases(training: dict[str, Any]) -> list[str]:
     segmentation, scene, joint = training["segmentation"], training["scene"], training["joint"]
     seconds = training["language"]["seconds"]
+    if training.get("start"):
+        begun = [f"- started from {training['start']}, whose segmenter only the joint phase moved"]
+    else:
+        begun = [
+            f"- image phase: {segmentation['image_steps']:.0f} steps in {segmentation['image_seconds'] / 60:.0f} min",
+            f"- memory phase: {segmentation['memory_steps']:.0f} steps in {segmentation['memory_seconds'] / 60:.0f} min",
+        ]
     return [
-        f"- image phase: {segmentation['image_steps']:.0f} steps in {segmentation['image_seconds'] / 60:.0f} min",
-        f"- memory phase: {segmentation['memory_steps']:.0f} steps in {segmentation['memory_seconds'] / 60:.0f} min",
+        *begun,
         f"- scene phase: {scene['steps']:.0f} steps in {scene['seconds'] / 60:.0f} min; {_held_out(scene['held_out'])}",
         f"- language phase: {training['language']['cases']} cases, {seconds['training'] / 60:.0f} min",
         f"- joint phase: {joint['steps']:.0f} steps in {joint['seconds'] / 60:.0f} min",
