@@ -105,8 +105,9 @@ def _phases(training: dict[str, Any]) -> list[str]:
         begun = [f"- started from {training['start']}, whose segmenter only the joint phase moved"]
     else:
         begun = [
-            f"- image phase: {segmentation['image_steps']:.0f} steps in {segmentation['image_seconds'] / 60:.0f} min",
-            f"- memory phase: {segmentation['memory_steps']:.0f} steps in {segmentation['memory_seconds'] / 60:.0f} min",
+            f"- {part} phase: {segmentation[f'{part}_steps']:.0f} steps in "
+            f"{segmentation[f'{part}_seconds'] / 60:.0f} min"
+            for part in ("image", "memory")
         ]
     return [
         *begun,
