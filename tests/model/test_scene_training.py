@@ -82,7 +82,8 @@ def test_a_lesion_without_a_known_kind_trains_no_kind() -> None:
 
 
 def test_drawn_views_and_cells_stay_together() -> None:
-    sampler = SceneSampler([two_organs()], [1.0], TINY, 3, ViewConfig(crop_chance=1.0, gain=0.0, bias=0.0, noise=0.0))
+    config = ViewConfig(crop_chance=1.0, narrow_chance=0.0, slab_chance=0.0, gain=0.0, bias=0.0, noise=0.0)
+    sampler = SceneSampler([two_organs()], [1.0], TINY, 3, config)
     for _ in range(6):
         batch = sampler.batch(1)
         bright = torch.nn.functional.avg_pool3d(batch.views, (1, 2, 2))[0, 0] > 0.3
@@ -105,6 +106,21 @@ def test_narrow_views_lie_round_labels_and_keep_their_cells() -> None:
         assert float((bright != liver).float().mean()) < 0.12  # fewer voxels, so more of them are border
     assert min(shares) > 0, "a narrow view shows what it was drawn round"
     assert np.mean(shares) > 1.2 * whole
+
+
+def test_slabs_keep_the_plane_and_a_part_of_the_height() -> None:
+    config = ViewConfig(
+        narrow_chance=0.0, slab_chance=1.0, slab_share=(0.25, 0.25), thick_chance=0.0, gain=0.0, bias=0.0, noise=0.0
+    )
+    sampler = SceneSampler([two_organs()], [1.0], TINY, 7, config)
+    spleens = set()
+    for _ in range(12):
+        cells = sampler.batch(1).cells()
+        liver, spleen = channel(cells, "liver"), channel(cells, "spleen")
+        assert float((liver > 0.5).float().mean(dim=(1, 2)).unique().diff().abs().sum()) in (0.0, 1.0), "whole planes"
+        assert not (bool((liver[-1] > 0.5).all()) and bool((spleen > 0.5).any())), "a quarter cannot reach from one up"
+        spleens.add(bool((spleen > 0.5).any()))
+    assert spleens == {False, True}
 
 
 def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:

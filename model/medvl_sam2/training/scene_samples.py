@@ -60,6 +60,10 @@ class ViewConfig:
     """Chance of a view round one labelled place instead, such as a crop that was made for a single organ."""
     narrow_share: tuple[float, float] = (0.25, 0.6)
     """Least and largest share of every edge that such a view keeps."""
+    slab_chance: float = 0.2
+    """Chance of a few slices of the whole plane instead, such as a study of one organ's height."""
+    slab_share: tuple[float, float] = (0.08, 0.35)
+    """Least and largest share of the height that such a view keeps."""
     thick_chance: float = 0.15
     """Chance to see every second to fourth slice only."""
     gain: float = 0.1
@@ -108,12 +112,14 @@ class SceneSampler:
         rng, config = self.rng, self.config
         spans = [slice(0, n) for n in volume.image.shape]
         least = (config.least_share[0], config.least_share[1], config.least_share[1])
-        if rng.random() < config.narrow_chance:
+        kind = rng.random()
+        if kind < config.narrow_chance:
             place = _labelled_place(volume, rng)
-            for axis, count in enumerate(volume.image.shape):
-                keep = max(8, round(count * rng.uniform(*config.narrow_share)))
-                start = int(np.clip(place[axis] - rng.uniform(0.2, 0.8) * keep, 0, max(0, count - keep)))
-                spans[axis] = slice(start, min(count, start + keep))
+            spans = [
+                _span_round(at, n, config.narrow_share, rng) for at, n in zip(place, volume.image.shape, strict=True)
+            ]
+        elif kind < config.narrow_chance + config.slab_chance:
+            spans[0] = _span_round(_labelled_place(volume, rng)[0], volume.image.shape[0], config.slab_share, rng)
         elif rng.random() < config.crop_chance:
             for axis, (count, share) in enumerate(zip(volume.image.shape, least, strict=True)):
                 keep = max(1, round(count * rng.uniform(share, 1)))
@@ -165,6 +171,13 @@ class SceneSampler:
             if volume.lesion_kinds:
                 _count(found, kind[maps[lesion.map]])
         return quarters, valid
+
+
+def _span_round(place: int, count: int, share: tuple[float, float], rng: np.random.Generator) -> slice:
+    """A random part of ``count`` voxels with ``place`` in its inner three fifths, where the ends allow."""
+    keep = min(count, max(8, round(count * rng.uniform(*share))))
+    start = int(np.clip(place - rng.uniform(0.2, 0.8) * keep, 0, count - keep))
+    return slice(start, start + keep)
 
 
 def _labelled_place(volume: LabelledVolume, rng: np.random.Generator) -> np.ndarray:
