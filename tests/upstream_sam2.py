@@ -23,7 +23,6 @@ def upstream_sam2(name: str, image_size: int = 1024) -> Any:
     file = f"sam2.1_hiera_{FILES[name]}.yaml"
     if not (folder / file).is_file():
         pytest.skip("the installed sam2 package has no configuration files; parity cannot be measured against it")
-    with initialize_config_dir(str(folder.resolve()), version_base=None):
+    with initialize_config_dir(str(folder.resolve()), version_base=None), ReadableLinspace():
         config = compose(file, overrides=[f"model.image_size={image_size}"])
-    with ReadableLinspace():
         return instantiate(config.model, _recursive_=True).eval()

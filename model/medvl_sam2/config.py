@@ -29,6 +29,9 @@ class VisionConfig:
     smoothing: int = 3
     """Edge of the box filter before the stem, whose strided one-axis kernels see only lines of voxels; 1 is off, as
     published."""
+    stem_activation: bool = True
+    """GELU after every stem layer, as described. Published: False, because the released code passes the activation in
+    the place of the normalisation switch, so that its weights were trained without."""
     layer_scale: float = 1.0
     """Start value of the residual scale. Published: 1e-6, with a hundred epochs; in minutes that stays too small."""
     taps: tuple[int, int] = (2, 3)
