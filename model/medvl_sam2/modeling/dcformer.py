@@ -3,6 +3,10 @@
 Module names follow the published layout (``s0.0.0.c1.0.weight``, ``s1.0.dwconv.c2.1.running_mean``,
 ``s3.0.mlp.mlp.0.weight``, ``s4.0.scale`` ...), and the feature maps are held as (B, C, H, W, D) like there, so a
 converter only has to strip the prefix ``vision_encoder.encoder.``; no kernel needs a transpose.
+
+Departures from the published forward pass, each undone by the presets of :mod:`medvl_sam2.presets`: ``smoothing``
+blurs the input before the stem, ``stem_activation`` puts the described GELU into it, which the published code leaves
+out by a slip, and ``layer_scale`` is the start value of the residual scale.
 """
 
 from __future__ import annotations
@@ -15,9 +19,6 @@ from torch.nn import functional
 
 from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import ConfigError
-
-_LAYER_SCALE = 1.0
-"""Start value of the residual scale. The paper uses 1e-6 with a hundred epochs; in minutes that stays too small."""
 
 
 class AxialConv(nn.Module):
@@ -69,13 +70,13 @@ class TokenMLP(nn.Module):
 class DCBlock(nn.Module):
     """``x + scale * MLP(depthwise AxialConv(x))``; the first block of a stage halves the grid and widens first."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, downsample: bool):
+    def __init__(self, inputs: int, outputs: int, kernel: int, scale: float, downsample: bool):
         super().__init__()
         self.pool: nn.Module | None = nn.MaxPool3d(3, stride=2, padding=1) if downsample else None
         self.proj: nn.Module | None = nn.Conv3d(inputs, outputs, 1, bias=False) if downsample else None
         self.dwconv = AxialConv(outputs, outputs, kernel, groups=outputs, act=False)
         self.mlp = TokenMLP(outputs)
-        self.scale = nn.Parameter(torch.full((outputs,), _LAYER_SCALE))
+        self.scale = nn.Parameter(torch.full((outputs,), scale))
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W, D) to (B, C', H', W', D')."""
@@ -99,7 +100,8 @@ class DCFormer(nn.Module):
         if config.smoothing < 1 or config.smoothing % 2 == 0:
             raise ConfigError(f"smoothing {config.smoothing} must be an odd number of voxels; 1 switches it off")
         width = config.channels[0]
-        stem = [AxialConv(1, width, 7, stride=4)] + [AxialConv(width, width, 3) for _ in range(3)]
+        act = config.stem_activation
+        stem = [AxialConv(1, width, 7, stride=4, act=act), *(AxialConv(width, width, 3, act=act) for _ in range(3))]
         self.s0 = nn.Sequential(nn.Sequential(*stem))
         self.s1 = self._stage(1)
         self.s2 = self._stage(2)
@@ -109,8 +111,9 @@ class DCFormer(nn.Module):
     def _stage(self, number: int) -> nn.Sequential:
         config = self.config
         before, width, kernel = config.channels[number - 1], config.channels[number], config.kernels[number - 1]
-        first = DCBlock(before, width, kernel, downsample=True)
-        rest = [DCBlock(width, width, kernel, downsample=False) for _ in range(config.blocks[number] - 1)]
+        first = DCBlock(before, width, kernel, config.layer_scale, downsample=True)
+        count = config.blocks[number] - 1
+        rest = [DCBlock(width, width, kernel, config.layer_scale, downsample=False) for _ in range(count)]
         return nn.Sequential(first, *rest)
 
     def forward(self, images: Tensor) -> list[Tensor]:

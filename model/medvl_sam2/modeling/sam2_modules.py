@@ -14,6 +14,7 @@ from torch import nn
 
 from medvl_sam2.config import SliceConfig
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.meta_device import ReadableLinspace
 
 
 def build_sam2(config: SliceConfig) -> Any:
@@ -36,14 +37,15 @@ def build_sam2(config: SliceConfig) -> Any:
         GlobalHydra.instance().clear()
 
     d, memory_dim = config.d_model, config.memory_dim
-    trunk = Hiera(
-        embed_dim=config.embed_dim,
-        num_heads=config.num_heads,
-        stages=config.stages,
-        global_att_blocks=config.global_att_blocks,
-        window_spec=config.window_spec,
-        window_pos_embed_bkg_spatial_size=config.window_pos_embed_size,
-    )
+    with ReadableLinspace():
+        trunk = Hiera(
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            stages=config.stages,
+            global_att_blocks=config.global_att_blocks,
+            window_spec=config.window_spec,
+            window_pos_embed_bkg_spatial_size=config.window_pos_embed_size,
+        )
     neck = FpnNeck(
         position_encoding=PositionEmbeddingSine(num_pos_feats=d, normalize=True, scale=None, temperature=10000),
         d_model=d,
