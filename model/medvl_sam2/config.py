@@ -1,6 +1,7 @@
 """Frozen model configurations. One dataclass per part, sizes derived instead of retyped, JSON by field name.
 
-``ModelConfig.tiny()`` is the shipped preset. Published sizes use the same classes with other numbers.
+``ModelConfig.tiny()`` is the shipped preset. Published sizes use the same classes with other numbers: see
+:mod:`medvl_sam2.presets`. Fields whose default departs from the publication say so, and what value is as published.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class VisionConfig:
     smoothing: int = 3
     """Edge of the box filter before the stem, whose strided one-axis kernels see only lines of voxels; 1 is off, as
     published."""
+    layer_scale: float = 1.0
+    """Start value of the residual scale. Published: 1e-6, with a hundred epochs; in minutes that stays too small."""
     taps: tuple[int, int] = (2, 3)
     """Stages whose token maps feed the projector: (low, high). Published size taps (3, 4)."""
 
@@ -53,6 +56,8 @@ class ProjectorConfig:
     """Token counts after each mixer layer of the low (fine) stream."""
     high_tokens: tuple[int, ...] = (48, 64)
     """Token counts after each mixer layer of the high (coarse) stream."""
+    extent: bool = True
+    """Add an embedding of the view's edge lengths in mm to the image tokens; published: False, sizes are unknown."""
 
     @property
     def image_tokens(self) -> int:
@@ -80,15 +85,29 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Causal language model through transformers' ``Qwen2Config``."""
+    """Causal language model through transformers' ``Qwen2Config``; the head width is ``hidden_size / heads``."""
 
     vocab_size: int = 1024
+    """Rows of the embedding, at least the entries of the tokenizer. Published Qwen2.5 has spare rows."""
     hidden_size: int = 256
     intermediate_size: int = 704
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     max_length: int = 512
+    """Longest question and reply with their image slots in training; a question may take half of it."""
+    position_range: int = 2048
+    """Longest sequence the checkpoint claims to handle; rotary positions do not depend on it."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions; published Qwen2.5: 1e6."""
+    tied_head: bool = True
+    """The output layer shares the embedding's weights; published Qwen2.5 shares them below 7B."""
+    prompt_end: str = "\n"
+    reply_start: str = ""
+    """Text after the question and before the reply. Published Med3DVLM: nothing, and a space."""
+    legacy_splice: bool = False
+    """Place the image tokens one position late, over the first token of the question, as published Med3DVLM does.
+    For its weights alone: training on it would only repeat the slip."""
     lora_rank: int = 8
     lora_alpha: int = 16
 
@@ -111,9 +130,18 @@ class SliceConfig:
     decoder_mlp: int = 256
     num_maskmem: int = 7
     max_cond_slices: int = 4
-    """Conditioning slices one slice may attend to (nearest first)."""
+    """Conditioning slices one slice may attend to (nearest first); -1: no limit, as published."""
+    multimask: bool = False
+    """Decode three masks and keep the best by predicted IoU where a row has at most one point, as published; False
+    decodes the single mask of the many-click token everywhere."""
+    presence_gate: bool = False
+    """In evaluation, write -1024 into the masks of rows without language whose object score is not positive. As
+    published, except that there training is gated, too."""
+    rgb_statistics: bool = False
+    """Shift and scale the input from [-1, 1] to the mean and spread of ImageNet, as published."""
     slice_position: bool = True
-    """Add one sparse token that tells the relative height of the slice in the volume (language prompts only)."""
+    """Add one sparse token that tells the relative height of the slice in the volume (language prompts only);
+    published: False."""
 
 
 @dataclass(frozen=True)

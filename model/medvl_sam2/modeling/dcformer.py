@@ -3,6 +3,9 @@
 Module names follow the published layout (``s0.0.0.c1.0.weight``, ``s1.0.dwconv.c2.1.running_mean``,
 ``s3.0.mlp.mlp.0.weight``, ``s4.0.scale`` ...), and the feature maps are held as (B, C, H, W, D) like there, so a
 converter only has to strip the prefix ``vision_encoder.encoder.``; no kernel needs a transpose.
+
+Departures from the published forward pass, each undone by the presets of :mod:`medvl_sam2.presets`: ``smoothing``
+blurs the input before the stem, ``layer_scale`` is the start value of the residual scale.
 """
 
 from __future__ import annotations
@@ -15,9 +18,6 @@ from torch.nn import functional
 
 from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import ConfigError
-
-_LAYER_SCALE = 1.0
-"""Start value of the residual scale. The paper uses 1e-6 with a hundred epochs; in minutes that stays too small."""
 
 
 class AxialConv(nn.Module):
@@ -69,13 +69,13 @@ class TokenMLP(nn.Module):
 class DCBlock(nn.Module):
     """``x + scale * MLP(depthwise AxialConv(x))``; the first block of a stage halves the grid and widens first."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, downsample: bool):
+    def __init__(self, inputs: int, outputs: int, kernel: int, scale: float, downsample: bool):
         super().__init__()
         self.pool: nn.Module | None = nn.MaxPool3d(3, stride=2, padding=1) if downsample else None
         self.proj: nn.Module | None = nn.Conv3d(inputs, outputs, 1, bias=False) if downsample else None
         self.dwconv = AxialConv(outputs, outputs, kernel, groups=outputs, act=False)
         self.mlp = TokenMLP(outputs)
-        self.scale = nn.Parameter(torch.full((outputs,), _LAYER_SCALE))
+        self.scale = nn.Parameter(torch.full((outputs,), scale))
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W, D) to (B, C', H', W', D')."""
@@ -109,8 +109,9 @@ class DCFormer(nn.Module):
     def _stage(self, number: int) -> nn.Sequential:
         config = self.config
         before, width, kernel = config.channels[number - 1], config.channels[number], config.kernels[number - 1]
-        first = DCBlock(before, width, kernel, downsample=True)
-        rest = [DCBlock(width, width, kernel, downsample=False) for _ in range(config.blocks[number] - 1)]
+        first = DCBlock(before, width, kernel, config.layer_scale, downsample=True)
+        count = config.blocks[number] - 1
+        rest = [DCBlock(width, width, kernel, config.layer_scale, downsample=False) for _ in range(count)]
         return nn.Sequential(first, *rest)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from medvl_sam2.errors import ConfigError
 
 
 def build_language_model(config: LanguageConfig, pad_id: int = 0, eos_id: int = 1) -> Qwen2ForCausalLM:
-    """Randomly initialised Qwen2 with tied embeddings.
+    """Randomly initialised Qwen2 of the given size.
 
     Raises :class:`ConfigError` when heads do not divide the width or the key/value heads the heads.
     """
@@ -27,8 +27,9 @@ def build_language_model(config: LanguageConfig, pad_id: int = 0, eos_id: int = 
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
-        max_position_embeddings=4 * config.max_length,
-        tie_word_embeddings=True,
+        max_position_embeddings=config.position_range,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tied_head,
         pad_token_id=pad_id,
         bos_token_id=None,
         eos_token_id=eos_id,

@@ -7,10 +7,12 @@ share the process.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from medvl_sam2.config import SliceConfig
 from medvl_sam2.errors import ConfigError
@@ -36,14 +38,15 @@ def build_sam2(config: SliceConfig) -> Any:
         GlobalHydra.instance().clear()
 
     d, memory_dim = config.d_model, config.memory_dim
-    trunk = Hiera(
-        embed_dim=config.embed_dim,
-        num_heads=config.num_heads,
-        stages=config.stages,
-        global_att_blocks=config.global_att_blocks,
-        window_spec=config.window_spec,
-        window_pos_embed_bkg_spatial_size=config.window_pos_embed_size,
-    )
+    with ReadableLinspace():
+        trunk = Hiera(
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            stages=config.stages,
+            global_att_blocks=config.global_att_blocks,
+            window_spec=config.window_spec,
+            window_pos_embed_bkg_spatial_size=config.window_pos_embed_size,
+        )
     neck = FpnNeck(
         position_encoding=PositionEmbeddingSine(num_pos_feats=d, normalize=True, scale=None, temperature=10000),
         d_model=d,
@@ -117,6 +120,22 @@ def build_sam2(config: SliceConfig) -> Any:
         multimask_max_pt_num=1,
         use_mlp_for_obj_ptr_proj=True,
     )
+
+
+class ReadableLinspace(TorchFunctionMode):
+    """Keeps ``torch.linspace`` on the CPU: Hiera reads the numbers back, which a model on the meta device cannot."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.linspace:
+            options.setdefault("device", "cpu")
+        return func(*args, **options)
 
 
 def _check(config: SliceConfig) -> None:

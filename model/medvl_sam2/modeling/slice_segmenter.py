@@ -2,6 +2,12 @@
 
 Shape letters: N slices, B rows (an object on a slice), S image size, C ``d_model``, M ``memory_dim``, P points, L extra
 tokens, h = S/4 low-resolution mask side.
+
+Departures from published SAM 2.1, each switched by a field of :class:`SliceConfig` (the presets of
+:mod:`medvl_sam2.presets` have them as published): one mask instead of the best of three (``multimask``), no gate on
+the object score (``presence_gate``), inputs in [-1, 1] (``rgb_statistics``), a limit of conditioning slices
+(``max_cond_slices``), a token of the slice's height for rows with language (``slice_position``). A mask prompt always
+passes the decoder; SAM 2's video predictor may put it out unchanged instead.
 """
 
 from __future__ import annotations
@@ -18,6 +24,9 @@ from torch import Tensor, nn
 from medvl_sam2.config import SliceConfig
 from medvl_sam2.modeling.sam2_modules import build_sam2
 
+_RGB_MEAN, _RGB_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_ABSENT = -1024.0
+"""Logit of every pixel of a gated row, as in SAM 2."""
 MASK_PROMPT_LIMIT = 32.0
 """Previous logits are clamped to this before they are used as a mask prompt (as SAM2's own predictor does)."""
 
@@ -97,9 +106,10 @@ class SliceSegmenter(nn.Module):
         self.config = config
         self.sam2: Any = build_sam2(config)
         self.height_frequencies = 4
-        self.height_token = nn.Sequential(
-            nn.Linear(2 * self.height_frequencies, config.d_model), nn.GELU(), nn.Linear(config.d_model, config.d_model)
-        )
+        d = config.d_model
+        self.height_token: nn.Module | None = None
+        if config.slice_position:
+            self.height_token = nn.Sequential(nn.Linear(2 * self.height_frequencies, d), nn.GELU(), nn.Linear(d, d))
 
     @property
     def mask_size(self) -> int:
@@ -108,6 +118,9 @@ class SliceSegmenter(nn.Module):
 
     def encode(self, images: Tensor) -> SliceFeatures:
         """Images (N, 3, S, S) in [-1, 1] -> features. The only expensive step; cache its result."""
+        if self.config.rgb_statistics:
+            mean, spread = (images.new_tensor(values)[:, None, None] for values in (_RGB_MEAN, _RGB_SPREAD))
+            images = ((images + 1) / 2 - mean) / spread
         output = self.sam2.forward_image(images)
         fine, middle, coarse = output["backbone_fpn"]
         return SliceFeatures(fine, middle, coarse, output["vision_pos_enc"][-1][:1])
@@ -115,31 +128,36 @@ class SliceSegmenter(nn.Module):
     def decode(self, features: SliceFeatures, prompt: SlicePrompt, fused: Tensor | None = None) -> SliceOutput:
         """Decode B rows. ``fused`` (B, C, S/16, S/16) are memory-conditioned features from :meth:`attend`.
 
-        Without ``fused`` the rows are treated as first slices (no memory). The presence gate of the video model
-        (mask set to -1024 where the object score is negative) is left to the caller: language-prompted rows and
-        training need the raw logits.
+        Without ``fused`` the rows are treated as first slices (no memory). Rows with language and training are never
+        gated by the object score: they need the raw logits.
         """
         sam2 = self.sam2
         coarse = features.coarse + sam2.no_mem_embed.reshape(1, -1, 1, 1) if fused is None else fused
         extra, present = self._extra_tokens(prompt)
-        masks = prompt.mask_logits
-        if masks is not None:
-            masks = masks.clamp(-MASK_PROMPT_LIMIT, MASK_PROMPT_LIMIT)
+        previous = prompt.mask_logits
+        if previous is not None:
+            previous = previous.clamp(-MASK_PROMPT_LIMIT, MASK_PROMPT_LIMIT)
         sparse, dense = sam2.sam_prompt_encoder.encode(
-            prompt.points, prompt.labels, masks, prompt.mask_present, extra, present
+            prompt.points, prompt.labels, previous, prompt.mask_present, extra, present
         )
-        logits, iou, tokens, presence = sam2.sam_mask_decoder(
+        masks, ious, tokens, presence = sam2.sam_mask_decoder.predict_masks(
             image_embeddings=coarse,
             image_pe=sam2.sam_prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense.expand(coarse.shape[0], -1, -1, -1),
-            multimask_output=False,
             repeat_image=False,
             high_res_features=[features.fine, features.middle],
         )
+        rows, best = torch.arange(len(ious), device=ious.device), self._best_mask(ious, prompt.labels)
         appears = (presence > 0).float()
-        pointer = appears * sam2.obj_ptr_proj(tokens[:, 0]) + (1 - appears) * sam2.no_obj_ptr
-        return SliceOutput(logits.float(), iou[:, 0], presence[:, 0], pointer)
+        pointer = appears * sam2.obj_ptr_proj(tokens[rows, best]) + (1 - appears) * sam2.no_obj_ptr
+        logits = masks[rows, best][:, None].float()
+        if self.config.presence_gate and not self.training:
+            kept = presence > 0
+            if extra is not None:
+                kept = kept | (torch.ones_like(kept) if present is None else present[:, None])
+            logits = torch.where(kept[..., None, None], logits, _ABSENT)
+        return SliceOutput(logits, ious[rows, best], presence[:, 0], pointer)
 
     def remember(self, features: SliceFeatures, logits: Tensor, presence: Tensor, pointer: Tensor) -> SliceMemory:
         """Encode mask ``logits`` (B, 1, any, any) of decoded rows into memory."""
@@ -189,11 +207,18 @@ class SliceSegmenter(nn.Module):
         )
         return fused
 
+    def _best_mask(self, ious: Tensor, labels: Tensor) -> Tensor:
+        """Which of the four masks to keep: (B,) indices from predicted ``ious`` (B, 4) and point ``labels`` (B, P)."""
+        single = torch.zeros(len(ious), dtype=torch.long, device=ious.device)
+        if not self.config.multimask:
+            return single
+        return torch.where((labels >= 0).sum(dim=1) <= 1, 1 + ious[:, 1:].argmax(dim=1), single)
+
     def _extra_tokens(self, prompt: SlicePrompt) -> tuple[Tensor | None, Tensor | None]:
         if prompt.language is None:
             return None, None
         tokens = [prompt.language]
-        if self.config.slice_position:
+        if self.height_token is not None:
             height = prompt.height if prompt.height is not None else prompt.language.new_full((len(tokens[0]),), 0.5)
             octaves = 2.0 ** torch.arange(self.height_frequencies, device=height.device) * math.pi
             angles = height[:, None] * octaves

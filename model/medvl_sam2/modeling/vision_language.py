@@ -1,7 +1,13 @@
 """The language half of the unified model: volume encoder, projector, language model and ``[SEG]`` projection.
 
 A sequence is ``<im_patch> * n, question, newline, reply, <eos>`` without a chat template. The embeddings of exactly
-the ``<im_patch>`` slots are replaced by image tokens (the published model overwrote one question token; not here).
+the ``<im_patch>`` slots are replaced by image tokens.
+
+Departures from the published Med3DVLM, and what undoes them: the newline between question and reply
+(``LanguageConfig.prompt_end`` and ``reply_start``; a space there), the slots (``legacy_splice``; the image tokens begin
+at the second slot there and overwrite the first token of the question), the edge lengths of the view among the image
+tokens (``ProjectorConfig.extent``), the scene stream (``SceneConfig.lesions``). A question that is published with a
+leading space (its VQA, not its reports) is read without it.
 """
 
 from __future__ import annotations
@@ -55,7 +61,9 @@ class VisionLanguage(nn.Module):
         self.projector = MixerProjector(config.vision, config.projector, hidden)
         self.scene = SceneReader(config) if config.scene.lesions else None
         self.pointer = ScenePointer(config) if config.scene.lesions else None
-        self.extent = nn.Sequential(nn.Linear(3, hidden // 4), nn.GELU(), nn.Linear(hidden // 4, hidden))
+        self.extent: nn.Module | None = None
+        if config.projector.extent:
+            self.extent = nn.Sequential(nn.Linear(3, hidden // 4), nn.GELU(), nn.Linear(hidden // 4, hidden))
         self.lm = build_language_model(config.language, tokenizer.pad_id, tokenizer.eos_id)
         self.seg_projector = nn.Sequential(
             nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, config.slices.d_model)
@@ -79,7 +87,7 @@ class VisionLanguage(nn.Module):
     def project(self, maps: list[Tensor], extent_mm: Tensor | None, facts: SceneFacts | None) -> Tensor:
         """Token maps of :class:`DCFormer` and the measured scene to image tokens (B, n, hidden)."""
         tokens = cast(Tensor, self.projector(maps))
-        if extent_mm is not None:
+        if self.extent is not None and extent_mm is not None:
             scale = torch.log(extent_mm.to(tokens.dtype).clamp_min(1.0) / _REFERENCE_MM)
             tokens = tokens + self.extent(scale)[:, None]
         if self.scene is None or facts is None:
@@ -87,21 +95,21 @@ class VisionLanguage(nn.Module):
         return torch.cat([tokens, self.scene.embed(facts).to(tokens.dtype)], dim=1)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Image slots, question and newline as ids; raises :class:`PromptError` when empty or too long."""
+        """Image slots, question and its end as ids; raises :class:`PromptError` when empty or too long."""
         text = " ".join(question.split())
         if not text:
             raise PromptError("the prompt is empty; type a question or a description")
         longest = self.config.language.max_length // 2
         if len(text) > 16 * longest:
             raise PromptError(f"the prompt has {len(text)} characters; shorten it to about {4 * longest}")
-        ids = self.tokenizer.encode(text + "\n")
+        ids = self.tokenizer.encode(text + self.config.language.prompt_end)
         if len(ids) > longest:
             raise PromptError(f"the prompt has {len(ids)} tokens, at most {longest} fit; shorten it")
         return [self.tokenizer.image_id] * self.image_slots + ids
 
     def reply_ids(self, reply: str) -> list[int]:
         """Reply and end mark as ids."""
-        return [*self.tokenizer.encode_reply(reply), self.tokenizer.eos_id]
+        return [*self.tokenizer.encode_reply(self.config.language.reply_start + reply), self.tokenizer.eos_id]
 
     def embed(self, image_tokens: Tensor, input_ids: Tensor) -> Tensor:
         """Input embeddings (B, L, hidden) with the ``<im_patch>`` slots replaced.
@@ -115,6 +123,8 @@ class VisionLanguage(nn.Module):
                 f"{counts.tolist()} image slots for image tokens {tuple(image_tokens.shape[:2])}; build prompts with "
                 "prompt_ids"
             )
+        if self.config.language.legacy_splice:
+            slots = slots.roll(1, dims=1)
         embeddings = self.lm.get_input_embeddings()(input_ids)
         return cast(Tensor, embeddings.masked_scatter(slots[..., None], image_tokens.to(embeddings.dtype)))
 

@@ -142,9 +142,8 @@ class JointPhase:
         model, config = self.model, self.config
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        fast: list[nn.Module] = [model.language.seg_projector, model.segmenter.height_token]
-        if model.language.pointer is not None:
-            fast.append(model.language.pointer)
+        optional = (model.segmenter.height_token, model.language.pointer)
+        fast: list[nn.Module] = [model.language.seg_projector, *(part for part in optional if part is not None)]
         sam2 = model.segmenter.sam2
         slow = [sam2.sam_mask_decoder, sam2.sam_prompt_encoder, sam2.memory_attention, sam2.memory_encoder]
         groups = [
