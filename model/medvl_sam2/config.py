@@ -29,6 +29,9 @@ class VisionConfig:
     smoothing: int = 3
     """Edge of the box filter before the stem, whose strided one-axis kernels see only lines of voxels; 1 is off, as
     published."""
+    stem_activation: bool = True
+    """GELU after every layer of the stem. Published: False, because there the GELU is passed as the argument that
+    switches the normalisation, and the weights were trained that way."""
     layer_scale: float = 1.0
     """Start value of the residual scale. Published: 1e-6, with a hundred epochs; in minutes that stays too small."""
     taps: tuple[int, int] = (2, 3)

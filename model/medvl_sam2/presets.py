@@ -61,7 +61,13 @@ SLICE_PRESETS: Mapping[str, SliceConfig] = MappingProxyType(
 
 def _dcformer(blocks: tuple[int, ...], channels: tuple[int, ...]) -> VisionConfig:
     return VisionConfig(
-        input_size=(128, 256, 256), blocks=blocks, channels=channels, smoothing=1, layer_scale=1e-6, taps=(3, 4)
+        input_size=(128, 256, 256),
+        blocks=blocks,
+        channels=channels,
+        smoothing=1,
+        stem_activation=False,
+        layer_scale=1e-6,
+        taps=(3, 4),
     )
 
 

@@ -5,7 +5,8 @@ Module names follow the published layout (``s0.0.0.c1.0.weight``, ``s1.0.dwconv.
 converter only has to strip the prefix ``vision_encoder.encoder.``; no kernel needs a transpose.
 
 Departures from the published forward pass, each undone by the presets of :mod:`medvl_sam2.presets`: ``smoothing``
-blurs the input before the stem, ``layer_scale`` is the start value of the residual scale.
+blurs the input before the stem, ``stem_activation`` puts GELUs into it, ``layer_scale`` is the start value of the
+residual scale.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class DCFormer(nn.Module):
         if config.smoothing < 1 or config.smoothing % 2 == 0:
             raise ConfigError(f"smoothing {config.smoothing} must be an odd number of voxels; 1 switches it off")
         width = config.channels[0]
-        stem = [AxialConv(1, width, 7, stride=4)] + [AxialConv(width, width, 3) for _ in range(3)]
+        act = config.stem_activation
+        stem = [AxialConv(1, width, 7, stride=4, act=act)] + [AxialConv(width, width, 3, act=act) for _ in range(3)]
         self.s0 = nn.Sequential(nn.Sequential(*stem))
         self.s1 = self._stage(1)
         self.s2 = self._stage(2)
