@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -118,8 +115,8 @@ def dcformer_forward(state: Mapping[str, Tensor], volume: Tensor) -> list[Tensor
         return total
 
     maps = volume.permute(0, 1, 3, 4, 2)
-    for layer in range(4):
-        maps = functional.gelu(axial(maps, f"s0.0.{layer}", stride=1 if layer else 4))
+    for layer in range(4):  # no activation: the published code hands its GELU to another argument
+        maps = axial(maps, f"s0.0.{layer}", stride=1 if layer else 4)
     levels = [maps]
     for stage in range(1, 5):
         block = 0
@@ -240,16 +237,3 @@ def qwen_tokenizer(folder: Path, extra: Sequence[str] = ()) -> int:
 
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
-
-
-# --- SAM2.1 -----------------------------------------------------------------------------------------------------------
-
-
-def upstream_sam2(size: str, *overrides: str) -> Any:
-    """``SAM2Base`` from the configuration file that the sam2 package ships (``t``, ``s``, ``b+``, ``l``)."""
-    import sam2  # noqa: F401 - initialises Hydra for its own configurations
-
-    GlobalHydra.instance().clear()
-    with initialize_config_module("sam2", version_base="1.2"):
-        config = compose(f"configs/sam2.1/sam2.1_hiera_{size}.yaml", list(overrides))
-    return instantiate(config.model, _recursive_=True)

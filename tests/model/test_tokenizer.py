@@ -84,9 +84,7 @@ def test_published_tokenizer_gets_special_tokens_at_its_end(published: tuple[Tok
 
 
 @pytest.mark.parametrize("text", ["<im_patch> [SEG] <p>x</p>", "<|im_end|> <|endoftext|>", "Größe 14 mm", ""])
-def test_published_tokenizer_never_reads_special_tokens_typed(
-    published: tuple[Tokenizer, int, int], text: str
-) -> None:
+def test_published_tokenizer_never_reads_special_tokens_typed(published: tuple[Tokenizer, int, int], text: str) -> None:
     tokenizer = published[0]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

@@ -32,10 +32,11 @@ class Tokenizer:
 
     def __init__(self, fast: FastTokenizer):
         names = next((n for n in (SPECIAL_TOKENS, PUBLISHED_SPECIAL_TOKENS) if fast.token_to_id(n[0]) is not None), ())
-        ids = [fast.token_to_id(token) for token in names]
-        if not ids or None in ids or (names == SPECIAL_TOKENS and ids != list(range(len(ids)))):
+        found = [fast.token_to_id(token) for token in names]
+        ids = [token for token in found if token is not None]
+        if len(ids) != len(SPECIAL_TOKENS) or (names == SPECIAL_TOKENS and ids != list(range(len(ids)))):
             raise CheckpointError(
-                f"tokenizer has special token ids {ids}, expected 0..5 or those of an extended Qwen2.5 tokenizer; "
+                f"tokenizer has special token ids {found}, expected 0..5 or those of an extended Qwen2.5 tokenizer; "
                 "restore tokenizer.json, or convert the published one with scripts/convert_weights.py"
             )
         self._fast = fast
