@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from medvl_sam2.modeling.sam2_modules import ReadableLinspace
+from medvl_sam2.modeling.meta_device import ReadableLinspace
 
 FILES = {"sam2.1_tiny": "t", "sam2.1_small": "s", "sam2.1_base_plus": "b+", "sam2.1_large": "l"}
 

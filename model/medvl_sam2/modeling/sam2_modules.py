@@ -7,15 +7,14 @@ share the process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from medvl_sam2.config import SliceConfig
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.meta_device import ReadableLinspace
 
 
 def build_sam2(config: SliceConfig) -> Any:
@@ -120,22 +119,6 @@ def build_sam2(config: SliceConfig) -> Any:
         multimask_max_pt_num=1,
         use_mlp_for_obj_ptr_proj=True,
     )
-
-
-class ReadableLinspace(TorchFunctionMode):
-    """Keeps ``torch.linspace`` on the CPU: Hiera reads the numbers back, which a model on the meta device cannot."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is torch.linspace:
-            options.setdefault("device", "cpu")
-        return func(*args, **options)
 
 
 def _check(config: SliceConfig) -> None:
