@@ -235,5 +235,17 @@ def qwen_tokenizer(folder: Path, extra: Sequence[str] = ()) -> int:
     return int(fast.get_vocab_size())
 
 
+def split_tokenizer(folder: Path) -> None:
+    """Replace ``tokenizer.json`` by what transformers' slow tokenizers wrote: vocabulary, merges, special tokens."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(folder / "vocab.json", content["model"]["vocab"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    added = {str(token.pop("id")): token for token in content["added_tokens"]}
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, **ends})
+    (folder / "tokenizer.json").unlink()
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")

@@ -23,6 +23,7 @@ from published_layouts import (
     qwen_config,
     qwen_shapes,
     qwen_tokenizer,
+    split_tokenizer,
     write_json,
 )
 from upstream_sam2 import upstream_sam2
@@ -212,6 +213,22 @@ def test_qwen_config_is_read_with_care(tmp_path: Path, change: dict[str, Any], m
         return
     with pytest.raises(CheckpointError, match=message):
         plan_conversion(source_of(state, tmp_path), "qwen2.5")
+
+
+def test_tokenizer_in_its_older_files_is_the_same(tmp_path: Path) -> None:
+    """Med3DVLM's own scripts write these: it loads its tokenizer with ``use_fast=False``."""
+
+    def tokenizer() -> tuple[str, list[int], int]:
+        target, _ = plan_conversion(source_of(state, tmp_path), "med3dvlm")
+        vocabulary = target.parts["language"].vocabulary
+        assert vocabulary is not None
+        ids = vocabulary.tokenizer.encode("the liver, and spleen <im_patch>")
+        return vocabulary.tokenizer.decode(ids), ids, vocabulary.known
+
+    state = _med3dvlm(tmp_path)
+    ready = tokenizer()
+    split_tokenizer(tmp_path)
+    assert tokenizer() == ready
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
