@@ -22,7 +22,7 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
-from medvl_sam2.presets import SLICE_PRESETS
+from medvl_sam2.presets import SLICE_PRESETS, preset
 from published_layouts import (
     State,
     dcformer_forward,
@@ -37,7 +37,7 @@ from published_layouts import (
     randomise,
     write_json,
 )
-from small_model import SMALL, SMALL_SLICES
+from small_model import SMALL
 from upstream_sam2 import upstream_sam2
 
 BLOCKS, CHANNELS = (1, 2, 3, 6, 2), (8, 12, 16, 24, 32)
@@ -271,14 +271,14 @@ def med3dvlm(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Conversio
     base = replace(
         base,
         vision=NARROW,
-        projector=replace(base.projector, low_tokens=(6, 5), high_tokens=(4, 5), extent=False),
+        projector=replace(base.projector, low_tokens=(6, 5), high_tokens=(4, 5)),
         language=replace(
             base.language, vocab_size=sizes["vocabulary"], hidden_size=64, intermediate_size=96, layers=3, heads=4,
             kv_heads=2, tied_head=False, rope_theta=1e6,
         ),
     )  # fmt: skip
     result = convert(open_source(folder), "med3dvlm", folder / "out", config=base)
-    small = replace(SMALL, scene=SceneConfig(lesions=0), slices=SMALL_SLICES)
+    small = replace(SMALL, scene=SceneConfig(lesions=0), projector=replace(SMALL.projector, extent=False))
     return state, result, config_from_parts({name: part.folder for name, part in result.parts.items()}, small)
 
 
@@ -360,6 +360,12 @@ def test_parts_that_do_not_fit_change_nothing(
     with pytest.raises(CheckpointError, match=message):
         load_parts(model, {"language": folders["language"], "vision": folders["vision"]})
     assert not _changed(model, before)
+
+
+def test_choices_of_the_model_outlive_the_parts(sam2: tuple[Any, Path], tmp_path: Path) -> None:
+    convert(open_source(sam2[1]), "sam2.1_tiny", tmp_path / "out")
+    config = config_from_parts({"slices": tmp_path / "out" / "slices"}, preset("small"))
+    assert config == preset("small")
 
 
 def test_fields_that_change_no_weight_may_differ(med3dvlm: tuple[State, Conversion, ModelConfig]) -> None:

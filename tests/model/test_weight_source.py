@@ -113,7 +113,8 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path, new_format: boo
     with pytest.raises(CheckpointError, match=r"w\.pt .* may run code .*posix\.mkdir.* it is refused"):
         open_source(path)
     assert not proof.exists()
-    torch.load(path, weights_only=False)  # unsafe on purpose: shows that the file does what it threatens
+    function, arguments = _Evil(proof).__reduce__()
+    function(*arguments)  # what unpickling would have done
     assert proof.is_dir()
 
 

@@ -160,5 +160,6 @@ class _PartWriter:
             return
         file = f"model-{len(set(self._shards.values())) + 1:05d}.safetensors"
         save_file(self._held, self._folder / file, metadata={"format": "pt"})
+        (self._folder / file).chmod(0o644)  # safetensors makes it readable by the owner alone
         self._shards |= dict.fromkeys(self._held, file)
         self._held, self._size = {}, 0

@@ -59,7 +59,7 @@ def _check_config(model: UnifiedModel, part: Part, name: str, folder: Path) -> N
     """Fields that no shape shows (heads, windows, rotary base ...) must be those the weights were trained with."""
     stored = dataclasses.asdict(getattr(read_part_config(folder), part.section))
     own = dataclasses.asdict(getattr(model.config, part.section))
-    odd = sorted(field for field in own if field not in part.free and own[field] != stored[field])
+    odd = sorted(field for field in own if field not in part.choices | part.habits and own[field] != stored[field])
     if odd:
         raise CheckpointError(
             f"{odd[0]!r} of the model's {part.section!r} configuration is {own[odd[0]]}, the weights of {folder} "

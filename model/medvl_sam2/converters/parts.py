@@ -34,41 +34,46 @@ SIGLIP = "siglip"
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part sits in :class:`UnifiedModel`, how to build it, and which configuration fields are free.
+    """Where a part sits in :class:`UnifiedModel`, and how to build it.
 
-    ``section`` is the field of :class:`ModelConfig` that is stored beside the weights; ``free`` names fields of it
-    that may differ between the weights and a model without changing what the weights mean.
+    ``section`` is the field of :class:`ModelConfig` that is stored beside the weights. Of its fields, the model may
+    choose ``choices`` whatever the weights were trained with; ``habits`` are those of the weights unless the model is
+    to be trained out of them. All others must agree.
     """
 
     section: str
     place: str
     build: Callable[[ModelConfig], nn.Module]
-    free: frozenset[str] = frozenset()
+    choices: frozenset[str] = frozenset()
+    habits: frozenset[str] = frozenset()
 
 
 PARTS: Mapping[str, Part] = {
     VISION: Part(
-        "vision", "language.vision", lambda c: DCFormer(c.vision), frozenset({"input_size", "taps", "layer_scale"})
+        "vision",
+        "language.vision",
+        lambda c: DCFormer(c.vision),
+        choices=frozenset({"layer_scale"}),
+        habits=frozenset({"input_size", "taps"}),
     ),
     PROJECTOR: Part(
         "projector",
         "language.projector",
         lambda c: MixerProjector(c.vision, c.projector, c.language.hidden_size),
-        frozenset({"extent"}),
+        choices=frozenset({"extent"}),
     ),
     LANGUAGE: Part(
         "language",
         "language.lm",
         lambda c: build_language_model(c.language),
-        frozenset(
-            {"max_length", "position_range", "prompt_end", "reply_start", "legacy_splice", "lora_rank", "lora_alpha"}
-        ),
+        choices=frozenset({"max_length", "position_range", "lora_rank", "lora_alpha"}),
+        habits=frozenset({"prompt_end", "reply_start", "legacy_splice"}),
     ),
     SLICES: Part(
         "slices",
         "segmenter.sam2",
         lambda c: build_sam2(c.slices),
-        frozenset({"image_size", "max_cond_slices", "multimask", "presence_gate", "slice_position"}),
+        choices=frozenset({"image_size", "max_cond_slices", "multimask", "presence_gate", "slice_position"}),
     ),
 }
 
@@ -133,11 +138,12 @@ def read_part_config(folder: Path) -> ModelConfig:
 
 
 def config_from_parts(folders: Mapping[str, Path], base: ModelConfig) -> ModelConfig:
-    """``base`` with the sections of the converted parts, so that a model built from it takes all of them."""
+    """``base`` changed so that a model built from it takes all the converted parts; its ``choices`` stay."""
     sections = {}
     for name, folder in folders.items():
-        section = known_part(name).section
-        sections[section] = getattr(read_part_config(folder), section)
+        part = known_part(name)
+        chosen = {field: getattr(getattr(base, part.section), field) for field in part.choices}
+        sections[part.section] = dataclasses.replace(getattr(read_part_config(folder), part.section), **chosen)
     return dataclasses.replace(base, **sections)
 
 
