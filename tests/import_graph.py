@@ -16,6 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"dicom_io", "geometry", "intensity", "region_assist", "region_grow", "volume_io"}),
     frozenset({"synthesis"}),
     frozenset({"modeling", "checkpoint"}),
+    frozenset({"converters"}),
     frozenset({"predictor"}),
     frozenset({"training"}),
     frozenset({"evaluation"}),

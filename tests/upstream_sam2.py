@@ -16,6 +16,7 @@ FILES = {"sam2.1_tiny": "t", "sam2.1_small": "s", "sam2.1_base_plus": "b+", "sam
 def upstream_sam2(name: str, image_size: int = 1024) -> Any:
     """``SAM2Base`` of a preset's name, random weights, in evaluation mode; skips without the configuration files."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.utils import instantiate
 
     folders = getattr(find_spec("sam2"), "submodule_search_locations", None) or []
@@ -23,6 +24,9 @@ def upstream_sam2(name: str, image_size: int = 1024) -> Any:
     file = f"sam2.1_hiera_{FILES[name]}.yaml"
     if not (folder / file).is_file():
         pytest.skip("the installed sam2 package has no configuration files; parity cannot be measured against it")
+    import sam2.modeling  # noqa: F401 - the package takes Hydra over when it is first imported
+
+    GlobalHydra.instance().clear()
     with initialize_config_dir(str(folder.resolve()), version_base=None), ReadableLinspace():
         config = compose(file, overrides=[f"model.image_size={image_size}"])
         return instantiate(config.model, _recursive_=True).eval()
