@@ -7,6 +7,7 @@ and ``<id>/text.txt``, which has no split. Pictures are windowed to grey, so the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def _finding(root: Path, image: Path, text: Path, split: Split | None) -> Findin
 
 def _report(text: str) -> str:
     """The findings of a case text, else its discussion, else all of it, on one line."""
-    parts = [text.split(section, 1)[1] for section in _SECTIONS if section in text]
-    lines = [" ".join(part.split()) for part in (*parts, text)]
-    return next((line for line in lines if len(line.replace(" ", "")) >= _MIN_LETTERS), "")
+    sections = re.split(f"({'|'.join(_SECTIONS)})", text)
+    bodies = dict(zip(sections[1::2], sections[2::2], strict=True))
+    candidates = [" ".join(part.split()) for part in (*(bodies.get(name, "") for name in _SECTIONS), text)]
+    return next((line for line in candidates if len(line.replace(" ", "")) >= _MIN_LETTERS), "")

@@ -84,8 +84,8 @@ def _read_image(record: CaseRecord, root: Path) -> Volume:
             raise DataError(f"case {record.id!r}: {file.path} states no orientation; give its record a grid")
         array = _read_pictures(path) if path.is_dir() else _read_array(path, file)
         return volume_of(array, affine, path, record.modality)
-    stated = Stated(affine, file.rescale, file.index)
-    return read_volume(path, record.modality, None if stated == Stated() else stated)
+    silent = affine is None and file.rescale is None and file.index is None
+    return read_volume(path, record.modality, None if silent else Stated(affine, file.rescale, file.index))
 
 
 def _read_array(path: Path, file: ImageFile) -> np.ndarray:
