@@ -83,7 +83,7 @@ class CaseCache:
 def _load(path: Path, record: CaseRecord, root: Path) -> LoadedCase | None:
     try:
         os.utime(path)  # when it was last used
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         geometry = Geometry(arrays["image"].shape, arrays["affine"])
         volume = Volume(arrays["image"], geometry, record.modality, Path(root) / record.image.path)

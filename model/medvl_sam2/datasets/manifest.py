@@ -198,9 +198,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
         except (json.JSONDecodeError, DataError) as error:
             raise DataError(f"{where}: {error}; write the manifest again with scripts/make_manifest.py") from error
         if record.id in lines:
-            raise DataError(
-                f"{where}: case {record.id!r} already stands in line {lines[record.id]}; remove one of them"
-            )
+            raise DataError(f"{where}: case {record.id!r} also stands in line {lines[record.id]}; remove one of them")
         lines[record.id] = number
         records.append(record)
     if not records:

@@ -83,7 +83,7 @@ def read(root: Path) -> Iterator[Finding]:
 
 def _read_set(root: Path, path: Path, flag: str) -> Iterator[Finding]:
     task = TASKS[flag]
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         labels = {name: np.asarray(arrays[f"{name}_labels"]).reshape(-1) for name in _SPLITS}
         lacking = [f"{name}_images" for name in _SPLITS if f"{name}_images" not in arrays.files]
     if lacking:

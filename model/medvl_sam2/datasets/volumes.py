@@ -105,7 +105,7 @@ def _read_array(path: Path, file: ImageFile) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _member(path: Path, name: str) -> np.ndarray:
     """An array of a ``.npz``, kept because the next case is in it too."""
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays[name]
 
 
@@ -163,7 +163,8 @@ def _sparse_rows(path: Path, geometry: Geometry) -> sparse.csr_matrix:
     if shape[1:] != geometry.shape:
         raise DataError(f"{path.name} is not on the image grid {geometry.shape}")
     try:
-        rows = sparse.load_npz(path).tocsr()
+        with path.open("rb") as file:
+            rows = sparse.load_npz(file).tocsr()
     except _ARRAY_ERRORS as error:
         raise VolumeError(f"{path} is not a readable sparse matrix ({error!r}); download it again") from error
     if rows.shape != (shape[0], int(np.prod(shape[1:]))):
