@@ -14,6 +14,9 @@ import nibabel as nib
 import numpy as np
 from scipy import sparse
 
+from medvl_sam2.datasets.manifest import CaseRecord
+from medvl_sam2.datasets.registry import Collection, collected, findings
+from medvl_sam2.datasets.volumes import LoadedCase
 from volume_files import turned
 
 SHAPE = (14, 18, 10)
@@ -127,3 +130,37 @@ def m3d_seg_case(folder: Path, case: Phantom, classes: int = len(NAMES)) -> None
     save_array(folder / "image.npy", (case.array[None] - 40.0) / 30.0)
     masks = np.stack([case.labels == value for value in range(1, classes + 1)]).astype(np.int32)
     sparse.save_npz(folder / f"mask_{masks.shape}", sparse.csr_matrix(masks.reshape(classes, -1)))
+
+
+def found(source: str, root: Path) -> Collection:
+    return collected(findings(source, root))
+
+
+def by_id(collection: Collection) -> dict[str, CaseRecord]:
+    return {record.id: record for record in collection.records}
+
+
+def reasons(collection: Collection) -> dict[str, str]:
+    return {problem.case: problem.reason for problem in collection.problems}
+
+
+def assert_right_side_right(case: LoadedCase) -> None:
+    """The right kidney and the liver lie to the patient's right (RAS+ x grows to the right)."""
+    assert case.labels is not None
+    x = {
+        name: case.volume.geometry.voxel_to_world(np.argwhere(case.labels.mask(name)))[:, 0].mean()
+        for name in case.labels.present
+    }
+    assert x["kidney_right"] > x["kidney_left"] + 6
+    assert x.get("liver", np.inf) > x["kidney_left"] + 6
+
+
+def assert_holds(case: LoadedCase, expected: Phantom) -> None:
+    """Voxels, grid and masks are those that were stored."""
+    assert case.labels is not None
+    assert np.array_equal(case.volume.array, expected.array)
+    assert np.allclose(case.volume.geometry.affine, expected.affine, atol=1e-4)
+    for value, name in enumerate(NAMES, start=1):
+        if name in case.labels.names:
+            assert np.array_equal(case.labels.mask(name), expected.labels == value)
+    assert_right_side_right(case)

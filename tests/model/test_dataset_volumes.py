@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from scipy import sparse
 import dataset_folders as folders
 from dataset_folders import SHAPE, axes_affine, phantom, save_array, save_nifti
 from medvl_sam2.datasets.case_cache import CaseCache
-from medvl_sam2.datasets.label_layers import LayerBuilder
+from medvl_sam2.datasets.label_layers import LayerBuilder, side_votes
+from medvl_sam2.datasets.label_names import opposite_side
 from medvl_sam2.datasets.manifest import CaseRecord, Grid, ImageFile, LabelFile, Split
 from medvl_sam2.datasets.volumes import LoadedCase, read_case
 from medvl_sam2.errors import ConfigError, DataError, MedVLError, VolumeError
 from medvl_sam2.types import Modality
+from medvl_sam2.volume_io import read_mask, read_volume
 
 KIDNEYS = {1: "kidney_right", 2: "kidney_left", 3: "liver"}
 
@@ -89,7 +92,7 @@ def _torn_files(folder: Path) -> dict[str, CaseRecord]:
     save_array(folder / "flat.npy", case.array[0])
     save_array(folder / "small.npy", case.labels[1:])
     (folder / "torn.npy").write_bytes(b"\x93NUMPY torn")
-    np.save(folder / "objects.npy", np.array([{}, None], dtype=object), allow_pickle=True)
+    np.save(folder / "objects.npy", np.array([{}, None], dtype=object))  # pickled inside
     (folder / f"mask_{(3, *SHAPE)}.npz").write_bytes(b"PK torn")
     wrong = folder / "wrong" / f"mask_{(3, *SHAPE)}"
     wrong.parent.mkdir()
@@ -223,3 +226,36 @@ def test_a_broken_case_is_not_cached(tmp_path: Path) -> None:
     with pytest.raises(MedVLError):
         cache.read(record(ImageFile("gone.nii.gz")), tmp_path)
     assert _held(cache) == []
+
+
+@pytest.mark.shared_data
+def test_real_abdomen_in_three_layouts(shared_data: Path, tmp_path: Path) -> None:
+    """As TotalSegmentator stores it, and as M3D-Seg would with and without a mirrored first axis: one anatomy."""
+    source = shared_data / "ts_ct_wholeabdomen_3mm"
+    volume = read_volume(source / "ct.nii.gz")
+    labels, _ = read_mask(source / "seg_total_fast.nii.gz")
+    table = json.loads((source / "labels.json").read_text())
+    names = {int(v): name for v, name in table.items() if v.isdecimal() and (labels == int(v)).any()}
+    assert {"kidney_left", "kidney_right", "spleen"} <= set(names.values())
+    folder = tmp_path / "s0001"
+    save_nifti(folder / "ct.nii.gz", volume.array, volume.geometry.affine)
+    for value, name in names.items():
+        mask = (labels == value).astype(np.uint8)
+        save_nifti(folder / "segmentations" / f"{name}.nii.gz", mask, volume.geometry.affine)
+    folders.save_table(tmp_path / "meta.csv", [{"image_id": "s0001", "split": "train"}], ";")
+    (stated,) = folders.found("totalsegmentator", tmp_path).records
+    case = read_case(stated, tmp_path)
+    assert case.labels is not None
+    assert case.sides_known
+    pairs = [n for n in names.values() if "left" in n.split("_") and opposite_side(n) in names.values()]
+    assert side_votes(case.labels, case.volume.geometry) == len(pairs) > 10
+    for value, name in names.items():
+        assert np.array_equal(case.labels.mask(name), labels == value)
+    for number, flip in enumerate((1, -1)):
+        save_array(tmp_path / f"{number}.npy", volume.array[None, ::flip])
+        save_array(tmp_path / f"mask{number}.npy", labels[::flip])
+        image = ImageFile(f"{number}.npy", grid=Grid("RAS", assumed=True))
+        turned = read_case(record(image, LabelFile(f"mask{number}.npy", names)), tmp_path)
+        assert turned.labels is not None
+        assert turned.sides_known
+        assert side_votes(turned.labels, turned.volume.geometry) == len(pairs)
