@@ -137,6 +137,7 @@ def test_msd(tmp_path: Path) -> None:
         "msd/Task03_Liver/liver_0",
         "msd/Task03_Liver/liver_9",
     ]
+    assert set(reasons(collection)) == {"Task03_Liver/liver_1", "Task03_Liver"}
     assert reasons(collection)["Task03_Liver/liver_1"] == "imagesTr/liver_1.nii.gz is missing"
     assert "lacks image or label" in reasons(collection)["Task03_Liver"]
     first = records["msd/Task03_Liver/liver_0"]

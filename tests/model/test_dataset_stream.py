@@ -65,6 +65,7 @@ def test_an_epoch_is_a_permutation_without_the_broken_cases(manifest: Manifest) 
     whole = sorted(f"c{n}" for n in range(CASES) if n not in BROKEN)
     assert [sorted(name for name, _, _ in epoch) for epoch in epochs] == [whole, whole]
     assert [name for name, _, _ in epochs[0]] != [name for name, _, _ in epochs[1]]
+    assert len({value for _, _, value in epochs[0]}) == len(whole)  # every case has a generator of its own
     assert {value for _, _, value in epochs[0]}.isdisjoint(value for _, _, value in epochs[1])
     assert stream.skipped == {"c3": 2, "c7": 2}
     assert stream.state == StreamState(5, 1, CASES, epoch=2)

@@ -43,6 +43,7 @@ def test_checked_manifest_holds_only_cases_that_open(
     assert {p["case"]: p["skipped"] for p in figures["problems"]} == {
         "s0020": True,
         "s0011": False,
+        "s0021": False,
         "totalsegmentator/s0021": True,
     }
     printed = capsys.readouterr().out
