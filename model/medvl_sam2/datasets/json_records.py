@@ -1,27 +1,31 @@
-"""Frozen dataclasses to plain JSON values and back, by field name and type; whatever does not fit is refused."""
+"""Frozen dataclasses to plain JSON values and back, by field name and type; whatever does not fit is refused.
+
+The reader of a type is put together once: a manifest holds a million small records.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from medvl_sam2.errors import DataError
 
 T = TypeVar("T")
+Reader = Callable[[Any], Any]
+
+
+class _Misfit(ValueError):
+    """A value of the wrong type; the record it belongs to adds the name of the field."""
 
 
 def to_plain(record: Any) -> dict[str, Any]:
     """Fields by name; those at their default are left out."""
-    plain = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if value != field.default:
-            plain[field.name] = _plain(value)
-    return plain
+    values = ((name, getattr(record, name), default) for name, default in _defaults(type(record)))
+    return {name: _plain(value) for name, value, default in values if value != default}
 
 
 def from_plain(kind: type[T], data: Any) -> T:
@@ -29,52 +33,90 @@ def from_plain(kind: type[T], data: Any) -> T:
 
     Raises :class:`DataError` naming the field: unknown, missing, of another type, or refused by the record itself.
     """
-    if not isinstance(data, dict):
-        raise DataError(f"{kind.__name__} needs a JSON object, not {data!r}")
-    hints, required = _fields(cast(Hashable, kind))
-    unknown, missing = sorted(set(data) - set(hints)), sorted(required - set(data))
-    if unknown:
-        raise DataError(f"{kind.__name__} has no field {unknown[0]!r}; known: {', '.join(hints)}")
-    if missing:
-        raise DataError(f"{kind.__name__} lacks the field {missing[0]!r}")
-    return kind(**{name: _value(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
+    return _reader(kind)(data)
+
+
+@cache
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((field.name, field.default) for field in dataclasses.fields(kind))
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_plain(value)
+    if isinstance(value, (str, int, float)):
+        return value
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    return value
+    return to_plain(value)
 
 
 @cache
-def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """Types by field name, and the fields without a default."""
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    return get_type_hints(kind), frozenset(required)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _reader(hint: Any) -> Reader:
+    """What turns a JSON value into a value of ``hint``."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):  # only ever "X | None"
-        return None if value is None else _value(inner[0], value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value)
-    if origin is tuple and isinstance(value, list):
-        kinds = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
-        if len(kinds) == len(value):
-            return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
-    elif origin is Mapping and isinstance(value, dict):
-        if all(key.isdecimal() for key in value):
-            return {int(key): _value(inner[1], item, where) for key, item in value.items()}
-    elif isinstance(hint, type) and issubclass(hint, StrEnum):
-        if isinstance(value, str) and value in list(hint):
-            return hint(value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (str, int, bool) and type(value) is hint:
-        return value
-    raise DataError(f"{where} cannot be {value!r}; it must be {getattr(hint, '__name__', hint)}")
+        read = _reader(inner[0])
+        return lambda value: None if value is None else read(value)
+    if origin is tuple:
+        return _tuple_reader(inner)
+    if origin is Mapping:
+        return _names_reader(_reader(inner[1]))
+    if dataclasses.is_dataclass(hint):
+        return _record_reader(hint)
+    if issubclass(hint, StrEnum):
+        members = {str(member): member for member in hint}
+        return lambda value: _checked(members.get(value) if isinstance(value, str) else None, value, list(members))
+    kinds = (int, float) if hint is float else (hint,)
+    return lambda value: _checked(hint(value) if type(value) in kinds else None, value, hint.__name__)
+
+
+def _checked(read: Any, value: Any, wanted: Any) -> Any:
+    if read is None:
+        raise _Misfit(f"cannot be {value!r}; it must be {wanted}")
+    return read
+
+
+def _tuple_reader(inner: tuple[Any, ...]) -> Reader:
+    readers = [_reader(kind) for kind in inner if kind is not Ellipsis]
+    length = None if inner[-1] is Ellipsis else len(inner)
+
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            raise _Misfit(f"cannot be {value!r}; it must be a list" + (f" of {length}" if length else ""))
+        each = readers if length else readers * len(value)
+        return tuple(reader(item) for reader, item in zip(each, value, strict=True))
+
+    return read
+
+
+def _names_reader(read_item: Reader) -> Reader:
+    def read(value: Any) -> dict[int, Any]:
+        if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
+            raise _Misfit(f"cannot be {value!r}; it must be an object with whole numbers as keys")
+        return {int(key): read_item(item) for key, item in value.items()}
+
+    return read
+
+
+def _record_reader(kind: Any) -> Reader:
+    readers = {name: _reader(hint) for name, hint in get_type_hints(kind).items()}
+    required = {name for name, default in _defaults(kind) if default is dataclasses.MISSING}
+
+    def read(data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise DataError(f"{kind.__name__} needs a JSON object, not {data!r}")
+        if not data.keys() <= readers.keys():
+            unknown = sorted(data.keys() - readers.keys())[0]
+            raise DataError(f"{kind.__name__} has no field {unknown!r}; known: {', '.join(readers)}")
+        if not required <= data.keys():
+            raise DataError(f"{kind.__name__} lacks the field {sorted(required - data.keys())[0]!r}")
+        values = {}
+        for name, value in data.items():
+            try:
+                values[name] = readers[name](value)
+            except _Misfit as misfit:
+                raise DataError(f"{kind.__name__}.{name} {misfit}") from misfit
+        return kind(**values)
+
+    return read
