@@ -283,6 +283,9 @@ def test_m3d_seg_names_patients_and_axes(tmp_path: Path) -> None:
     assert by_id(collection)["m3d_seg/0006/case_1"].image.grid == Grid("SAR", assumed=True)
     assert "its shape is unknown" in reasons(collection)["0006/case_2"]
     assert "lacks image or label" in reasons(collection)["0006/text"]
+    elsewhere = {"image": "0014/s0001/image.npy", "label": f"0014/s0001/mask_{(3, *SHAPE)}.npz"}
+    save_json(tmp_path / "0006/0006.json", {"labels": M3D_LABELS, "train": [elsewhere], "test": []})
+    assert "lies outside" in reasons(found("m3d-seg", tmp_path / "0006"))["0006/s0001"]
     save_json(tmp_path / "0006/0006.json", {"labels": four, "train": [entry], "test": []})
     assert reasons(found("m3d-seg", tmp_path)) == {"0006/case_1": "its mask has 3 classes, 0006.json names 4"}
 

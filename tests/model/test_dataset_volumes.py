@@ -221,6 +221,20 @@ def test_torn_and_abandoned_cache_files_count_as_absent(tmp_path: Path) -> None:
     assert _same(cache.read(records[0], root), fresh)
 
 
+def test_a_full_disk_costs_the_cache_not_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (first, *_), root = _cached(tmp_path / "data")
+    cache = CaseCache(tmp_path / "cache", 10**7)
+    monkeypatch.setattr(np, "savez", full)
+    assert _same(cache.read(first, root), read_case(first, root))
+    assert "No space left on device" in caplog.text
+    assert _held(cache) == []
+
+
 def test_a_broken_case_is_not_cached(tmp_path: Path) -> None:
     cache = CaseCache(tmp_path / "cache", 10**7)
     with pytest.raises(MedVLError):

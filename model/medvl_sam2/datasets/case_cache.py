@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -22,6 +23,8 @@ from medvl_sam2.datasets.manifest import CaseRecord
 from medvl_sam2.datasets.volumes import LoadedCase, read_case
 from medvl_sam2.errors import ConfigError
 from medvl_sam2.types import Geometry, Volume
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _TEMPORARY = ".writing"
@@ -46,7 +49,10 @@ class CaseCache:
         case = _load(path, record, root)
         if case is None:
             case = read_case(record, root)
-            self._store(path, case)
+            try:
+                self._store(path, case)
+            except OSError as error:
+                logger.warning("cache %s cannot be written (%s); going on without it", self.folder, error)
         return case
 
     def _store(self, path: Path, case: LoadedCase) -> None:

@@ -24,7 +24,8 @@ class _Misfit(ValueError):
 
 def to_plain(record: Any) -> dict[str, Any]:
     """Fields by name; those at their default are left out."""
-    values = ((name, getattr(record, name), default) for name, default in _defaults(type(record)))
+    kind: Any = type(record)
+    values = ((name, getattr(record, name), default) for name, default in _defaults(kind))
     return {name: _plain(value) for name, value, default in values if value != default}
 
 
@@ -33,7 +34,8 @@ def from_plain(kind: type[T], data: Any) -> T:
 
     Raises :class:`DataError` naming the field: unknown, missing, of another type, or refused by the record itself.
     """
-    return _reader(kind)(data)
+    hint: Any = kind
+    return _reader(hint)(data)
 
 
 @cache

@@ -61,10 +61,11 @@ def _read_task(task: Path, root: Path) -> Iterator[Finding]:
     table = read_object(task / "dataset.json", "labels", "modality", "training")
     short = _NAMES.get(task.name.split("_")[0], {})
     names = {value: short.get(name, name) for value, name in named_values(table["labels"]).items()}
-    for entry in [*table["training"], *({"image": name} for name in table.get("test", ()))]:
-        labelled = entry in table["training"]
+    entries: list[tuple[Any, tuple[str, ...]]] = [(entry, ("image", "label")) for entry in table["training"]]
+    entries += [({"image": name}, ("image",)) for name in table.get("test", ())]
+    for entry, keys in entries:
         try:
-            files = [task / name for name in text_fields(entry, *("image", "label")[: 1 + labelled])]
+            files = [task / name for name in text_fields(entry, *keys)]
         except DataError as error:
             yield Problem(task.name, str(error))
             continue

@@ -141,7 +141,9 @@ def stem(path: Path) -> str:
 
 
 def relative(path: Path, root: Path) -> str:
-    """``path`` as the manifest writes it."""
+    """``path`` as the manifest writes it; :class:`DataError` when a table points outside the data set."""
+    if not path.is_relative_to(root):
+        raise DataError(f"{path} lies outside {root}; give the folder that holds all files the tables name")
     return path.relative_to(root).as_posix()
 
 

@@ -25,7 +25,7 @@ from medvl_sam2.errors import ConfigError, DataError, MedVLError
 T = TypeVar("T")
 Transform = Callable[[LoadedCase, np.random.Generator], T]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class CaseStream(Generic[T]):
     """Iterate once for one epoch, from :attr:`state` on; the next iteration is the next epoch.
 
     ``transform`` makes a sample of a case, in the worker; its generator depends on seed, epoch and case only. A case
-    that cannot be read or made a sample of is logged, counted in :attr:`skipped` and passed over.
+    that cannot be read or made a sample of is logged, counted in :attr:`skipped` and passed over, so ranks may give
+    unequal numbers of samples an epoch: count steps, not epochs, where ranks wait for each other.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class CaseStream(Generic[T]):
 
     @property
     def state(self) -> StreamState:
-        """The next sample's place; what a checkpoint keeps."""
+        """The place of the sample after the last one given out; what a checkpoint keeps, one a rank."""
         return self._state
 
     @state.setter
@@ -140,7 +141,7 @@ class CaseStream(Generic[T]):
             self._state = dataclasses.replace(state, epoch=state.epoch + done, position=0 if done else position)
             if turn.reason is not None:
                 self.skipped[turn.case] += 1
-                _log.warning("case %s skipped: %s", turn.case, turn.reason)
+                logger.warning("case %s skipped: %s", turn.case, turn.reason)
                 continue
             good += 1
             yield turn.sample
