@@ -14,7 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"files", "types", "vocabulary"}),
     frozenset({"config", "presets"}),
     frozenset({"dicom_io", "geometry", "intensity", "region_assist", "region_grow", "volume_io"}),
-    frozenset({"synthesis"}),
+    frozenset({"datasets", "synthesis"}),
     frozenset({"modeling", "checkpoint"}),
     frozenset({"converters"}),
     frozenset({"predictor"}),

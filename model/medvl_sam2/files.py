@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def file_sha256(path: Path) -> str:
@@ -16,15 +18,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json_atomically(path: Path, data: Any) -> None:
-    """Replace ``path`` by ``data`` as JSON in one step, on disk before the old content goes."""
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` when the block ends, on disk before the old content goes.
+
+    After an exception in the block ``path`` is as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
-            file.write("\n")
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -32,6 +37,12 @@ def write_json_atomically(path: Path, data: Any) -> None:
     finally:
         Path(name).unlink(missing_ok=True)
     sync_path(path.parent)
+
+
+def write_json_atomically(path: Path, data: Any) -> None:
+    """Replace ``path`` by ``data`` as JSON in one step."""
+    with atomic_writer(path) as file:
+        file.write(f"{json.dumps(data, indent=2)}\n".encode())
 
 
 def sync_path(path: Path) -> None:

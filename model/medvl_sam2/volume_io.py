@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -31,18 +32,42 @@ _NIFTI_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read_volume(path: Path | str, modality: Modality | None = None) -> Volume:
+@dataclass(frozen=True)
+class Stated:
+    """What a data set's table says about a NIfTI file whose header is silent or wrong.
+
+    ``affine`` (4, 4), stored voxel to RAS+ mm, replaces the header's. ``rescale`` (slope, intercept) turns stored
+    values into HU. ``frame``: the one entry of the fourth axis that is meant.
+    """
+
+    affine: np.ndarray | None = None
+    rescale: tuple[float, float] | None = None
+    frame: int | None = None
+
+
+def read_volume(path: Path | str, modality: Modality | None = None, stated: Stated | None = None) -> Volume:
     """Read one 3D image: stored array (I, J, K) as int16 where that is exact, else float32; affine to RAS+ mm.
 
-    ``modality`` overrides what the DICOM header says or the values suggest (see ``intensity.guess_modality``).
+    ``modality`` overrides what the DICOM header says or the values suggest (see ``intensity.guess_modality``);
+    ``stated`` (NIfTI only) what the header says.
 
     Raises :class:`VolumeError`: missing or broken file, unknown kind, 4D, colour or complex voxels, no content,
     no orientation in the header, axes more than 2 degrees off a right angle, tilted or uneven DICOM slices.
     """
     path = Path(path)
-    array, affine, hint = _read(path)
+    array, affine, hint = _read(path, stated)
+    if stated is not None and stated.rescale is not None:
+        slope, intercept = stated.rescale
+        array = array * np.float32(slope) + np.float32(intercept)
+    return volume_of(array, affine, path, modality or guess_modality(array, hint))
+
+
+def volume_of(array: np.ndarray, affine: np.ndarray, path: Path, kind: Modality) -> Volume:
+    """A volume from an array (I, J, K) and its affine to RAS+ mm; ``path`` is where it came from.
+
+    Raises :class:`VolumeError` as :func:`read_volume`: no content, not one finite voxel, axes not at right angles.
+    """
     geometry = _geometry(array, affine, path)
-    kind = modality or guess_modality(array, hint)
     try:
         array = _compact(replace_non_finite(array, kind))
     except VolumeError as error:
@@ -106,11 +131,13 @@ def write_mask(path: Path | str, mask: np.ndarray, geometry: Geometry) -> None:
         raise
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+def _read(path: Path, stated: Stated | None = None) -> tuple[np.ndarray, np.ndarray, str | None]:
     """Stored array (I, J, K), affine to RAS+ mm, and the DICOM modality if the file states one."""
     if not path.exists():
         raise VolumeError(f"{path} does not exist; check the path")
     suffix = _suffix(path)
+    if stated is not None and suffix not in _NIFTI:
+        raise VolumeError(f"{path.name} is no NIfTI file; only there may a table stand in for the header")
     if path.is_dir() or suffix in (".zip", ".dcm") or (suffix not in (*_NIFTI, *_ITK) and is_dicom(path)):
         if path.is_dir():
             stack = read_dicom_directory(path)
@@ -120,29 +147,40 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
             stack = read_dicom_files([path], path)
         return stack.array, stack.affine, stack.modality or None
     if suffix in _NIFTI:
-        return (*_read_nifti(path), None)
+        return (*_read_nifti(path, stated or Stated()), None)
     if suffix in _ITK:
         return (*_read_itk(path), None)
     raise VolumeError(f"{path.name} is of no kind that can be read; give {_KINDS}")
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_nifti(path: Path, stated: Stated) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = nib.load(path)
         if not isinstance(image, (nib.Nifti1Pair, nib.Nifti2Pair)):
             raise VolumeError(f"{path} is an Analyze file, which states no orientation; convert it to NIfTI")
-        if int(image.header["sform_code"]) == 0 and int(image.header["qform_code"]) == 0:
+        unplaced = int(image.header["sform_code"]) == 0 and int(image.header["qform_code"]) == 0
+        if unplaced and stated.affine is None:
             raise VolumeError(
                 f"{path} states no orientation (sform and qform code are 0), so left and right are unknown; set one"
             )
-        shape = _shape3(tuple(int(n) for n in image.shape), path)
+        source = image.dataobj
+        if stated.frame is not None:
+            source = _frame(image, stated.frame, path)
+        shape = _shape3(tuple(int(n) for n in source.shape), path)
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise VolumeError(f"{path} has {dtype} voxels (colour or complex); give one grey value a voxel")
-        array = np.asarray(image.dataobj).reshape(shape)
+        array = np.asarray(source).reshape(shape)
     except _NIFTI_ERRORS as error:
         raise VolumeError(f"{path} is not a readable NIfTI file ({error}); export it again") from error
-    return array, np.asarray(image.affine, dtype=np.float64)
+    return array, np.asarray(image.affine if stated.affine is None else stated.affine, dtype=np.float64)
+
+
+def _frame(image: nib.Nifti1Pair, frame: int, path: Path) -> np.ndarray:
+    """One entry (I, J, K) of the fourth axis."""
+    if len(image.shape) != 4 or not 0 <= frame < image.shape[3]:
+        raise VolumeError(f"{path} of shape {image.shape} has no frame {frame}; give a 4D file or another frame")
+    return np.asarray(image.dataobj[..., frame])
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:

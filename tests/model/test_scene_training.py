@@ -118,7 +118,7 @@ def test_slabs_keep_the_plane_and_a_part_of_the_height() -> None:
         cells = sampler.batch(1).cells()
         planes = (channel(cells, "liver") > 0.5).float().mean(dim=(1, 2))
         assert set(planes.tolist()) <= {0.0, 1.0}, "whole planes of a block are liver or none of it"
-        assert not (planes[-1] == 1 and channel(cells, "spleen").any()), "a quarter does not reach from one to the other"
+        assert not (planes[-1] == 1 and channel(cells, "spleen").any()), "a quarter cannot hold both"
         heights.append(float(planes.mean()))
     assert max(heights) == 1 > min(heights) > 0
 

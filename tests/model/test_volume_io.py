@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.types import Geometry, Modality
-from medvl_sam2.volume_io import read_mask, read_volume, write_mask
+from medvl_sam2.volume_io import Stated, read_mask, read_volume, write_mask
 from volume_files import SHAPE, hounsfield, itk_affine, turned
 
 
@@ -299,3 +299,33 @@ def test_read_only_sources_stay_untouched(shared_data: Path, tmp_path: Path) -> 
     before = copy.read_bytes()
     read_volume(copy).array[:] = 0
     assert copy.read_bytes() == before
+
+
+# What a table states instead of the header
+
+
+def test_a_table_may_state_grid_and_units(tmp_path: Path) -> None:
+    stored = hounsfield()
+    nib.save(nib.Nifti1Image(stored, None), tmp_path / "bare.nii.gz")  # no orientation at all
+    with pytest.raises(VolumeError, match="states no orientation"):
+        read_volume(tmp_path / "bare.nii.gz", Modality.CT, Stated(rescale=(2.0, 3.0)))
+    volume = read_volume(tmp_path / "bare.nii.gz", Modality.CT, Stated(affine("PIR"), (2.0, -24.0)))
+    assert np.array_equal(volume.array, stored * 2 - 24)
+    assert volume.array.dtype == np.int16
+    assert np.allclose(volume.geometry.affine, affine("PIR"))
+
+
+def test_one_frame_of_a_series(tmp_path: Path) -> None:
+    frames = np.stack([hounsfield(), hounsfield() + 7], axis=-1)
+    path = save_nifti(tmp_path / "series.nii.gz", frames)
+    assert np.array_equal(read_volume(path, stated=Stated(frame=1)).array, frames[..., 1])
+    with pytest.raises(VolumeError, match="has no frame 2"):
+        read_volume(path, stated=Stated(frame=2))
+    with pytest.raises(VolumeError, match="4D"):
+        read_volume(path)
+
+
+def test_only_nifti_headers_are_replaced(tmp_path: Path) -> None:
+    write_mask(tmp_path / "m.nrrd", np.ones(SHAPE, np.uint8), Geometry(SHAPE, affine()))
+    with pytest.raises(VolumeError, match="no NIfTI file"):
+        read_volume(tmp_path / "m.nrrd", stated=Stated(rescale=(1.0, 0.0)))

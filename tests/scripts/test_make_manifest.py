@@ -1,0 +1,78 @@
+"""The command from a folder to a manifest and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dataset_folders as folders
+from medvl_sam2.datasets.manifest import read_manifest
+from medvl_sam2.datasets.volumes import read_case
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_manifest.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_manifest_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_checked_manifest_holds_only_cases_that_open(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, report = tmp_path / "data", tmp_path / "out" / "m.jsonl", tmp_path / "report.json"
+    folders.totalsegmentator(data)
+    assert script.main(["totalsegmentator", str(data), "--out", str(out), "--check", "--json", str(report)]) == 0
+    manifest = read_manifest(out, data)
+    assert [r.id for r in manifest.records] == [f"totalsegmentator/{c}" for c in ("s0000", "s0003", "s0011")]
+    assert read_case(manifest.records[0], manifest.root).labels is not None
+    figures = json.loads(report.read_text())
+    assert figures["cases_by_split"] == {"train": 1, "validation": 1, "test": 1}
+    assert (figures["skipped"], figures["with_labels"], figures["checked"]) == (2, 3, True)
+    assert {p["case"]: p["skipped"] for p in figures["problems"]} == {
+        "s0020": True,
+        "s0011": False,
+        "s0021": False,
+        "totalsegmentator/s0021": True,
+    }
+    printed = capsys.readouterr().out
+    assert "skipped s0020: s0020/ct.nii.gz is missing" in printed
+    assert "note s0011: 1 class files are missing: liver" in printed
+    assert "is not a readable NIfTI file" in printed
+
+
+def test_unchecked_manifest_opens_nothing(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.totalsegmentator(tmp_path)
+    monkeypatch.setattr(script, "read_case", None)
+    assert script.main(["totalsegmentator", str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 0
+    assert len(read_manifest(tmp_path / "m.jsonl").records) == 4
+
+
+def test_long_lists_of_problems_are_shortened(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"image_id": f"s{n:04}", "split": "train"} for n in range(30)]
+    folders.save_table(tmp_path / "meta.csv", rows, ";")
+    assert script.main(["totalsegmentator", str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
+    captured = capsys.readouterr()
+    assert "... and 10 more" in captured.out
+    assert "holds no readable case" in captured.err
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_a_wrong_folder_ends_with_a_message(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["amos", str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 2
+    assert "make_manifest:" in capsys.readouterr().err
