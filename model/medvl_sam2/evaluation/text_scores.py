@@ -61,7 +61,7 @@ class Meteor:
     def __init__(self) -> None:
         self.has_synonyms = _found("corpora/wordnet") or _found("corpora/wordnet.zip")
         self.has_sentences = _found("tokenizers/punkt_tab/english")
-        self._synonyms = wordnet if self.has_synonyms else _NoSynonyms()
+        self._synonyms = _loaded_wordnet() if self.has_synonyms else _NoSynonyms()
         self._words = NLTKWordTokenizer()
         self._sentences = PunktSentenceTokenizer()
 
@@ -80,6 +80,15 @@ class Meteor:
     def __call__(self, given: str, expected: str) -> float:
         """Score of ``given`` against ``expected``."""
         return float(single_meteor_score(self.tokens(expected), self.tokens(given), wordnet=self._synonyms))
+
+
+def _loaded_wordnet() -> Any:
+    """Nltk's WordNet, read now, so that torn data is told before the first score."""
+    try:
+        wordnet.ensure_loaded()
+    except OSError as error:
+        raise DataError(f"nltk's WordNet data is incomplete ({error}); repair or remove it") from error
+    return wordnet
 
 
 def _found(resource: str) -> bool:
