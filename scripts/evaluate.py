@@ -1,16 +1,19 @@
 #!/usr/bin/env python
 """Evaluate a checkpoint on generated and unseen real cases, beside controls without a network.
 
-Example: scripts/evaluate.py --generated 8 --real ../shared/data --tasks interactive,semantic --json figures.json
+Example: scripts/evaluate.py --generated 8 --text-cases 200 --real ../shared/data --json FILE --html FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,8 +21,11 @@ from tqdm import tqdm
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, MIN_VOXELS, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
+from medvl_sam2.evaluation.html_report import About, html_report
+from medvl_sam2.evaluation.overview import overview
 from medvl_sam2.evaluation.protocol import Setting
-from medvl_sam2.evaluation.runner import TASKS, Plan, Runner
+from medvl_sam2.evaluation.runner import EXTRA_TASKS, TASKS, TEXT_TASKS, Plan, Runner
+from medvl_sam2.evaluation.text_scores import TextScorer, load_bertscore
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.training.real_cases import UNSEEN_REAL
@@ -32,9 +38,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--controls-only", action="store_true", help="no model: only the controls' click curves")
     parser.add_argument("--generated", type=int, default=0, metavar="N", help="number of generated cases")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first generated case")
+    parser.add_argument(
+        "--text-cases",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"further generated cases for {', '.join(TEXT_TASKS)} only",
+    )
     parser.add_argument("--real", type=Path, metavar="DIR", help="folder with the unseen real cases")
     parser.add_argument("--cases", help="names of real cases, comma separated (default: all unseen ones)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="comma separated (default: %(default)s)")
+    parser.add_argument(
+        "--tasks",
+        default=",".join(TASKS),
+        help=f"comma separated (default: %(default)s; on request: {', '.join(EXTRA_TASKS)})",
+    )
     parser.add_argument("--settings", default="box,clicks", help="interactive settings (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="clicks an object (default: %(default)s)")
     parser.add_argument("--min-voxels", type=int, default=MIN_VOXELS, help="smallest structure (default: %(default)s)")
@@ -44,9 +61,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write PNG overlays")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with tables and pictures")
+    parser.add_argument(
+        "--bertscore", type=Path, metavar="DIR", help="local roberta-large for BERTScore (needs the extra [bertscore])"
+    )
     options = parser.parse_args(arguments)
-    if options.generated <= 0 and options.real is None:
-        parser.error("nothing to evaluate; give --generated N, --real DIR or both")
+    if options.generated <= 0 and options.text_cases <= 0 and options.real is None:
+        parser.error("nothing to evaluate; give --generated N, --text-cases N, --real DIR or several of them")
     return options
 
 
@@ -70,46 +91,85 @@ def chosen_cases(options: argparse.Namespace) -> tuple[Iterator[EvaluationCase],
     return produce(), options.generated + (len(sources) if options.real is not None else 0)
 
 
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What to run."""
+    settings = options.settings.split(",")
+    unknown = sorted(set(settings) - {setting.value for setting in Setting})
+    if unknown:
+        raise MedVLError(f"unknown setting {unknown[0]!r}; known: {', '.join(s.value for s in Setting)}")
+    return Plan(
+        tasks=tuple(options.tasks.split(",")),
+        settings=tuple(Setting(name) for name in settings),
+        clicks=options.steps,
+        with_nsd=options.nsd,
+        objects_per_case=options.objects_per_case,
+        sentences_per_case=options.sentences_per_case,
+        pictures=options.pictures,
+    )
+
+
+def run(runner: Runner, options: argparse.Namespace) -> None:
+    """Run all cases, then those of the text tasks, whose seeds follow."""
+    cases, total = chosen_cases(options)
+    with tqdm(total=total + options.text_cases, unit="case") as bar:
+        for case in cases:
+            runner.run(case, bar.set_postfix_str)
+            bar.update()
+        for case in generated_cases(options.text_cases, options.first_seed + options.generated, options.min_voxels):
+            runner.run_text(case, bar.set_postfix_str)
+            bar.update()
+
+
+def about(options: argparse.Namespace, figures: dict[str, Any]) -> About:
+    """Head of the HTML page."""
+    real = sorted(case for case in figures["left_out_below_voxel_limit"] if not case.startswith("generated_"))
+    facts = {
+        "checkpoint": str(figures["checkpoint"] or "none: controls only"),
+        "weights": str(figures["weights_sha256"] or "-")[:16],
+        "generated cases": str(options.generated),
+        "further text cases": str(options.text_cases),
+        "real cases": ", ".join(real) or "none",
+        "seconds": f"{figures['seconds']:.0f}",
+    }
+    return About(f"MedVL-SAM2 evaluation: {figures['checkpoint'] or 'controls'}", facts, figures["options"])
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Run, print the tables, write the files asked for."""
+    plan = plan_of(options)
+    scorer = TextScorer(None if options.bertscore is None else load_bertscore(options.bertscore))
+    predictor = None if options.controls_only else Predictor.load(options.checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.html is not None and plan.pictures is None:
+            plan = dataclasses.replace(plan, pictures=Path(scratch))
+        runner = Runner(plan, predictor, [ShapeControl(), GrowControl()], scorer)
+        started = time.perf_counter()
+        run(runner, options)
+        seconds = time.perf_counter() - started
+        figures = runner.figures()
+        print(overview(figures))
+        print(f"\n{len(runner.left_out)} cases and {options.text_cases} text cases in {seconds:.0f} s")
+        figures["options"] = {name: str(value) for name, value in vars(options).items()}
+        figures["checkpoint"] = None if predictor is None else predictor.meta.version
+        figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
+        figures["seconds"] = seconds
+        if options.json is not None:
+            write_json_atomically(options.json, figures)
+        if options.html is not None:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            options.html.write_text(html_report(about(options, figures), figures, runner.pictures), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 2 with a message on a bad input."""
     options = parse(arguments)
     if options.threads > 0:
         torch.set_num_threads(options.threads)
     try:
-        predictor = None if options.controls_only else Predictor.load(options.checkpoint)
-        settings = options.settings.split(",")
-        unknown = sorted(set(settings) - {setting.value for setting in Setting})
-        if unknown:
-            raise MedVLError(f"unknown setting {unknown[0]!r}; known: {', '.join(s.value for s in Setting)}")
-        plan = Plan(
-            tasks=tuple(options.tasks.split(",")),
-            settings=tuple(Setting(name) for name in settings),
-            clicks=options.steps,
-            with_nsd=options.nsd,
-            objects_per_case=options.objects_per_case,
-            sentences_per_case=options.sentences_per_case,
-            pictures=options.pictures,
-        )
-        runner = Runner(plan, predictor, [ShapeControl(), GrowControl()])
-        started = time.perf_counter()
-        cases, total = chosen_cases(options)
-        with tqdm(total=total, unit="case") as bar:
-            for case in cases:
-                runner.run(case, bar.set_postfix_str)
-                bar.update()
-        seconds = time.perf_counter() - started
+        evaluate(options)
     except MedVLError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    print(runner.text())
-    print(f"\n{total} cases in {seconds:.0f} s")
-    if options.json is not None:
-        figures = runner.figures()
-        figures["options"] = {name: str(value) for name, value in vars(options).items()}
-        figures["checkpoint"] = None if predictor is None else predictor.meta.version
-        figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
-        figures["seconds"] = seconds
-        write_json_atomically(options.json, figures)
     return 0
 
 

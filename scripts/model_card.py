@@ -16,7 +16,7 @@ from typing import Any
 
 from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.errors import CheckpointError, MedVLError
-from medvl_sam2.evaluation import report
+from medvl_sam2.evaluation.overview import overview
 from medvl_sam2.vocabulary import CLASSES
 
 INTRODUCTION = """# Model card: {name} ({version})
@@ -132,18 +132,9 @@ def _tables(path: Path, sha256: str) -> str:
         raise CheckpointError(f"{path} was measured on other weights; run scripts/evaluate.py on this checkpoint")
     options = figures["options"]
     what = [f"{options['generated']} generated cases"] if options["generated"] != "0" else []
+    what += [f"{options['text_cases']} further ones for the text tasks"] if options["text_cases"] != "0" else []
     what += ["the unseen real cases"] if options["real"] != "None" else []
-    parts = []
-    if "interactive" in figures:
-        parts.append(report.interactive_text(figures["interactive"]))
-    parts += [
-        report.mask_text(task.capitalize(), figures[task]) for task in ("semantic", "referring") if task in figures
-    ]
-    if "vqa" in figures:
-        parts.append(report.answer_text(figures["vqa"]))
-    if "report" in figures:
-        parts.append(report.report_text(figures["report"]))
-    return f"\n### {' and '.join(what)}\n\n```\n" + "\n\n".join(parts) + "\n```\n"
+    return f"\n### {', '.join(what)}\n\n```\n{overview(figures)}\n```\n"
 
 
 if __name__ == "__main__":

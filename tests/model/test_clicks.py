@@ -44,14 +44,23 @@ def test_diagonal_neighbours_are_one_component() -> None:
     assert len(set(click.position)) == 1
 
 
-def test_depth_ignores_spacing_and_the_border_is_no_surface() -> None:
+def test_depth_ignores_spacing_and_the_border_is_a_surface() -> None:
+    # 4 x 9 x 9 voxels, open to the border on three sides: deepest half way through each axis.
     truth = block((4, 21, 21), (0, 4), (0, 9), (6, 15))
     click = next_click(truth, None)
     assert click is not None
-    # Open at y = 0 and at both ends of z, so the deepest voxels lie on y = 0, half way in x.
-    assert click.position[1:] == (0, 10) or click.position[1] <= 4
-    depth = ndimage.distance_transform_edt(truth)
-    assert depth[click.position] == depth.max()
+    assert click.position[0] in (1, 2)
+    depth = ndimage.distance_transform_edt(np.pad(truth, 1))[1:-1, 1:-1, 1:-1]
+    assert depth[click.position] == depth.max() == 2
+
+
+def test_ties_are_drawn_as_the_protocol_draws_them() -> None:
+    # A rod one voxel thick: every voxel is as deep.
+    truth = block((3, 3, 41), (1, 2), (1, 2), (1, 40))
+    click = next_click(truth, None)
+    assert click is not None
+    rng = np.random.RandomState(42)
+    assert click.position == (1, 1, 1 + rng.choice(39))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,7 +72,7 @@ def test_the_crop_changes_nothing(seed: int) -> None:
     assert click is not None
     labels, _ = ndimage.label(truth ^ prediction, np.ones((3, 3, 3)))
     largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
-    depth = ndimage.distance_transform_edt(largest)
+    depth = ndimage.distance_transform_edt(np.pad(largest, 1))[1:-1, 1:-1, 1:-1]
     assert depth[click.position] == pytest.approx(depth.max())
     assert click.label == int(truth[click.position])
 

@@ -56,6 +56,41 @@ def test_surface_dice_counts_millimetres_not_voxels() -> None:
     assert metrics.surface_dice(np.zeros_like(truth), np.zeros_like(truth), (1.0, 1.0, 1.0)) is None
 
 
+def test_ratio_and_mean_of_kinds_by_hand() -> None:
+    # Two hits of three findings at one patient, none of one at another.
+    ratio = metrics.bootstrap_ratio([4.0, 0.0], [5.0, 1.0], ["a", "b"])
+    assert ratio is not None
+    assert ratio.mean == pytest.approx(4 / 6)
+    assert (ratio.low, ratio.high) == pytest.approx((0.0, 0.8))
+    assert metrics.bootstrap_ratio([0.0], [0.0], ["a"]) is None
+    kinds = metrics.bootstrap_mean_of_kinds([1.0, 1.0, 1.0, 0.0], ["x", "x", "x", "y"], ["a", "a", "a", "b"])
+    assert kinds is not None
+    assert kinds.mean == pytest.approx(0.5)
+    # Draws that hold one patient only know one kind.
+    assert (kinds.low, kinds.high) == pytest.approx((0.0, 1.0))
+    with pytest.raises(DataError, match="one of each"):
+        metrics.bootstrap_ratio([1.0], [1.0, 2.0], ["a"])
+
+
+def test_ratio_leaves_out_draws_that_say_nothing() -> None:
+    # Three of four draws of two patients hold the one with findings; the fourth divides nought by nought.
+    ratio = metrics.bootstrap_ratio([2.0, 0.0], [4.0, 0.0], ["a", "b"])
+    assert ratio is not None
+    assert (ratio.low, ratio.mean, ratio.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_intervals_of_one_mean_agree() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.random(40).tolist()
+    groups = [n // 4 for n in range(40)]
+    plain = metrics.bootstrap(values, groups)
+    one_kind = metrics.bootstrap_mean_of_kinds(values, ["k"] * 40, groups)
+    assert plain is not None
+    assert one_kind is not None
+    assert plain.low < np.mean(values) < plain.high
+    assert (one_kind.mean, one_kind.low, one_kind.high) == pytest.approx((plain.mean, plain.low, plain.high))
+
+
 def test_area_under_clicks_is_the_challenge_formula() -> None:
     assert metrics.area_under_clicks([1.0] * 5) == pytest.approx(4.0)
     assert metrics.area_under_clicks([0.0, 0.2, 0.4, 0.6, 0.8]) == pytest.approx(1.6)

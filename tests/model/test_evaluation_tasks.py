@@ -6,16 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation import metrics, tasks
+from medvl_sam2.evaluation import language_report, language_tasks, metrics, tasks
+from medvl_sam2.evaluation.boxes import box_of, parse_box
 from medvl_sam2.evaluation.cases import EvaluationCase, from_generated, from_real, generated_cases
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
-from medvl_sam2.evaluation.runner import Plan, Runner
+from medvl_sam2.evaluation.overview import overview
+from medvl_sam2.evaluation.runner import NO_HEAD, Plan, Runner
+from medvl_sam2.evaluation.text_scores import TextScorer
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.synthesis import Case, generate_case
 from medvl_sam2.training.real_cases import (
@@ -27,6 +30,7 @@ from medvl_sam2.training.real_cases import (
     vocabulary_class,
 )
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.vocabulary import spoken
 
 
 def test_no_patient_is_on_both_sides() -> None:
@@ -158,7 +162,7 @@ class Oracle:
     def answer(self, session: Any, question: str) -> Answer:
         study = self.case.generated
         assert study is not None
-        right = next(qa.answer for qa in study.qa if qa.prompt == question)
+        right = next((qa.answer for qa in study.qa if qa.prompt == question), "spleen")
         return Answer(question, "nonsense" if self.wrong else right, "notice")
 
     def report(self, session: Any) -> Answer:
@@ -177,10 +181,11 @@ def test_perfect_predictor_scores_one_everywhere(studies: list[Case]) -> None:
     sentences = tasks.referring(oracle, None, case, limit=12)
     assert len(sentences) == 12
     assert all(score.dice == 1.0 for score in sentences)
-    answers = tasks.closed_questions(oracle, None, case)
+    assert all(item.box is not None and item.box.iou == 1.0 for item in sentences)
+    answers = language_tasks.closed_questions(oracle, None, case)
     assert answers
-    assert all(answer.right for answer in answers)
-    score = tasks.report(oracle, None, case)
+    assert all(answer.right and answer.letter_right for answer in answers)
+    score = language_tasks.report(oracle, None, case)
     assert score is not None
     assert (score.counts.extra, score.counts.missed) == (0, 0)
 
@@ -196,21 +201,122 @@ def test_absent_but_predicted_scores_zero(studies: list[Case]) -> None:
     assert set(invented.values()) == {0.0}
 
 
+def answer_score(kind: str, expected: str, given: str, case: str = "c") -> language_tasks.AnswerScore:
+    return language_tasks.AnswerScore(case, case, kind, "q", expected, given, 3)
+
+
 def test_controls_of_answers_and_reports(studies: list[Case]) -> None:
-    answers = [tasks.AnswerScore("c", "phase", "q", text, "x", 3) for text in ("A. venous", "B. venous", "A. arterial")]
+    answers = [answer_score("phase", text, "x") for text in ("A. venous", "B. venous", "A. arterial")]
     # Letters move from question to question; what is constant is the text.
-    assert tasks.majority_accuracy(answers) == {"phase": pytest.approx(2 / 3)}
+    assert language_tasks.majority_accuracy(answers) == {"phase": pytest.approx(2 / 3)}
     cases = [from_generated(study) for study in studies]
-    scores = [score for case in cases if (score := tasks.report(Oracle(case, wrong=True), None, case)) is not None]
-    own = sum((metrics.match_counts(s.findings, s.findings) for s in scores), metrics.Counts())
-    control = tasks.constant_report_control(scores)
-    assert control.hit + control.missed == own.hit
+    scores = [
+        score for case in cases if (score := language_tasks.report(Oracle(case, wrong=True), None, case)) is not None
+    ]
+    figures = language_report.report_figures(scores, TextScorer())
+    # The best of the two reports as they were written, given for both studies.
+    totals = [
+        sum((metrics.match_counts(given.findings, score.findings) for score in scores), metrics.Counts())
+        for given in scores
+    ]
+    assert figures["constant_report_f1"] == max(total.f1 or 0.0 for total in totals) > 0
     assert sum(score.counts.hit for score in scores) == 0
+    assert figures["finding_f1_interval"]["mean"] == 0.0
+    assert figures["constant_text_scores"]["bleu_1"]["mean"] > figures["text_scores"]["bleu_1"]["mean"] == 0.0
+
+
+def test_both_rules_of_closed_questions() -> None:
+    scores = [
+        answer_score("phase", "B. venous", "B. venous"),  # right by both
+        answer_score("phase", "B. venous", "venous"),  # right text, no letter: ours only
+        answer_score("side", "A. left", "A. right"),  # right letter, wrong text: theirs only
+        answer_score("side", "A. left", "B. right"),  # wrong by both
+        answer_score("side", "A. left", "not B. but A."),  # theirs only
+    ]
+    assert [s.right for s in scores] == [True, True, False, False, False]
+    assert [s.letter_right for s in scores] == [True, False, True, False, True]
+    figures = language_report.answer_figures(scores)
+    assert figures["accuracy"]["mean"] == pytest.approx(2 / 5)
+    assert figures["mean_of_kinds"]["mean"] == pytest.approx((1 + 0) / 2)
+    assert figures["letter"]["accuracy"]["mean"] == pytest.approx(3 / 5)
+    assert figures["letter"]["mean_of_kinds"]["mean"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    with pytest.raises(DataError, match="no lettered answer"):
+        metrics.letter_occurs("venous", "venous")
+
+
+def test_constant_answers_of_a_kind_and_of_all() -> None:
+    answers = [
+        language_tasks.WrittenAnswer("c", "p", kind, "q", expected, "")
+        for kind, expected in (("phase", "venous"), ("phase", "venous"), ("side", "left"))
+    ]
+    assert language_tasks.constant_answers(answers, by_kind=True) == {"phase": "venous", "side": "left"}
+    assert language_tasks.constant_answers(answers, by_kind=False) == {"phase": "venous", "side": "venous"}
+
+
+def test_regions_are_asked_with_boxes(studies: list[Case]) -> None:
+    case = from_generated(studies[0])
+    answers = language_tasks.regions(Oracle(case), None, case, limit=3)
+    assert len(answers) == 3
+    for answer in answers:
+        box = parse_box(answer.question)
+        truth = CanonicalTransform(case.volume.geometry).forward_array(case.classes[answer.kind])
+        assert box == box_of(truth)
+        assert answer.expected == spoken(answer.kind)
+
+
+def test_surface_scores_only_when_asked(studies: list[Case]) -> None:
+    case = from_generated(studies[0])
+    plain = tasks.referring(Oracle(case), None, case, limit=1)
+    with_nsd = tasks.referring(Oracle(case), None, case, limit=1, with_nsd=True)
+    assert plain[0].surfaces is None
+    assert with_nsd[0].surfaces == tasks.Surfaces(1.0, 1.0)
+
+
+class Encoder(Oracle):
+    """An oracle with an image-text head: one axis a report."""
+
+    texts: ClassVar[list[str]] = []
+
+    def embed_volume(self, session: Any) -> np.ndarray:
+        assert self.case.generated is not None
+        return self.embed_text(self.case.generated.report)
+
+    def embed_text(self, text: str) -> np.ndarray:
+        if text not in self.texts:
+            self.texts.append(text)
+        return np.eye(8)[self.texts.index(text)]
+
+
+def test_retrieval_runs_with_an_image_text_head_and_says_why_not(studies: list[Case]) -> None:
+    cases = [from_generated(study) for study in studies]
+    runner = Runner(Plan(tasks=("retrieval",)), Encoder(cases[0]), [])
+    for case in cases:
+        runner.predictor = Encoder(case)
+        runner.run_text(case)
+    figures = runner.figures()
+    assert {(r["pairs"], r["depth"], r["recall"]["mean"]) for r in figures["retrieval"]} == {(2, 1, 1.0)}
+    assert figures["skipped"] == {}
+    assert "Image-text retrieval" in overview(figures)
+    without = Runner(Plan(tasks=("retrieval",)), Oracle(cases[0]), [])
+    without.run_text(cases[0])
+    assert without.figures()["skipped"] == {"retrieval": NO_HEAD}
+    assert NO_HEAD in overview(without.figures())
+
+
+def test_text_cases_run_the_text_tasks_only(studies: list[Case]) -> None:
+    case = from_generated(studies[0])
+    runner = Runner(Plan(), Oracle(case), [ShapeControl()])
+    runner.run_text(case)
+    figures = runner.figures()
+    assert {"vqa", "open_vqa", "report"} <= set(figures)
+    assert not {"interactive", "semantic", "referring"} & set(figures)
+    assert figures["open_vqa"]["scores"]["rouge_1"]["mean"] == 1.0
+    assert figures["report"]["text_scores"]["bleu_4"]["mean"] == pytest.approx(1.0)
 
 
 def test_runner_makes_tables_figures_and_pictures(studies: list[Case], tmp_path: Path) -> None:
     case = from_generated(studies[0])
-    plan = Plan(clicks=1, objects_per_case=2, sentences_per_case=3, pictures=tmp_path)
+    plan = Plan(clicks=1, objects_per_case=2, sentences_per_case=3, with_nsd=True, pictures=tmp_path)
     runner = Runner(plan, Oracle(case), [ShapeControl(), GrowControl()])
     runner.run(case)
     figures = json.loads(json.dumps(runner.figures()))
@@ -223,12 +329,21 @@ def test_runner_makes_tables_figures_and_pictures(studies: list[Case], tmp_path:
         assert record["margin"]["mean"] == pytest.approx(model - best)
     assert figures["semantic"][0]["mean"]["mean"] == 1.0
     assert figures["vqa"]["accuracy"]["mean"] == 1.0
-    text = runner.text()
+    assert figures["semantic"][0]["nsd_2mm"]["mean"] == 1.0
+    assert figures["semantic"][0]["relatives"]["medsam2_dice"]["mean"] == 1.0
+    assert 0.99 < figures["semantic"][0]["relatives"]["m3d_dice"]["mean"] < 1.0
+    assert figures["referring"][0]["boxes"] == {
+        "iou": {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 3},
+        "m3d_iou": figures["referring"][0]["boxes"]["m3d_iou"],
+        "without_box": 0,
+    }
+    text = overview(figures)
     for structure in figures["semantic"][0]["structures"]:
         assert structure in text
     assert "grow control" in text
     assert "Closed questions" in text
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert sorted(picture.path for picture in runner.pictures) == sorted(tmp_path.glob("*.png"))
+    assert len(runner.pictures) == 5
     with pytest.raises(DataError, match="must be some of"):
         Plan(tasks=("dance",))
 

@@ -1,4 +1,7 @@
-"""Scores: overlap, surface agreement, curves over clicks, bootstrap intervals, findings and answers."""
+"""Our own scores: overlap, surface agreement, curves over clicks, bootstrap intervals, findings and answers.
+
+The relatives' variants of the same scores stand in :mod:`medvl_sam2.evaluation.relatives`.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,32 @@ CLICKS_IN_AUC = 5
 """The CVPR 2025 area covers clicks 1..5 (the box step is not counted), so it is at most 4."""
 
 
-def dice(truth: np.ndarray, prediction: np.ndarray) -> float | None:
-    """Dice of two bool arrays of one shape; None when both are empty, 0 when one is."""
+@dataclass(frozen=True)
+class Overlap:
+    """Voxel counts of two masks: in both, in the truth, in the prediction."""
+
+    both: int
+    truth: int
+    prediction: int
+
+    @property
+    def dice(self) -> float | None:
+        """Dice; None when both masks are empty, 0 when one is."""
+        total = self.truth + self.prediction
+        return None if total == 0 else 2.0 * self.both / total
+
+
+def overlap(truth: np.ndarray, prediction: np.ndarray) -> Overlap:
+    """Voxel counts of two bool arrays of one shape."""
     if truth.shape != prediction.shape:
         raise DataError(f"prediction of shape {prediction.shape} does not fit the truth of shape {truth.shape}")
     truth, prediction = truth.astype(bool, copy=False), prediction.astype(bool, copy=False)
-    total = int(truth.sum()) + int(prediction.sum())
-    return None if total == 0 else 2.0 * int((truth & prediction).sum()) / total
+    return Overlap(int((truth & prediction).sum()), int(truth.sum()), int(prediction.sum()))
+
+
+def dice(truth: np.ndarray, prediction: np.ndarray) -> float | None:
+    """Dice of two bool arrays of one shape; None when both are empty, 0 when one is."""
+    return overlap(truth, prediction).dice
 
 
 def surface_dice(
@@ -84,19 +106,53 @@ def bootstrap(values: Sequence[float], groups: Sequence[Hashable], draws: int = 
     Structures of one patient are not independent, so the patient is the unit. None without values; with a single group
     the interval spans only its mean and says nothing about other patients.
     """
-    if len(values) != len(groups):
-        raise DataError(f"{len(values)} values but {len(groups)} groups; give one group a value")
+    return bootstrap_ratio(values, [1.0] * len(values), groups, draws, seed)
+
+
+def bootstrap_ratio(
+    parts: Sequence[float], wholes: Sequence[float], groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
+) -> Interval | None:
+    """Sum of ``parts`` over sum of ``wholes`` (a micro F1, a mean) with a 95% percentile interval over ``groups``.
+
+    Draws whose wholes sum to 0 say nothing and are left out. None when all wholes are 0.
+    """
+    if not len(parts) == len(wholes) == len(groups):
+        raise DataError(f"{len(parts)} values, {len(wholes)} weights, {len(groups)} groups; give one of each a value")
+    if not sum(wholes):
+        return None
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([numbers[group] for group in groups])
+    tops = np.bincount(index, weights=np.asarray(parts, dtype=np.float64), minlength=len(numbers))
+    bottoms = np.bincount(index, weights=np.asarray(wholes, dtype=np.float64), minlength=len(numbers))
+    drawn = np.random.default_rng(seed).integers(len(numbers), size=(draws, len(numbers)))
+    above, below = tops[drawn].sum(axis=1), bottoms[drawn].sum(axis=1)
+    low, high = np.percentile(above[below > 0] / below[below > 0], (2.5, 97.5))
+    return Interval(float(tops.sum() / bottoms.sum()), float(low), float(high), len(parts))
+
+
+def bootstrap_mean_of_kinds(
+    values: Sequence[float], kinds: Sequence[str], groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
+) -> Interval | None:
+    """Mean over ``kinds`` of the mean of each kind's values, every kind counting once; drawn by ``groups``.
+
+    A draw leaves out the kinds of which it holds no value.
+    """
+    if not len(values) == len(kinds) == len(groups):
+        raise DataError(f"{len(values)} values, {len(kinds)} kinds, {len(groups)} groups; give one of each a value")
     if not values:
         return None
-    numbers = np.asarray(values, dtype=np.float64)
-    names = list(dict.fromkeys(groups))
-    index = np.array([names.index(group) for group in groups])
-    sums = np.bincount(index, weights=numbers, minlength=len(names))
-    counts = np.bincount(index, minlength=len(names))
-    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    columns = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    rows = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    sums, counts = np.zeros((2, len(rows), len(columns)))
+    for value, kind, group in zip(values, kinds, groups, strict=True):
+        sums[rows[group], columns[kind]] += value
+        counts[rows[group], columns[kind]] += 1
+    drawn = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
+    times = np.stack([np.bincount(row, minlength=len(rows)) for row in drawn])
+    above, below = times @ sums, times @ counts
+    means = np.divide(above, below, out=np.zeros_like(above), where=below > 0).sum(axis=1) / (below > 0).sum(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(numbers.mean()), float(low), float(high), len(numbers))
+    return Interval(float((sums.sum(axis=0) / counts.sum(axis=0)).mean()), float(low), float(high), len(values))
 
 
 def same_answer(given: str, expected: str) -> bool:
@@ -111,6 +167,19 @@ def same_answer(given: str, expected: str) -> bool:
     if lettered:
         accepted |= {lettered[1], _plain(lettered[2])}
     return said in accepted
+
+
+def letter_occurs(given: str, expected: str) -> bool:
+    """The relatives' rule of closed questions: "<letter>." of the right choice occurs anywhere in the output.
+
+    M3D ``Bench/eval/eval_vqa.py`` and Med3DVLM ``src/eval/eval_vqa.py``. Looser than :func:`same_answer`: a right
+    letter with a wrong text counts, and so does any sentence that happens to end in that letter; the right text
+    without its letter does not.
+    """
+    lettered = re.match(r"([A-H])\. ", expected)
+    if lettered is None:
+        raise DataError(f"{expected!r} is no lettered answer; closed questions expect 'B. two cysts'")
+    return f"{lettered[1]}." in given
 
 
 def _plain(text: str) -> str:

@@ -1,16 +1,19 @@
-"""Tables and JSON figures from scores. Pure functions: scores in, text and plain dictionaries out."""
+"""Tables and JSON figures of masks. Pure functions: scores in, text and plain dictionaries out."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from medvl_sam2.evaluation.metrics import Interval, bootstrap
+from medvl_sam2.evaluation import relatives
+from medvl_sam2.evaluation.boxes import NO_BOX
+from medvl_sam2.evaluation.metrics import Interval, bootstrap, bootstrap_mean_of_kinds
 from medvl_sam2.evaluation.protocol import ScoredCurve, Setting
-from medvl_sam2.evaluation.tasks import ABSENT_RULE, AnswerScore, MaskScore, majority_accuracy
+from medvl_sam2.evaluation.tasks import ABSENT_RULE, MaskScore
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -27,7 +30,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
-def _interval(interval: Interval | None) -> dict[str, float | int] | None:
+def interval_figures(interval: Interval | None) -> dict[str, float | int] | None:
+    """An interval as JSON values."""
     if interval is None:
         return None
     return {"mean": interval.mean, "low": interval.low, "high": interval.high, "count": interval.count}
@@ -58,7 +62,7 @@ def interactive_figures(curves: Sequence[ScoredCurve], model: str, controls: Seq
             best = max(rivals, key=lambda name: rivals[name])
             record["best_control"] = best
             if model in by_engine:
-                record["margin"] = _interval(_margin(by_engine[model], by_engine[best]))
+                record["margin"] = interval_figures(_margin(by_engine[model], by_engine[best]))
         figures.append(record)
     return figures
 
@@ -72,10 +76,12 @@ def _engine(items: Sequence[ScoredCurve]) -> dict[str, Any]:
     groups = [item.patient for item in items]
     steps: dict[str, Any] = {}
     for index, step in enumerate(items[0].curve.steps):
-        entry: dict[str, Any] = {"dice": _interval(bootstrap([i.curve.steps[index].dice for i in items], groups))}
+        entry: dict[str, Any] = {
+            "dice": interval_figures(bootstrap([i.curve.steps[index].dice for i in items], groups))
+        }
         surfaces = [(i.curve.steps[index].nsd, i.patient) for i in items]
         if all(value is not None for value, _ in surfaces):
-            entry["nsd_2mm"] = _interval(bootstrap([v for v, _ in surfaces if v is not None], groups))
+            entry["nsd_2mm"] = interval_figures(bootstrap([v for v, _ in surfaces if v is not None], groups))
         steps[str(step.clicks)] = entry
     areas = [(item.curve.auc, item.patient) for item in items if item.curve.auc is not None]
     seconds = [[step.seconds for step in item.curve.steps if step.seconds is not None] for item in items]
@@ -83,14 +89,14 @@ def _engine(items: Sequence[ScoredCurve]) -> dict[str, Any]:
     later = [time for times in seconds for time in times[1:]]
     return {
         "steps": steps,
-        "dsc_auc": _interval(bootstrap([a for a, _ in areas if a is not None], [p for _, p in areas])),
+        "dsc_auc": interval_figures(bootstrap([a for a, _ in areas if a is not None], [p for _, p in areas])),
         "first_seconds_median": float(np.median(first)) if first else None,
         "next_seconds_median": float(np.median(later)) if later else None,
     }
 
 
-def _structures(items: Sequence[ScoredCurve]) -> dict[str, dict[str, dict[str, float | int]]]:
-    """Structure -> engine -> first and last Dice and the number of objects."""
+def _structures(items: Sequence[ScoredCurve]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Structure -> engine -> first and last Dice, its interval, and the number of objects."""
     collected: dict[str, dict[str, list[ScoredCurve]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         collected[item.curve.structure][item.curve.engine].append(item)
@@ -99,6 +105,9 @@ def _structures(items: Sequence[ScoredCurve]) -> dict[str, dict[str, dict[str, f
             engine: {
                 "first": float(np.mean([s.curve.steps[0].dice for s in scored])),
                 "last": _last_mean(scored),
+                "last_interval": interval_figures(
+                    bootstrap([s.curve.steps[-1].dice for s in scored], [s.patient for s in scored])
+                ),
                 "count": len(scored),
             }
             for engine, scored in engines.items()
@@ -148,9 +157,9 @@ def interactive_text(figures: Sequence[Mapping[str, Any]]) -> str:
                     name,
                     *[f"{engine['steps'][step]['dice']['mean']:.3f}" for step in steps],
                     f"[{last['low']:.3f}, {last['high']:.3f}]",
-                    _number(engine["dsc_auc"]["mean"] if engine["dsc_auc"] else None),
-                    _number(engine["first_seconds_median"], 2),
-                    _number(engine["next_seconds_median"], 2),
+                    number(engine["dsc_auc"]["mean"] if engine["dsc_auc"] else None),
+                    number(engine["first_seconds_median"], 2),
+                    number(engine["next_seconds_median"], 2),
                 ]
             )
         parts.append(
@@ -186,7 +195,8 @@ def interactive_text(figures: Sequence[Mapping[str, Any]]) -> str:
 _SETTING_TEXT = {Setting.BOX.value: "3D box, then clicks", Setting.CLICKS.value: "clicks only"}
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for a table, "-" where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -195,27 +205,34 @@ def mask_figures(scores: Sequence[MaskScore]) -> list[dict[str, Any]]:
     figures = []
     for split in sorted({score.split for score in scores}):
         chosen = [score for score in scores if score.split == split]
-        present = [score for score in chosen if score.present]
         by_name: dict[str, list[MaskScore]] = defaultdict(list)
         for score in chosen:
             by_name[score.structure].append(score)
+        each = bootstrap_mean_of_kinds(
+            [s.dice for s in chosen], [s.structure for s in chosen], [s.patient for s in chosen]
+        )
         figures.append(
             {
                 "split": split,
                 "rule": ABSENT_RULE,
-                "mean": _interval(bootstrap([s.dice for s in chosen], [s.patient for s in chosen])),
-                "mean_present": _interval(bootstrap([s.dice for s in present], [s.patient for s in present])),
-                "mean_of_structures": float(np.mean([np.mean([s.dice for s in items]) for items in by_name.values()])),
-                "structures": {
-                    name: {
-                        "dice": float(np.mean([s.dice for s in items])),
-                        "present": sum(s.present for s in items),
-                        "wrongly_predicted": sum(not s.present for s in items),
-                    }
-                    for name, items in sorted(by_name.items())
-                },
+                "mean": _mean(chosen, lambda s: s.dice),
+                "mean_present": _mean([score for score in chosen if score.present], lambda s: s.dice),
+                "mean_of_structures": None if each is None else each.mean,
+                "mean_of_structures_interval": interval_figures(each),
+                "nsd_2mm": _mean(chosen, _nsd),
+                "structures": {name: _structure(items) for name, items in sorted(by_name.items())},
+                "boxes": _boxes(chosen),
+                "relatives": _relatives(chosen),
                 "scores": [
-                    {"case": s.case, "structure": s.structure, "dice": s.dice, "present": s.present, "prompt": s.prompt}
+                    {
+                        "case": s.case,
+                        "structure": s.structure,
+                        "dice": s.dice,
+                        "nsd_2mm": _nsd(s),
+                        "box_iou": s.box.iou if s.box else None,
+                        "present": s.present,
+                        "prompt": s.prompt,
+                    }
                     for s in chosen
                 ],
             }
@@ -223,83 +240,91 @@ def mask_figures(scores: Sequence[MaskScore]) -> list[dict[str, Any]]:
     return figures
 
 
+def _mean(scores: Sequence[MaskScore], value: Callable[[MaskScore], float | None]) -> dict[str, float | int] | None:
+    """Mean with interval of those scores that have the value and whose value is a number."""
+    pairs = [(found, s.patient) for s in scores if (found := value(s)) is not None and not math.isnan(found)]
+    return interval_figures(bootstrap([found for found, _ in pairs], [patient for _, patient in pairs]))
+
+
+def _nsd(score: MaskScore) -> float | None:
+    return None if score.surfaces is None else score.surfaces.nsd_2mm
+
+
+def _structure(items: Sequence[MaskScore]) -> dict[str, Any]:
+    return {
+        "dice": float(np.mean([s.dice for s in items])),
+        "interval": _mean(items, lambda s: s.dice),
+        "nsd_2mm": _mean(items, _nsd),
+        "present": sum(s.present for s in items),
+        "wrongly_predicted": sum(not s.present for s in items),
+    }
+
+
+def _boxes(scores: Sequence[MaskScore]) -> dict[str, Any] | None:
+    """Referring comprehension: IoU of boxes and M3D's score, for sentences whose structure is there."""
+    boxes = [score.box for score in scores if score.box is not None]
+    if not boxes:
+        return None
+    return {
+        "iou": _mean(scores, lambda s: s.box.iou if s.box else None),
+        "m3d_iou": _mean(scores, lambda s: s.box.m3d if s.box else None),
+        "without_box": sum(box.m3d == NO_BOX for box in boxes),
+    }
+
+
+def _relatives(scores: Sequence[MaskScore]) -> dict[str, Any]:
+    """The same masks by the relatives' rules, for comparison only."""
+    return {
+        "m3d_dice": _mean(scores, lambda s: relatives.m3d_dice(s.overlap)),
+        "medsam2_dice": _mean(scores, lambda s: relatives.medsam2_dice(s.overlap) if s.present else None),
+        "totalsegmentator_dice": _mean(scores, lambda s: relatives.totalsegmentator_dice(s.overlap)),
+        "totalsegmentator_surface_dice_3mm": _mean(
+            scores, lambda s: s.surfaces.totalsegmentator_3mm if s.surfaces else None
+        ),
+    }
+
+
 def mask_text(title: str, figures: Sequence[Mapping[str, Any]]) -> str:
     """The tables of :func:`mask_figures`."""
     parts = []
     for record in figures:
         rows = [
-            [name, f"{cell['dice']:.3f}", str(cell["present"]), str(cell["wrongly_predicted"])]
+            [
+                name,
+                f"{cell['dice']:.3f}",
+                bounds(cell["interval"]),
+                number(cell["nsd_2mm"]["mean"] if cell["nsd_2mm"] else None),
+                str(cell["present"]),
+                str(cell["wrongly_predicted"]),
+            ]
             for name, cell in record["structures"].items()
         ]
-        mean, present = record["mean"], record["mean_present"]
-        tail = f"mean {mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
-        tail += f"; mean of structures {record['mean_of_structures']:.3f}"
-        if present:
-            tail += f"; present only {present['mean']:.3f} [{present['low']:.3f}, {present['high']:.3f}]"
-        parts.append(
-            f"{title}, {record['split']} cases (rule: {record['rule']})\n"
-            + table(["structure", "Dice", "present", "absent but predicted"], rows)
-            + f"\n{tail}"
+        lines = [
+            f"mean {with_bounds(record['mean'])}",
+            f"mean of structures {with_bounds(record['mean_of_structures_interval'])}",
+            f"present only {with_bounds(record['mean_present'])}",
+        ]
+        if record["nsd_2mm"]:
+            lines.append(f"NSD 2 mm {with_bounds(record['nsd_2mm'])}")
+        text = f"{title}, {record['split']} cases (rule: {record['rule']})\n"
+        text += table(["structure", "Dice", "95% CI", "NSD 2 mm", "present", "absent but predicted"], rows)
+        text += "\n" + "; ".join(lines)
+        if record["boxes"]:
+            boxes = record["boxes"]
+            text += f"\nboxes of the masks: IoU {with_bounds(boxes['iou'])}; {boxes['without_box']} without a box"
+            text += f"; M3D's score {with_bounds(boxes['m3d_iou'])}"
+        text += "\nrelatives' rules, for comparison only: " + "; ".join(
+            f"{name.replace('_', ' ')} {with_bounds(value)}" for name, value in record["relatives"].items() if value
         )
+        parts.append(text)
     return "\n\n".join(parts)
 
 
-def answer_figures(scores: Sequence[AnswerScore]) -> dict[str, Any]:
-    """Closed question accuracy by kind, beside the best constant answer of each kind and chance."""
-    by_kind: dict[str, list[AnswerScore]] = defaultdict(list)
-    for score in scores:
-        by_kind[score.kind].append(score)
-    majority = majority_accuracy(scores)
-    kinds = {
-        kind: {
-            "accuracy": float(np.mean([s.right for s in items])),
-            "majority": majority[kind],
-            "chance": float(np.mean([1 / s.choices for s in items])),
-            "count": len(items),
-        }
-        for kind, items in sorted(by_kind.items())
-    }
-    total = sum(cell["count"] for cell in kinds.values())
-    return {
-        "accuracy": _interval(bootstrap([float(s.right) for s in scores], [s.case for s in scores])),
-        "majority": sum(cell["majority"] * cell["count"] for cell in kinds.values()) / total if total else None,
-        "chance": sum(cell["chance"] * cell["count"] for cell in kinds.values()) / total if total else None,
-        "kinds": kinds,
-        "wrong": [
-            {"case": s.case, "question": s.question, "expected": s.expected, "given": s.given}
-            for s in scores
-            if not s.right
-        ],
-    }
+def bounds(interval: Mapping[str, float] | None) -> str:
+    """The 95% interval of :func:`interval_figures`."""
+    return "-" if interval is None else f"[{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
-def answer_text(figures: Mapping[str, Any]) -> str:
-    """The table of :func:`answer_figures`."""
-    rows = [
-        [kind, f"{cell['accuracy']:.3f}", f"{cell['majority']:.3f}", f"{cell['chance']:.3f}", str(cell["count"])]
-        for kind, cell in figures["kinds"].items()
-    ]
-    overall = figures["accuracy"]
-    if overall:
-        rows.append(
-            [
-                "all",
-                f"{overall['mean']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]",
-                f"{figures['majority']:.3f}",
-                f"{figures['chance']:.3f}",
-                str(overall["count"]),
-            ]
-        )
-    return "Closed questions, generated cases (controls: best constant answer a kind; chance)\n" + table(
-        ["kind", "accuracy", "constant", "chance", "n"], rows
-    )
-
-
-def report_text(figures: Mapping[str, Any]) -> str:
-    """One line on report findings."""
-    counts = figures["counts"]
-    return (
-        f"Report findings (organ and kind), generated cases: F1 {_number(figures['finding_f1'])} "
-        f"(right {counts['hit']}, invented {counts['extra']}, missed {counts['missed']}); "
-        f"best constant report {_number(figures['constant_report_f1'])}"
-    )
+def with_bounds(interval: Mapping[str, float] | None) -> str:
+    """Mean and 95% interval of :func:`interval_figures`."""
+    return "-" if interval is None else f"{interval['mean']:.3f} {bounds(interval)}"

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation import pictures, report, tasks
+from medvl_sam2.evaluation import language_report, language_tasks, pictures, report, tasks
 from medvl_sam2.evaluation.cases import EvaluationCase
-from medvl_sam2.evaluation.metrics import Counts
 from medvl_sam2.evaluation.protocol import (
     Interactive,
     PredictorEngine,
@@ -22,13 +21,20 @@ from medvl_sam2.evaluation.protocol import (
     Step,
     run_object,
 )
+from medvl_sam2.evaluation.text_scores import TextScorer
 from medvl_sam2.types import Prompt
 from medvl_sam2.vocabulary import CLASSES
 
-TASKS = ("interactive", "semantic", "referring", "vqa", "report")
+MASK_TASKS = ("interactive", "semantic", "referring")
+TEXT_TASKS = ("vqa", "open_vqa", "report", "retrieval")
+TASKS = (*MASK_TASKS, *TEXT_TASKS)
+"""What runs unless chosen otherwise."""
+EXTRA_TASKS = ("region",)
+"""Run only on request: no shipped weights are trained for them."""
+NO_HEAD = "the model has no image-text head"
 
 
-class FullPredictor(PromptPredictor, tasks.TextPredictor, Protocol):
+class FullPredictor(PromptPredictor, tasks.MaskPredictor, language_tasks.LanguagePredictor, Protocol):
     """Everything the runner asks of a predictor."""
 
 
@@ -36,8 +42,9 @@ class FullPredictor(PromptPredictor, tasks.TextPredictor, Protocol):
 class Plan:
     """What to run.
 
-    ``objects_per_case`` and ``sentences_per_case`` limit the interactive objects and the referring sentences of a case
-    to a fixed random choice (0: all). ``pictures`` is a folder for PNGs, or None.
+    ``with_nsd`` adds surface Dice at 2 mm (slower). ``objects_per_case`` and ``sentences_per_case`` limit the
+    interactive objects and the referring sentences of a case to a fixed random choice (0: all). ``pictures`` is a
+    folder for PNGs, or None.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -49,11 +56,21 @@ class Plan:
     pictures: Path | None = None
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.tasks) - set(TASKS))
+        known = (*TASKS, *EXTRA_TASKS)
+        unknown = sorted(set(self.tasks) - set(known))
         if unknown or not self.tasks:
-            raise DataError(f"tasks {list(self.tasks)} must be some of {', '.join(TASKS)}")
+            raise DataError(f"tasks {list(self.tasks)} must be some of {', '.join(known)}")
         if self.clicks < 1:
             raise DataError(f"{self.clicks} clicks; give at least one step")
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture written to ``path``; ``score`` is the Dice it shows, None for a label map."""
+
+    path: Path
+    title: str
+    score: float | None
 
 
 Progress = Callable[[str], None]
@@ -74,50 +91,82 @@ class _Last:
 class Runner:
     """Collects scores of a predictor (None: controls only) and of the controls over evaluation cases."""
 
-    def __init__(self, plan: Plan, predictor: FullPredictor | None, controls: Sequence[Interactive]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        predictor: FullPredictor | None,
+        controls: Sequence[Interactive],
+        scorer: TextScorer | None = None,
+    ) -> None:
         self.plan = plan
         self.predictor = predictor
+        self.scorer = scorer or TextScorer()
         self.engines: list[Interactive] = [] if predictor is None else [PredictorEngine(predictor)]
         self.engines += controls
         self._controls = [control.name for control in controls]
         self.curves: list[ScoredCurve] = []
         self.semantic: list[tasks.MaskScore] = []
         self.referring: list[tasks.MaskScore] = []
-        self.answers: list[tasks.AnswerScore] = []
-        self.reports: list[tasks.ReportScore] = []
+        self.answers: list[language_tasks.AnswerScore] = []
+        self.open_answers: list[language_tasks.WrittenAnswer] = []
+        self.regions: list[language_tasks.WrittenAnswer] = []
+        self.reports: list[language_tasks.ReportScore] = []
+        self.pairs: list[language_tasks.EmbeddedPair] = []
+        self.pictures: list[DrawnPicture] = []
         self.left_out: dict[str, list[str]] = {}
 
     def run(self, case: EvaluationCase, progress: Progress = lambda message: None) -> None:
         """Run every task of the plan on one case; ``progress`` hears what is being done."""
         self.left_out[case.name] = list(case.left_out)
         if self.predictor is not None:
-            self._text_tasks(self.predictor, case, progress)
+            session = self.predictor.open(case.volume)
+            label_map = self._mask_tasks(self.predictor, session, case, progress)
+            text = self._text_tasks(self.predictor, session, case, progress)
+            if self.plan.pictures is not None and label_map is not None:
+                path = self.plan.pictures / f"{case.name}_semantic.png"
+                pictures.draw(path, case.volume, label_map, f"{case.name}: semantic", CLASSES, text=text)
+                self.pictures.append(DrawnPicture(path, f"{case.name}: semantic", None))
         if "interactive" in self.plan.tasks:
             self._interactive(case, progress)
 
-    def _text_tasks(self, predictor: FullPredictor, case: EvaluationCase, progress: Progress) -> None:
-        session = predictor.open(case.volume)
+    def run_text(self, case: EvaluationCase, progress: Progress = lambda message: None) -> None:
+        """Run only the text tasks of the plan on one case: they are cheap, so there can be many more of them."""
+        if self.predictor is not None:
+            self._text_tasks(self.predictor, self.predictor.open(case.volume), case, progress)
+
+    def _mask_tasks(
+        self, predictor: FullPredictor, session: Any, case: EvaluationCase, progress: Progress
+    ) -> np.ndarray | None:
+        """Semantic and referring; the semantic label map for a picture."""
         label_map = None
         if "semantic" in self.plan.tasks and case.known:
             progress(f"{case.name}: semantic")
-            scores, label_map = tasks.semantic(predictor, session, case)
+            scores, label_map = tasks.semantic(predictor, session, case, self.plan.with_nsd)
             self.semantic += scores
         if "referring" in self.plan.tasks:
             progress(f"{case.name}: referring")
-            self.referring += tasks.referring(predictor, session, case, self.plan.sentences_per_case)
+            limit = self.plan.sentences_per_case
+            self.referring += tasks.referring(predictor, session, case, limit, self.plan.with_nsd)
+        return label_map
+
+    def _text_tasks(self, predictor: FullPredictor, session: Any, case: EvaluationCase, progress: Progress) -> str:
+        """Questions, regions, report and embeddings; the report as a picture's caption."""
+        progress(f"{case.name}: text")
         if "vqa" in self.plan.tasks:
-            progress(f"{case.name}: questions")
-            self.answers += tasks.closed_questions(predictor, session, case)
-        text = ""
-        if "report" in self.plan.tasks:
-            progress(f"{case.name}: report")
-            score = tasks.report(predictor, session, case)
-            if score is not None:
-                self.reports.append(score)
-                text = f"Report: {score.given}"
-        if self.plan.pictures is not None and label_map is not None:
-            path = self.plan.pictures / f"{case.name}_semantic.png"
-            pictures.draw(path, case.volume, label_map, f"{case.name}: semantic", CLASSES, text=text)
+            self.answers += language_tasks.closed_questions(predictor, session, case)
+        if "open_vqa" in self.plan.tasks:
+            self.open_answers += language_tasks.open_questions(predictor, session, case)
+        if "region" in self.plan.tasks:
+            limit = self.plan.sentences_per_case
+            self.regions += language_tasks.regions(predictor, session, case, limit)
+        if "retrieval" in self.plan.tasks and isinstance(predictor, language_tasks.ImageTextEncoder):
+            pair = language_tasks.embedded_pair(predictor, session, case)
+            self.pairs += [] if pair is None else [pair]
+        score = language_tasks.report(predictor, session, case) if "report" in self.plan.tasks else None
+        if score is None:
+            return ""
+        self.reports.append(score)
+        return f"Report: {score.given}"
 
     def _interactive(self, case: EvaluationCase, progress: Progress) -> None:
         objects = tasks.draw_some(case.objects, self.plan.objects_per_case, case.name)
@@ -149,10 +198,11 @@ class Runner:
         title = f"{case.name} {label}: Dice {last.step.dice:.3f} ({last.step.clicks} clicks)"
         path = self.plan.pictures / f"{case.name}_{label}.png"
         pictures.draw(path, case.volume, last.mask, title, truth=truth, prompt=last.prompt)
+        self.pictures.append(DrawnPicture(path, title, last.step.dice))
 
     def figures(self) -> dict[str, Any]:
-        """All figures as plain JSON values."""
-        result: dict[str, Any] = {"left_out_below_voxel_limit": self.left_out}
+        """All figures as plain JSON values; texts are scored here."""
+        result: dict[str, Any] = {"left_out_below_voxel_limit": self.left_out, "skipped": self._skipped()}
         if self.curves:
             result["interactive"] = report.interactive_figures(self.curves, "model", self._controls)
         if self.semantic:
@@ -160,29 +210,22 @@ class Runner:
         if self.referring:
             result["referring"] = report.mask_figures(self.referring)
         if self.answers:
-            result["vqa"] = report.answer_figures(self.answers)
+            result["vqa"] = language_report.answer_figures(self.answers)
+        if self.open_answers:
+            result["open_vqa"] = language_report.written_figures(self.open_answers, self.scorer, True)
+        if self.regions:
+            result["region"] = language_report.written_figures(self.regions, self.scorer, False)
         if self.reports:
-            counts = sum((score.counts for score in self.reports), Counts())
-            control = tasks.constant_report_control(self.reports)
-            result["report"] = {
-                "finding_f1": counts.f1,
-                "counts": {"hit": counts.hit, "extra": counts.extra, "missed": counts.missed},
-                "constant_report_f1": control.f1,
-                "cases": [{"case": s.case, "expected": s.expected, "given": s.given} for s in self.reports],
-            }
+            result["report"] = language_report.report_figures(self.reports, self.scorer)
+        if self.pairs:
+            result["retrieval"] = language_report.retrieval_figures(self.pairs)
         return result
 
-    def text(self) -> str:
-        """All tables."""
-        figures = self.figures()
-        parts = []
-        if "interactive" in figures:
-            parts.append(report.interactive_text(figures["interactive"]))
-        for task in ("semantic", "referring"):
-            if task in figures:
-                parts.append(report.mask_text(task.capitalize(), figures[task]))
-        if "vqa" in figures:
-            parts.append(report.answer_text(figures["vqa"]))
-        if "report" in figures:
-            parts.append(report.report_text(figures["report"]))
-        return "\n\n".join(parts)
+    def _skipped(self) -> dict[str, str]:
+        """What of the plan was left out, with the reason."""
+        skipped: dict[str, str] = {}
+        if self.open_answers or self.regions or self.reports:
+            skipped |= self.scorer.skipped
+        if "retrieval" in self.plan.tasks and not isinstance(self.predictor, language_tasks.ImageTextEncoder):
+            skipped["retrieval"] = NO_HEAD if self.predictor is not None else "no model was loaded"
+        return skipped

@@ -1,20 +1,20 @@
-"""The tasks without clicks: semantic, referring, closed questions, reports. Each beside a control without a model."""
+"""The tasks without clicks that give masks: classes by name, and structures referred to by a sentence."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from medvl_sam2.evaluation.boxes import BoxScore, box_of, score_box
 from medvl_sam2.evaluation.cases import EvaluationCase
-from medvl_sam2.evaluation.metrics import Counts, dice, match_counts, same_answer
+from medvl_sam2.evaluation.metrics import Overlap, overlap, surface_dice
+from medvl_sam2.evaluation.relatives import totalsegmentator_surface_dice
 from medvl_sam2.geometry import CanonicalTransform
-from medvl_sam2.synthesis.language import report_findings
-from medvl_sam2.synthesis.records import Case, Referring
-from medvl_sam2.types import Answer, Segmentation, Volume
+from medvl_sam2.synthesis.records import Referring
+from medvl_sam2.types import Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 ABSENT_RULE = (
@@ -24,7 +24,7 @@ ABSENT_RULE = (
 Item = TypeVar("Item")
 
 
-class TextPredictor(Protocol):
+class MaskPredictor(Protocol):
     """The part of the predictor these tasks use."""
 
     def open(self, volume: Volume) -> Any:
@@ -38,29 +38,45 @@ class TextPredictor(Protocol):
     def segment_text(self, session: Any, text: str) -> Segmentation:
         """Mask for a sentence."""
 
-    def answer(self, session: Any, question: str) -> Answer:
-        """Answer to a question."""
 
-    def report(self, session: Any) -> Answer:
-        """A report."""
+@dataclass(frozen=True)
+class Surfaces:
+    """Surface Dice of one structure: ``nsd_2mm`` ours, ``totalsegmentator_3mm`` theirs (NaN where it is absent)."""
+
+    nsd_2mm: float
+    totalsegmentator_3mm: float
 
 
 @dataclass(frozen=True)
 class MaskScore:
-    """Dice of one structure in one case; ``present``: whether the truth holds it (absent ones score 0 or vanish)."""
+    """Scores of one structure in one case; one that is neither there nor predicted has none.
+
+    ``surfaces`` where they were asked for; ``box`` (referring sentences whose structure is there): the box of the
+    predicted mask against that of the truth, M3D's referring comprehension.
+    """
 
     case: str
     patient: str
     split: str
     structure: str
     dice: float
-    present: bool
+    overlap: Overlap
     prompt: str
+    surfaces: Surfaces | None = None
+    box: BoxScore | None = None
+
+    @property
+    def present(self) -> bool:
+        """Whether the truth holds the structure; an absent one that is predicted scores 0."""
+        return self.overlap.truth > 0
 
 
-def semantic(predictor: TextPredictor, session: Any, case: EvaluationCase) -> tuple[list[MaskScore], np.ndarray]:
+def semantic(
+    predictor: MaskPredictor, session: Any, case: EvaluationCase, with_nsd: bool = False
+) -> tuple[list[MaskScore], np.ndarray]:
     """Scores of every known class, and the organ label map (I, J, K) with values in vocabulary order for a picture.
 
+    ``with_nsd`` adds surface Dice.
     Lesions are asked in a call of their own: in one label map they would cut holes into organs that include them.
     """
     organs = [name for name in case.known if name != "lesion"]
@@ -76,12 +92,14 @@ def semantic(predictor: TextPredictor, session: Any, case: EvaluationCase) -> tu
             found = result.mask == values[name] if name in values else np.zeros(picture.shape, dtype=bool)
             if name != "lesion":
                 picture[found] = CLASSES.index(name) + 1
-            _score(scores, case, name, case.classes.get(name), found, name)
+            scores += _score(case, name, case.classes.get(name), found, name, with_nsd)
     return scores, picture
 
 
-def referring(predictor: TextPredictor, session: Any, case: EvaluationCase, limit: int = 0) -> list[MaskScore]:
-    """Scores of referring sentences.
+def referring(
+    predictor: MaskPredictor, session: Any, case: EvaluationCase, limit: int = 0, with_nsd: bool = False
+) -> list[MaskScore]:
+    """Scores of referring sentences, boxes among them; ``with_nsd`` adds surface Dice.
 
     Generated cases ask their own sentences (at most ``limit`` drawn by the case's name, 0 for all); real cases ask for
     every class they hold ("segment the left kidney").
@@ -90,12 +108,14 @@ def referring(predictor: TextPredictor, session: Any, case: EvaluationCase, limi
     if case.generated is None:
         for name, mask in case.classes.items():
             text = f"segment the {spoken(name)}"
-            _score(scores, case, name, mask, predictor.segment_text(session, text).mask > 0, text)
+            found = predictor.segment_text(session, text).mask > 0
+            scores += _score(case, name, mask, found, text, with_nsd, with_box=True)
         return scores
     stored = CanonicalTransform(case.volume.geometry).inverse_array
     for item in draw_some(case.generated.referring, limit, case.name):
         truth = stored(case.generated.target(item))
-        _score(scores, case, _referred(item), truth, predictor.segment_text(session, item.text).mask > 0, item.text)
+        found = predictor.segment_text(session, item.text).mask > 0
+        scores += _score(case, _referred(item), truth, found, item.text, with_nsd, with_box=True)
     return scores
 
 
@@ -118,96 +138,36 @@ def _referred(item: Referring) -> str:
 
 
 def _score(
-    scores: list[MaskScore], case: EvaluationCase, name: str, truth: np.ndarray | None, found: np.ndarray, prompt: str
-) -> None:
+    case: EvaluationCase,
+    name: str,
+    truth: np.ndarray | None,
+    found: np.ndarray,
+    prompt: str,
+    with_nsd: bool,
+    with_box: bool = False,
+) -> list[MaskScore]:
+    """The score as a list of one, or none where nothing is there and nothing was found."""
     target = np.zeros(found.shape, dtype=bool) if truth is None else truth
-    value = dice(target, found)
-    if value is not None:
-        scores.append(MaskScore(case.name, case.patient, case.split, name, value, bool(target.any()), prompt))
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """One closed question: what was expected and said; ``choices`` counts the possible answers (chance is 1 in it)."""
-
-    case: str
-    kind: str
-    question: str
-    expected: str
-    given: str
-    choices: int
-
-    @property
-    def right(self) -> bool:
-        """Whether the answer agrees; the letter or the text of the right choice alone counts too."""
-        return same_answer(self.given, self.expected)
-
-
-def closed_questions(predictor: TextPredictor, session: Any, case: EvaluationCase) -> list[AnswerScore]:
-    """Answers to the closed questions (those with choices) of a generated case."""
-    if case.generated is None:
+    counts = overlap(target, found)
+    value = counts.dice
+    if value is None:
         return []
-    return [
-        AnswerScore(
-            case.name, qa.kind, qa.prompt, qa.answer, predictor.answer(session, qa.prompt).text, len(qa.choices)
-        )
-        for qa in case.generated.qa
-        if qa.choices
-    ]
+    surfaces = _surfaces(case, target, found) if with_nsd else None
+    box = _box(case, target, found) if with_box and counts.truth else None
+    return [MaskScore(case.name, case.patient, case.split, name, value, counts, prompt, surfaces, box)]
 
 
-def majority_accuracy(scores: Iterable[AnswerScore]) -> dict[str, float]:
-    """Accuracy a kind of question would reach by always giving its most frequent expected answer in these cases.
-
-    Letters are shuffled from question to question, so the text of the answer is what is held constant. The control
-    knows the evaluated set's own frequencies: no constant answer does better.
-    """
-    by_kind: dict[str, list[str]] = defaultdict(list)
-    for score in scores:
-        by_kind[score.kind].append(score.expected.lower().split(". ", 1)[-1])
-    return {kind: Counter(answers).most_common(1)[0][1] / len(answers) for kind, answers in by_kind.items()}
+def _surfaces(case: EvaluationCase, truth: np.ndarray, found: np.ndarray) -> Surfaces:
+    """Surface Dice of two masks of which one at least is not empty; distances are the same in the stored frame."""
+    spacing = case.volume.geometry.spacing
+    nsd = surface_dice(truth, found, spacing)
+    return Surfaces(0.0 if nsd is None else nsd, totalsegmentator_surface_dice(truth, found, spacing))
 
 
-@dataclass(frozen=True)
-class ReportScore:
-    """A report beside the truth: texts, true ``findings`` (organ class, kind), and the counts of the given text."""
-
-    case: str
-    expected: str
-    given: str
-    findings: frozenset[tuple[str, str]]
-    counts: Counts
-
-
-def true_findings(case: Case) -> frozenset[tuple[str, str]]:
-    """Findings a report of a generated case must state: (organ class, kind), and (organ, "absent") after surgery."""
-    return frozenset(
-        {(finding.organ, finding.kind) for finding in case.findings} | {(name, "absent") for name in case.removed}
-    )
-
-
-def report(predictor: TextPredictor, session: Any, case: EvaluationCase) -> ReportScore | None:
-    """Findings of the predictor's report against the generator's; None for a real case (no truth).
-
-    Findings are a set: two cysts in one organ count once, as in the generator's own reader of reports.
-    """
-    if case.generated is None:
-        return None
-    given = predictor.report(session).text
-    true = true_findings(case.generated)
-    return ReportScore(case.name, case.generated.report, given, true, match_counts(report_findings(given), true))
-
-
-def constant_report_control(scores: Sequence[ReportScore]) -> Counts:
-    """Best counts any one of the true reports reaches when it is given for every case.
-
-    Like the majority answer this control knows the evaluated set; among equals the most frequent report wins.
-    """
-    best, best_key = Counts(), (-1.0, 0)
-    for text, times in Counter(score.expected for score in scores).items():
-        claimed = report_findings(text)
-        total = sum((match_counts(claimed, score.findings) for score in scores), Counts())
-        key = (total.f1 if total.f1 is not None else 0.0, times)
-        if key > best_key:
-            best, best_key = total, key
-    return best
+def _box(case: EvaluationCase, truth: np.ndarray, found: np.ndarray) -> BoxScore | None:
+    """Boxes in the canonical frame; None for an empty truth."""
+    forward = CanonicalTransform(case.volume.geometry).forward_array
+    target = forward(truth)
+    wanted = box_of(target)
+    z, y, x = target.shape
+    return None if wanted is None else score_box(wanted, box_of(forward(found)), (z, y, x))

@@ -2,8 +2,9 @@
 
 Rule of a click (CVPR-MedSegFM 2025 iterative evaluation): the largest 26-connected component, by voxel count, of the
 disagreement between truth and prediction; inside it the voxel farthest from the component's surface, in voxel units
-(spacing plays no part, as in the protocol); ties are drawn with a generator seeded anew for every click; the click is
-foreground where the truth says foreground. As in the protocol the border of the volume is no surface.
+(spacing plays no part, as in the protocol; the border of the volume is a surface like any other); ties are drawn with
+numpy's old generator, seeded anew for every click, as the protocol's script does; the click is foreground where the
+truth says foreground. Positions equal those of the published script.
 
 The 2D functions apply the same rule to one slice (8-connected) and serve training.
 
@@ -123,13 +124,13 @@ def _click(
     if found is None:
         return None
     component, origin = found
-    chosen = _deep_voxel(component, np.random.default_rng(TIE_SEED) if rng is None else rng, core)
+    chosen = _deep_voxel(component, rng, core)
     position = tuple(int(c + o) for c, o in zip(chosen, origin, strict=True))
     return Click(position, int(truth[position]))
 
 
 def _largest_component(error: np.ndarray, connectivity: Literal[8, 26]) -> tuple[np.ndarray, tuple[int, ...]] | None:
-    """Largest component on its own crop (one voxel of margin where the array goes on) and the crop's origin.
+    """Largest component on its own crop with one voxel of background all round, and the crop's origin (-1 at least).
 
     Only the crop reaches the distance transform: on 512 x 512 slices the transform of the whole grid costs more time
     than the network.
@@ -144,27 +145,15 @@ def _largest_component(error: np.ndarray, connectivity: Literal[8, 26]) -> tuple
     statistics = cc3d.statistics(labels)
     largest = int(np.argmax(statistics["voxel_counts"][1:])) + 1
     box = statistics["bounding_boxes"][largest]
-    crop, origin = [], []
-    for axis, (outer, inner) in enumerate(zip(spans, box, strict=True)):
-        start = outer.start + int(inner.start)
-        stop = outer.start + int(inner.stop)
-        crop.append((max(start - 1, 0), min(stop + 1, error.shape[axis])))
-        origin.append(crop[-1][0])
-    component = np.zeros([high - low for low, high in crop], dtype=bool)
-    inside = tuple(
-        slice(outer.start + int(inner.start) - low, outer.start + int(inner.stop) - low)
-        for outer, inner, low in zip(spans, box, origin, strict=True)
-    )
-    component[inside] = labels[tuple(box)] == largest
-    return component, tuple(origin)
+    component = np.pad(labels[tuple(box)] == largest, 1)
+    return component, tuple(outer.start + int(inner.start) - 1 for outer, inner in zip(spans, box, strict=True))
 
 
-def _deep_voxel(component: np.ndarray, rng: np.random.Generator, core: float) -> np.ndarray:
-    """Index of a voxel of greatest depth (or of ``core`` of it) in a component on its own crop."""
-    if component.all():
-        # No surface inside the array: every voxel is equally deep, so the draw alone decides.
-        candidates = np.argwhere(component)
-    else:
-        depth = ndimage.distance_transform_edt(component)
-        candidates = np.argwhere(depth >= min(core, 1.0) * depth.max() - 1e-9) if core > 0 else np.argwhere(component)
+def _deep_voxel(component: np.ndarray, rng: np.random.Generator | None, core: float) -> np.ndarray:
+    """Index of a voxel of greatest depth (or of ``core`` of it) in a component on its own padded crop."""
+    depth = ndimage.distance_transform_edt(component)
+    candidates = np.argwhere(depth >= min(core, 1.0) * depth.max() - 1e-9) if core > 0 else np.argwhere(component)
+    if rng is None:
+        # The protocol's own draw: numpy.random.seed(42), then numpy.random.choice.
+        return candidates[np.random.RandomState(TIE_SEED).choice(len(candidates))]
     return candidates[int(rng.integers(len(candidates)))]

@@ -1,0 +1,58 @@
+"""The evaluation command: files it writes and messages it gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+LITTLE = ["--generated", "1", "--objects-per-case", "1", "--settings", "box", "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def evaluate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_controls_alone_write_figures_and_a_page(
+    evaluate: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, page = tmp_path / "figures.json", tmp_path / "pages" / "page.html"
+    arguments = [*LITTLE, "--controls-only", "--json", str(figures), "--html", str(page)]
+    assert evaluate.main(arguments) == 0
+    written = json.loads(figures.read_text(encoding="utf-8"))
+    assert set(written["interactive"][0]["engines"]) == {"shape control", "grow control"}
+    assert written["skipped"]["retrieval"] == "no model was loaded"
+    assert written["options"]["text_cases"] == "0"
+    assert "grow control" in page.read_text(encoding="utf-8")
+    assert "Dice after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "dance"], "must be some of"),
+        (["--settings", "scribble"], "unknown setting 'scribble'"),
+        (["--bertscore", "nowhere"], "holds no config.json"),
+    ],
+)
+def test_bad_options_are_named(
+    evaluate: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([*LITTLE, "--controls-only", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_evaluate_is_refused(evaluate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([])
+    assert "--text-cases" in capsys.readouterr().err
