@@ -218,7 +218,7 @@ def test_checkpointing_changes_memory_but_no_weight_and_no_statistic() -> None:
         stage = Seeing()
         stage.parts.train()
         Trainer(stage, replace(TOY, steps=2, checkpointing=switch)).run()
-        assert stage.parts["speak"].is_gradient_checkpointing is switch
+        assert stage.parts["speak"].is_activation_checkpointing is switch
         states.append(stage.parts.state_dict())
     assert any("running_mean" in name for name in states[0])
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
