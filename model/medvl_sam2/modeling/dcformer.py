@@ -149,10 +149,12 @@ class DCFormer(nn.Module):
 def _without_counting(stage: nn.Module) -> Iterator[None]:
     """Normalise by the batch without adding it to the running statistics: those have counted it the first time."""
     norms = [part for part in stage.modules() if isinstance(part, nn.BatchNorm3d)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
