@@ -134,6 +134,7 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
     meta = CheckpointMeta(name="medvl-sam2-tiny-demo", version="demo-4", notice=NOTICE)
     save_checkpoint(checkpoint, model.cpu().state_dict(), config, language / "tokenizer.json", meta, overwrite=True)
     (checkpoint.parent / "training.json").write_text(json.dumps(facts, indent=2))
+    (checkpoint.parent / "joint" / "joint_resume.safetensors").unlink(missing_ok=True)  # done: the next run begins anew
     print(f"checkpoint written to {checkpoint}; measure it with scripts/evaluate.py --checkpoint {checkpoint}")
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medvl_sam2.errors import ConfigError
 
@@ -116,6 +118,24 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class AlignmentConfig:
+    """SigLIP head: a text encoder of DistilBERT's form beside the volume encoder (Med3DVLM's ``DEC_CLIP``).
+
+    Published: hidden_size 768, 6 layers, 12 heads, intermediate_size 3072, max_length 512, width 768.
+    """
+
+    vocab_size: int = 1024
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 3
+    heads: int = 4
+    max_length: int = 192
+    """Tokens of a text, its start mark included."""
+    width: int = 192
+    """Of the space that volumes and texts share."""
+
+
+@dataclass(frozen=True)
 class SliceConfig:
     """SAM2 over slices (Hiera trunk, FPN neck, memory attention, memory encoder, mask decoder)."""
 
@@ -157,6 +177,8 @@ class ModelConfig:
     scene: SceneConfig = field(default_factory=SceneConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     slices: SliceConfig = field(default_factory=SliceConfig)
+    alignment: AlignmentConfig | None = None
+    """None: no SigLIP head, as nothing but retrieval needs it once the encoder is trained."""
     classes: tuple[str, ...] = ()
     """Vocabulary in label order: ``classes[n - 1]`` is mask value ``n``."""
 
@@ -199,22 +221,41 @@ class ModelConfig:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"config is not JSON ({error}); restore config.json beside the weights") from error
-        return _from_dict(cls, data)
+        return from_plain(cls, data)
 
 
-def _from_dict(kind: Any, data: Any) -> Any:
-    """Build a (nested) frozen dataclass from plain JSON values, tuples restored from lists."""
+def from_plain(kind: Any, data: Any) -> Any:
+    """Build a (nested) frozen dataclass from plain JSON or YAML values; every field is checked against its type.
+
+    Lists become tuples, strings paths where a path is wanted. Raises :class:`ConfigError` naming the field.
+    """
     if not isinstance(data, dict):
-        raise ConfigError(f"{kind.__name__} needs a JSON object, got {type(data).__name__}")
+        raise ConfigError(f"{kind.__name__} needs an object of fields, got {type(data).__name__}")
     hints = get_type_hints(kind)
     unknown = sorted(set(data) - {f.name for f in dataclasses.fields(kind)})
     if unknown:
         raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}; known: {sorted(hints)}")
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_dict(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return kind(**values)
+    return kind(**{name: _typed(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint``; of a union the first member that fits."""
+    for kind in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        origin, members = get_origin(kind), get_args(kind)
+        if kind is NoneType and value is None:
+            return None
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            return from_plain(kind, value)
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(_typed(members[0], item, where) for item in value)
+        if origin is Literal and value in members:
+            return value
+        if kind is float and type(value) in (int, float):
+            return float(value)
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+        if kind in (bool, int, str) and type(value) is kind:
+            return value
+    hint_name = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+    remedy = "; write 1.0e-4, not 1e-4, for a number in YAML" if hint is float and isinstance(value, str) else ""
+    raise ConfigError(f"{where} must be {hint_name}, got {value!r}{remedy}")

@@ -34,5 +34,9 @@ class DataError(MedVLError):
     """A training or evaluation set is empty, leaking, or inconsistent."""
 
 
+class TrainingError(MedVLError):
+    """A training cannot go on: its loss stays not finite, or its processes disagree."""
+
+
 class Cancelled(MedVLError):
     """The caller asked a long operation to stop."""

@@ -11,11 +11,14 @@ out by a slip, and ``layer_scale`` is the start value of the residual scale.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from medvl_sam2.config import VisionConfig
 from medvl_sam2.errors import ConfigError
@@ -97,6 +100,7 @@ class DCFormer(nn.Module):
                 f"channels {config.channels}, kernels {config.kernels}"
             )
         self.config = config
+        self._checkpointed = False
         if config.smoothing < 1 or config.smoothing % 2 == 0:
             raise ConfigError(f"smoothing {config.smoothing} must be an odd number of voxels; 1 switches it off")
         width = config.channels[0]
@@ -127,6 +131,33 @@ class DCFormer(nn.Module):
             maps = functional.avg_pool3d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
         tokens = []
         for stage in (self.s0, self.s1, self.s2, self.s3, self.s4):
-            maps = stage(maps)
+            maps = self._checkpoint(stage, maps) if self._checkpointed and self.training else stage(maps)
             tokens.append(maps.permute(0, 4, 2, 3, 1).flatten(1, 3))
         return tokens
+
+    def activation_checkpointing_enable(self) -> None:
+        """From now on keep only the input of each stage while training, and compute the rest again for the gradient.
+
+        Named as in transformers.
+        """
+        self._checkpointed = True
+
+    @staticmethod
+    def _checkpoint(stage: nn.Sequential, maps: Tensor) -> Tensor:
+        contexts = (nullcontext(), _without_counting(stage))
+        return cast(Tensor, checkpoint(stage, maps, use_reentrant=False, context_fn=lambda: contexts))
+
+
+@contextmanager
+def _without_counting(stage: nn.Module) -> Iterator[None]:
+    """Normalise by the batch without adding it to the running statistics: those have counted it the first time."""
+    norms = [part for part in stage.modules() if isinstance(part, nn.BatchNorm3d)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked = count

@@ -9,8 +9,6 @@ of the rough masks. Lesions that it misses or makes up give no row.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt
@@ -29,12 +26,13 @@ from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
-from medvl_sam2.training.losses import cosine, dice_score, mask_loss
+from medvl_sam2.training.losses import dice_score, mask_loss
 from medvl_sam2.training.pointing import pointing_loss
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
+from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import CLASSES, spoken
 
@@ -104,8 +102,10 @@ class SpokenRow(NamedTuple):
     rough: Tensor | None
 
 
-class JointPhase:
+class JointPhase(Stage):
     """Trains the ``[SEG]`` projector, the scene pointer, the height token, the mask decoder and the memory."""
+
+    name, key = "joint phase", "joint"
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class JointPhase:
         self.steps = SegmentationSteps(self.learner, config.seed + 1)
         self.volumes = list(volumes)
         self.chance = np.asarray(weights) / np.sum(weights)
-        self.rng = np.random.default_rng(config.seed + 2)
+        self.rng = np.random.default_rng(config.seed)
         size = model.config.slices.image_size
         self.looks = SceneLooks(model, lambda number: self.volumes[number].volume)
         places = None if model.language.pointer is None else self._place
@@ -138,56 +138,50 @@ class JointPhase:
         return self.looks.place(number, target.name, target)
 
     def run(self, out: Path) -> dict[str, float]:
-        """Train for the configured minutes, writing a log to ``out``; returns the last smoothed figures."""
-        model, config = self.model, self.config
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        optional = (model.segmenter.height_token, model.language.pointer)
-        fast: list[nn.Module] = [model.language.seg_projector, *(part for part in optional if part is not None)]
-        sam2 = model.segmenter.sam2
-        slow = [sam2.sam_mask_decoder, sam2.sam_prompt_encoder, sam2.memory_attention, sam2.memory_encoder]
-        groups = [
-            {"params": _released(fast), "peak": config.projector_rate},
-            {"params": _released(slow), "peak": config.decoder_rate},
-        ]
-        for head in (sam2.sam_mask_decoder.conv_s0, sam2.sam_mask_decoder.conv_s1):
-            head.requires_grad_(False)  # part of the cached features
-        trained = [p for g in groups for p in g["params"] if p.requires_grad]  # type: ignore[attr-defined]
-        optimiser = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.01)
-        smooth: dict[str, float] = {}
-        spent, step, budget = 0.0, 0, config.minutes * 60
-        out.mkdir(parents=True, exist_ok=True)
-        with (
-            tqdm(total=round(budget), desc="joint phase", unit="s", mininterval=10) as bar,
-            (out / "joint.jsonl").open("a") as log,
-        ):
-            while spent < budget:
-                start = time.monotonic()
-                rate = min(1.0, (step + 1) / 40) * cosine(spent / budget)
-                for group in optimiser.param_groups:
-                    group["lr"] = group["peak"] * rate
-                loss, figures = self._step(step)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimiser.step()
-                step += 1
-                for key, value in figures.items():
-                    if np.isfinite(value):
-                        smooth[key] = 0.97 * smooth.get(key, value) + 0.03 * value
-                spent += time.monotonic() - start
-                bar.update(int(spent) - bar.n)
-                if step % 25 == 0:
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in smooth.items()})
-                    log.write(json.dumps({"step": step, **smooth}) + "\n")
-                    log.flush()
-        model.eval()
-        return {"steps": float(step), **smooth, **{f"config_{k}": float(v) for k, v in asdict(config).items()}}
+        """Train for the configured minutes, or the rest of them when the folder ``out`` holds an interrupted run.
 
-    def _step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        Returns the last figures of the log.
+        """
+        config = self.config
+        self.model.requires_grad_(False)
+        for part in (*self._fast(), *self._slow()):
+            part.requires_grad_(True)
+        decoder = self.model.segmenter.sam2.sam_mask_decoder
+        for head in (decoder.conv_s0, decoder.conv_s1):
+            head.requires_grad_(False)  # part of the cached features
+        trainer = TrainerConfig(
+            minutes=config.minutes, seed=config.seed + 1, precision="float32", device=self.device.type
+        )
+        run = Trainer(self, trainer, out, log="joint.jsonl")
+        progress = run.run()
+        self.model.eval()
+        figures = {**run.history[-1], "steps": float(progress.step)}
+        return {**figures, **{f"config_{k}": float(v) for k, v in asdict(config).items()}}
+
+    @property
+    def module(self) -> UnifiedModel:
+        """The whole model; stand-in tokens and dense head only teach."""
+        return self.model
+
+    def groups(self) -> list[ParameterGroup]:
+        """The seam fast, decoder and memory slowly."""
+        rates = ((self._fast(), self.config.projector_rate), (self._slow(), self.config.decoder_rate))
+        return [ParameterGroup(_trained(parts), rate, 0.01) for parts, rate in rates]
+
+    def _fast(self) -> list[nn.Module]:
+        optional = (self.model.segmenter.height_token, self.model.language.pointer)
+        return [self.model.language.seg_projector, *(part for part in optional if part is not None)]
+
+    def _slow(self) -> list[nn.Module]:
+        sam2 = self.model.segmenter.sam2
+        return [sam2.sam_mask_decoder, sam2.sam_prompt_encoder, sam2.memory_attention, sam2.memory_encoder]
+
+    def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        """Masks from words every time; in turn windows by prompt and stacks of slices."""
+        self.rng, self.steps.rng, self.sampler.rng = (draw.rng(purpose) for purpose in (2, 3, 4))
         self.model.eval()  # frozen parts keep their running statistics; there is no dropout worth having in the rest
         loss, figures = self._spoken_loss()
-        if step % 2:
+        if draw.step % 2:
             windows = [self.sampler.window() for _ in range(self.config.windows)]
             prompted, figures["window"], figures["clicked"] = self.steps.window_loss(
                 windows, int(self.rng.integers(1, 4))
@@ -307,8 +301,5 @@ def _concept_of(volume: LabelledVolume, target: Target) -> int | None:
     return narrow[0].concept if narrow else None
 
 
-def _released(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    parameters = [p for module in modules for p in module.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
+def _trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from medvl_sam2.modeling.vision_language import IGNORE, VisionLanguage
 from medvl_sam2.training.corpus import SegTarget, TextSample
-from medvl_sam2.training.language_data import LanguageCase
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,19 @@ class PackedBatch:
         )
 
 
-def stack_views(cases: Sequence[LanguageCase], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+class Viewed(Protocol):
+    """Anything with a global view (D, H, W) in [0, 1] and its edges (z, y, x) in mm."""
+
+    @property
+    def view(self) -> np.ndarray:
+        """The view, float16."""
+
+    @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        """Its edges."""
+
+
+def stack_views(cases: Sequence[Viewed], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
     """Views (B, 1, D, H, W) float32 and extents (B, 3) in mm.
 
     ``rng`` adds gain, bias and noise; None leaves the views alone. Nothing is mirrored: the texts name sides.

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
@@ -33,11 +31,11 @@ from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
-from medvl_sam2.training.losses import cosine
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
+from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
-
-logger = logging.getLogger(__name__)
 
 _WORDINGS = 6
 _SURVEYED = 400
@@ -70,7 +68,10 @@ class LanguagePhaseConfig:
     fact_weight: float = 1.0
     pointer_weight: float = 2.0
     bfloat16: bool = True
-    """Autocast on the CPU: measured 2.4 times faster where the processor has bfloat16 units, slower elsewhere."""
+    """Autocast where the device has bfloat16 units: measured 2.4 times faster on CPUs with them, slower elsewhere."""
+    accumulate: int = 1
+    checkpointing: bool = False
+    """Compute the language model's activations again in the backward pass: less memory, more time."""
     device: str = "cpu"
     save_every: int = 50
 
@@ -81,7 +82,7 @@ class LanguagePhaseConfig:
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """The trained model (eval mode) and ``history``: (step, language, fact, pointed) means between saves."""
+    """The trained model (eval mode) and ``history``: (step, loss, language, fact, pointed) means between saves."""
 
     model: VisionLanguage
     history: list[dict[str, float]]
@@ -101,8 +102,10 @@ class EncodedCase(NamedTuple):
     found: Tensor
 
 
-class LanguageTrainer(nn.Module):
+class LanguageTrainer(nn.Module, Stage):
     """The model with its training-only heads. The encoder and the scene's map are frozen."""
+
+    name, key, outdated = "language phase", "language", ("resume.pt",)
 
     def __init__(
         self,
@@ -124,22 +127,30 @@ class LanguageTrainer(nn.Module):
         for parameter in frozen:
             parameter.requires_grad_(False)
         self.eval()  # running statistics of the frozen parts, as at inference; the rest has no dropout
+        self.model.lm.train()  # it has none either; only in this mode it can be checkpointed
 
-    def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one step and its parts."""
-        rng = np.random.default_rng((self.config.seed, step))
-        torch.manual_seed(int(rng.integers(2**31)))
-        device = torch.device(self.config.device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            return self._language_loss(step, rng)
+    @property
+    def module(self) -> LanguageTrainer:
+        """Everything."""
+        return self
+
+    def groups(self) -> list[ParameterGroup]:
+        """Everything that is not frozen."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [ParameterGroup(trained, self.config.learning_rate, self.config.weight_decay)]
+
+    def shards(self) -> Sequence[nn.Module]:
+        """The layers of the language model."""
+        return list(self.model.lm.model.layers)
 
     def _pick(self, rng: np.random.Generator, count: int) -> list[int]:
         return [int(n) for n in rng.choice(len(self.cases), size=count, replace=len(self.cases) < count)]
 
-    def _language_loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        config = self.config
+    def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        """Language loss of packed exchanges, of facts read off the tokens, and of pointing."""
+        config, rng = self.config, draw.rng()
         numbers = self._pick(rng, config.batch)
-        window = step // config.refresh_steps
+        window = draw.step // config.refresh_steps
         encoded = [self._encode(number, window) for number in numbers]
         tokens = self._image_tokens(encoded)
         cases = [self.cases[number] for number in numbers]
@@ -214,31 +225,13 @@ class LanguageTrainer(nn.Module):
         loss = functional.binary_cross_entropy_with_logits(self.facts(tokens).float(), targets, reduction="none")
         return (loss * torch.where(targets > 0, 3.0, 1.0)).mean()
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """What a resumed run needs: everything but the frozen encoder."""
-        names = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {k: t.detach().contiguous() for k, t in self.state_dict().items() if k in names}
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW of everything that is not frozen."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=self.config.weight_decay)
-
-    def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Warm-up, then cosine to 2 % of the peak."""
-        count = self.config.steps
-        factor = cosine(step / max(1, count))
-        factor *= min(1.0, (step + 1) / max(1, min(self.config.warmup, count // 4)))
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
-
 
 def train_language(
     config: LanguagePhaseConfig,
     model: VisionLanguage,
     cases: Sequence[LanguageCase],
     run: Path | None = None,
-    report_progress: Callable[[float, str], None] | None = None,
+    report_progress: ReportProgress | None = None,
     surveyed: Sequence[LanguageCase] | None = None,
 ) -> LanguageResult:
     """Train ``model`` in place on top of its frozen encoder, or continue the run saved in the folder ``run``.
@@ -250,34 +243,15 @@ def train_language(
     if not cases:
         raise DataError("the language phase got no case; generate or load at least one")
     torch.manual_seed(config.seed)
-    trainer = LanguageTrainer(model, config, cases, surveyed).to(config.device)
-    step, history, moments = (0, [], None) if run is None else _resume(run, trainer)
-    optimizer = trainer.optimizer()
-    if moments is not None:
-        optimizer.load_state_dict(moments)
-    sums: dict[str, list[float]] = {}
-    with tqdm(total=config.steps, initial=step, desc="language phase", mininterval=10) as bar:
-        while step < config.steps:
-            trainer.set_rate(optimizer, step)
-            loss, parts = trainer.step_loss(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            bar.update()
-            for name, value in parts.items():
-                sums.setdefault(name, []).append(value)
-            if step % config.save_every and step != config.steps:
-                continue
-            history.append({"step": float(step), **{name: float(np.mean(v)) for name, v in sums.items()}})
-            bar.set_postfix({name: f"{np.mean(v):.3f}" for name, v in sums.items()})
-            sums = {}
-            if run is not None:
-                _save(run, trainer, optimizer, step, history)
-            if report_progress is not None:
-                report_progress(step / config.steps, f"language phase, step {step} of {config.steps}")
-    return LanguageResult(model, history)
+    stage = LanguageTrainer(model, config, cases, surveyed).to(config.device)
+    trainer = TrainerConfig(
+        steps=config.steps, warmup=config.warmup, seed=config.seed, device=config.device,
+        precision="auto" if config.bfloat16 else "float32", accumulate=config.accumulate,
+        checkpointing=config.checkpointing, save_steps=config.save_every, log_steps=config.save_every,
+    )  # fmt: skip
+    run_of = Trainer(stage, trainer, run, report_progress)
+    run_of.run()
+    return LanguageResult(model.eval(), run_of.history)
 
 
 def load_scene(model: VisionLanguage, path: Path) -> None:
@@ -319,27 +293,6 @@ def load_model_state(model: VisionLanguage, state: dict[str, Tensor]) -> None:
         raise CheckpointError(f"weights do not fit the model: {odd[0]!r} is in only one of them; use its own config")
 
 
-def _save(
-    run: Path, trainer: LanguageTrainer, optimizer: torch.optim.Optimizer, step: int, history: list[dict[str, float]]
-) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    state = trainer.trained_state()
-    partial = run / "resume.partial"
-    torch.save({"weights": state, "optimizer": optimizer.state_dict(), "step": step, "history": history}, partial)
-    partial.replace(run / "resume.pt")
-
-
-def _resume(run: Path, trainer: LanguageTrainer) -> tuple[int, list[dict[str, float]], dict[str, object] | None]:
-    path = run / "resume.pt"
-    if not path.exists():
-        return 0, [], None
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    if set(saved["weights"]) != set(trainer.trained_state()):
-        raise CheckpointError(f"{path} belongs to another configuration; remove it or restore that configuration")
-    trainer.load_state_dict(saved["weights"], strict=False)
-    return int(saved["step"]), list(saved["history"]), saved["optimizer"]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train on generated cases and write weights, tokenizer and metrics."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -352,7 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
     parser.add_argument("--learning-rate", type=float, default=LanguagePhaseConfig.learning_rate)
     parser.add_argument("--steps", type=int, default=0, help="instead of what --minutes allow")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16: for processors without units for it")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -361,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.scene is None and options.start is None:
         parser.error("nothing to read volumes with; give --scene, --start or both")
     torch.set_num_threads(options.threads)
+    ranks = Ranks.join(options.device)
     started = time.perf_counter()
     model_config = ModelConfig.tiny()
     cache = options.cache or options.out / "cache"
@@ -379,9 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         tokenizer = Tokenizer.load(options.start / "tokenizer.json")
     tokenizer.save(options.out / "tokenizer.json")
-    config = LanguagePhaseConfig(
-        seed=options.seed, device=options.device, learning_rate=options.learning_rate, bfloat16=not options.float32
-    ).within(options.minutes)
+    config = LanguagePhaseConfig(seed=options.seed, device=options.device, learning_rate=options.learning_rate).within(
+        options.minutes
+    )
     if options.steps:
         config = replace(config, steps=options.steps)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")
@@ -394,7 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = time.perf_counter()
     result = train_language(config, model, cases, options.out, surveyed=surveyed)
     trained = time.perf_counter()
-    save_file(model_state(result.model), options.out / "vision_language.safetensors")
+    if not ranks.first:
+        return
+    write_tensors(options.out / "vision_language.safetensors", model_state(result.model))
     scores = language_scores(result.model.cpu(), held_out)
     metrics = {
         "held_out": asdict(scores),

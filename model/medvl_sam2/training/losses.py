@@ -6,7 +6,6 @@ leaks over empty slices (measured on this project's data).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +50,3 @@ def dice_score(logits: Tensor, truth: Tensor) -> Tensor:
     real = truth > 0.5
     total = guess.sum(dim=(1, 2)) + real.sum(dim=(1, 2))
     return torch.where(total > 0, 2 * (guess & real).sum(dim=(1, 2)) / total.clamp(min=1), torch.ones_like(total) * 1.0)
-
-
-def cosine(share: float) -> float:
-    """Factor of the learning rate after ``share`` of the way: a cosine from 1 down to 2 %."""
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def held_then_cosine(share: float) -> float:
-    """Factor of the learning rate after ``share`` of the budget: full for 60 %, then :func:`cosine`."""
-    return cosine(min(1.0, max(0.0, share - 0.6) / 0.4))

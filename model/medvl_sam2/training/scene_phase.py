@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,9 +25,11 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.scene_facts import lesion_parts
 from medvl_sam2.training.language_heads import DenseHeads, cell_loss, dense_loss
-from medvl_sam2.training.losses import held_then_cosine
+from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.scene_samples import SceneBatch, SceneSampler, ViewConfig
+from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, UNSEEN_SEED, SourceConfig, training_volumes
 
 _LEAST_CLASSES = 3
@@ -49,7 +49,7 @@ class ScenePhaseConfig:
     weight_decay: float = 0.05
     warmup_steps: int = 40
     bfloat16: bool = True
-    """Autocast: measured 2.4 times faster on CPUs with bfloat16 units, slower elsewhere."""
+    """Autocast where the device has bfloat16 units: measured 2.4 times faster on CPUs with them, slower elsewhere."""
     device: str = "cpu"
     seed: int = 0
 
@@ -90,8 +90,10 @@ class SceneLearner(nn.Module):
         return sharp + _COARSE_WEIGHT * rough + auxiliary, figures
 
 
-class ScenePhase:
-    """Runs the phase within its budget; saves and resumes."""
+class ScenePhase(Stage):
+    """The stage and its run within a budget."""
+
+    name, key, outdated = "scene phase", "scene", ("optimiser.pt",)
 
     def __init__(
         self,
@@ -107,7 +109,6 @@ class ScenePhase:
         self.learner = SceneLearner(model).to(config.device)
         self.sampler = SceneSampler(volumes, weights, model, config.seed + 1, views)
         self.progress: dict[str, float] = {"steps": 0, "seconds": 0.0}
-        out.mkdir(parents=True, exist_ok=True)
 
     def start_from(self, checkpoint: Path) -> None:
         """Begin with encoder and scene of a checkpoint folder; a resumed run goes on with its own.
@@ -126,52 +127,40 @@ class ScenePhase:
 
     def run(self) -> None:
         """From wherever the last run stopped to the end of the budget."""
-        config, progress, budget = self.config, self.progress, self.config.minutes * 60
-        trained = [p for p in self.learner.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(
-            trained, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
-        )
-        self._resume(optimiser)
+        config = self.config
         self.learner.train()
-        smooth: dict[str, float] = {}
-        last_save = time.monotonic()
-        with (
-            tqdm(total=round(budget), desc="scene phase", unit="s", mininterval=10) as bar,
-            (self.out / "log.jsonl").open("a") as log,
-        ):
-            bar.update(int(progress["seconds"]))
-            while progress["seconds"] < budget:
-                start = time.monotonic()
-                warm = min(1.0, (progress["steps"] + 1) / config.warmup_steps)
-                for group in optimiser.param_groups:
-                    group["lr"] = config.learning_rate * warm * held_then_cosine(progress["seconds"] / budget)
-                figures = self._step(optimiser, trained)
-                for key, value in figures.items():
-                    smooth[key] = 0.97 * smooth.get(key, value) + 0.03 * value
-                progress["steps"] += 1
-                progress["seconds"] += time.monotonic() - start
-                bar.update(int(progress["seconds"]) - bar.n)
-                if progress["steps"] % 25 == 0:
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in smooth.items()})
-                    log.write(json.dumps({"step": progress["steps"], **smooth}) + "\n")
-                    log.flush()
-                if time.monotonic() - last_save > 120:
-                    self._save(optimiser)
-                    last_save = time.monotonic()
-        self._save(optimiser)
+        trainer = TrainerConfig(
+            minutes=config.minutes, schedule="held_then_cosine", warmup=config.warmup_steps, seed=config.seed + 1,
+            precision="auto" if config.bfloat16 else "float32", device=config.device,
+        )  # fmt: skip
+        progress = Trainer(self, trainer, self.out).run()
+        self.progress = {"steps": progress.step, "seconds": progress.seconds}
         self.learner.eval()
 
-    def _step(self, optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> dict[str, float]:
+    @property
+    def module(self) -> SceneLearner:
+        """Encoder, scene and auxiliary heads."""
+        return self.learner
+
+    def groups(self) -> list[ParameterGroup]:
+        """Everything at one rate."""
+        return [ParameterGroup(list(self.learner.parameters()), self.config.learning_rate, self.config.weight_decay)]
+
+    def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        """Loss of freshly drawn views."""
+        self.sampler.rng = draw.rng()
         batch = self.sampler.batch(self.config.batch)
         rows = self._rows(batch)
-        batch = batch.to(self.config.device)
-        with torch.autocast(torch.device(self.config.device).type, torch.bfloat16, enabled=self.config.bfloat16):
-            loss, figures = self.learner.loss(batch, rows)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        return figures
+        return self.learner.loss(batch.to(self.config.device), rows)
+
+    def saved(self, trainer: Trainer) -> None:
+        """Write ``scene.safetensors`` and ``progress.json``."""
+        weights = trainer.weights()
+        if trainer.ranks.first:
+            write_tensors(self.out / "scene.safetensors", weights)
+            done = {"steps": trainer.progress.step, "seconds": trainer.progress.seconds}
+            record = {**done, "config": asdict(self.config), "threads": torch.get_num_threads()}
+            write_json_atomically(self.out / "progress.json", record)
 
     def _rows(self, batch: SceneBatch) -> tuple[int, int]:
         """Rows of the stem to sharpen; two times in three round a lesion, where there is one."""
@@ -184,25 +173,6 @@ class ScenePhase:
             row = plane * whole // scene.grid[0]
             start = int(np.clip(row - rng.integers(rows), 0, whole - rows))
         return start, start + rows
-
-    def _save(self, optimiser: torch.optim.Optimizer) -> None:
-        temporary = self.out / "state.tmp"
-        save_file({k: v.cpu().contiguous() for k, v in self.learner.state_dict().items()}, temporary)
-        temporary.replace(self.out / "scene.safetensors")
-        partial = self.out / "optimiser.tmp"
-        torch.save(optimiser.state_dict(), partial)
-        partial.replace(self.out / "optimiser.pt")
-        record = {**self.progress, "config": asdict(self.config), "threads": torch.get_num_threads()}
-        write_json_atomically(self.out / "progress.json", record)
-
-    def _resume(self, optimiser: torch.optim.Optimizer) -> None:
-        record, state = self.out / "progress.json", self.out / "scene.safetensors"
-        if record.exists() and state.exists():
-            stored = json.loads(record.read_text())
-            self.progress.update({k: stored[k] for k in self.progress})
-            self.learner.load_state_dict(load_file(state))
-            optimiser.load_state_dict(torch.load(self.out / "optimiser.pt", weights_only=True, map_location="cpu"))
-            self.sampler.rng = np.random.default_rng([self.config.seed + 1, int(self.progress["steps"])])
 
 
 @torch.no_grad()
@@ -244,12 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=ScenePhaseConfig.learning_rate)
     parser.add_argument("--batch", type=int, default=ScenePhaseConfig.batch)
     parser.add_argument("--generated-share", type=float, default=0.7, help="of all draws, beside real volumes")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16: for processors without units for it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    ranks = Ranks.join(options.device)
     source = SourceConfig(
         generated=options.generated, lesion_rich=options.lesion_rich, generated_share=options.generated_share,
         real=options.real, real_copies=20, label_copies=30, cache=options.cache, seed=options.seed,
@@ -259,13 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taught = [n for n, v in enumerate(volumes) if sum(t.name in model.classes for t in v.targets) >= _LEAST_CLASSES]
     config = ScenePhaseConfig(
         minutes=options.minutes, batch=options.batch, learning_rate=options.learning_rate,
-        bfloat16=not options.float32, seed=options.seed, device=options.device,
+        seed=options.seed, device=options.device,
     )  # fmt: skip
     phase = ScenePhase(config, [volumes[n] for n in taught], [weights[n] for n in taught], model, options.out)
     if options.start is not None:
         phase.start_from(options.start)
     phase.run()
-    if not options.held_out:
+    if not (options.held_out and ranks.first):
         return
     held = SourceConfig(generated=options.held_out, cache=options.cache, seed=HELD_OUT_SEED)
     scores = scene_scores(phase.learner.cpu(), SceneSampler(*training_volumes(held), model, 0))

@@ -1,0 +1,49 @@
+"""How well volumes and reports find one another on held-out records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.errors import DataError
+from medvl_sam2.modeling.dcformer import DCFormer
+from medvl_sam2.modeling.siglip import SiglipHead
+from medvl_sam2.modeling.text_tower import text_batch
+from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.training.alignment_losses import siglip_loss
+from medvl_sam2.training.alignment_records import AlignmentRecord
+from medvl_sam2.training.language_batches import stack_views
+
+
+@torch.no_grad()
+def alignment_scores(
+    vision: DCFormer, head: SiglipHead, tokenizer: Tokenizer, records: Sequence[AlignmentRecord]
+) -> dict[str, float]:
+    """Loss over all pairs of the ``records`` that have a report (its first wording), and recall at 1, 5 and 10.
+
+    ``image_to_text_r<k>``: share of volumes whose own report is among the k most similar; ``text_to_image_r<k>`` the
+    other way round. Another record's report of the very same words counts as a miss, as the relatives count.
+    """
+    told = [record for record in records if record.reports]
+    if not told:
+        raise DataError("no held-out record has a report; hold out some that do")
+    vision.eval()
+    head.eval()
+    images = torch.cat([head.embed_volumes(vision(stack_views([record], None)[0])) for record in told])
+    ids = text_batch(tokenizer, [record.reports[0] for record in told], head.config.max_length)
+    texts = head.embed_texts(ids)
+    own = torch.arange(len(told))
+    loss = siglip_loss(images, texts, own, own >= 0, head.t_prime, head.bias)
+    scores = {"loss": float(loss), "chance_r1": 1 / len(told)}
+    cosines = images @ texts.T
+    for name, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
+        scores |= {f"{name}_r{k}": _recall(matrix, k) for k in (1, 5, 10)}
+    return scores
+
+
+def _recall(similarity: Tensor, k: int) -> float:
+    """Share of rows (N, N) whose own column is among the k largest."""
+    best = similarity.topk(min(k, len(similarity)), dim=1).indices
+    return float((best == torch.arange(len(similarity))[:, None]).any(dim=1).float().mean())
