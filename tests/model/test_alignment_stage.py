@@ -27,7 +27,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training import alignment_stage
-from medvl_sam2.training.alignment_losses import Reconstruction, RegionHead, siglip_loss
+from medvl_sam2.training.alignment_losses import Pairs, Reconstruction, RegionHead, siglip_loss
 from medvl_sam2.training.alignment_metrics import alignment_scores
 from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedRecords, record_of
 from medvl_sam2.training.alignment_stage import (
@@ -77,17 +77,22 @@ def by_formula(images: Tensor, texts: Tensor, keys: Sequence[int], valid: Sequen
     return total / sum(valid)
 
 
+def alone(images: Tensor, texts: Tensor, keys: Tensor, valid: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    pairs = Pairs(texts, keys, valid)
+    return siglip_loss(images, pairs, pairs, t, b)
+
+
 def test_the_loss_is_the_papers_formula() -> None:
     images, texts, t, b = unit(4, 0), unit(4, 1), torch.tensor([2.0]).double(), torch.tensor([-1.5]).double()
     everything = torch.ones(4, dtype=torch.bool)
-    loss = siglip_loss(images, texts, torch.arange(4), everything, t, b)
+    loss = alone(images, texts, torch.arange(4), everything, t, b)
     assert loss.ndim == 0
     assert float(loss) == pytest.approx(by_formula(images, texts, range(4), [True] * 4, 2.0, -1.5), rel=1e-12)
     # Rows 0 and 2 have the same text, row 3 has none.
     keys, valid = [7, 8, 7, 9], [True, True, True, False]
-    loss = siglip_loss(images, texts, torch.tensor(keys), torch.tensor(valid), t, b)
+    loss = alone(images, texts, torch.tensor(keys), torch.tensor(valid), t, b)
     assert float(loss) == pytest.approx(by_formula(images, texts, keys, valid, 2.0, -1.5), rel=1e-12)
-    nothing = siglip_loss(images, texts, torch.arange(4), ~everything, t, b)
+    nothing = alone(images, texts, torch.arange(4), ~everything, t, b)
     assert float(nothing) == 0.0
 
 
@@ -104,10 +109,10 @@ def test_two_processes_see_one_anothers_texts(tmp_path: Path, repository: Path) 
     )
     parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     weight, inputs, texts, keys, valid = whole_batch()
-    loss = siglip_loss(*embedded(weight, inputs, texts), keys, valid, torch.tensor([1.0]), torch.tensor([-1.0]))
+    loss = alone(*embedded(weight, inputs, texts), keys, valid, torch.tensor([1.0]), torch.tensor([-1.0]))
     loss.backward()
     assert weight.grad is not None
-    assert np.mean([part["loss"] for part in parts]) == pytest.approx(float(loss), rel=1e-12)
+    assert np.mean([part["loss"] for part in parts]) == pytest.approx(loss.item(), rel=1e-12)
     mean = np.mean([part["gradient"] for part in parts], axis=0)
     assert mean == pytest.approx(weight.grad.numpy(), rel=1e-9, abs=1e-12)
 
@@ -130,10 +135,11 @@ def half_a_batch(folder: Path) -> None:
     mine = slice(3 * ranks.rank, 3 * ranks.rank + 3)
     weight, inputs, texts, keys, valid = whole_batch()
     images, words = embedded(weight, inputs[mine], texts[mine])
-    loss = siglip_loss(images, words, keys[mine], valid[mine], torch.tensor([1.0]), torch.tensor([-1.0]))
+    pairs = Pairs(words, keys[mine], valid[mine])
+    loss = siglip_loss(images, pairs, pairs.gathered(), torch.tensor([1.0]), torch.tensor([-1.0]))
     loss.backward()
     assert weight.grad is not None
-    record = {"loss": float(loss), "gradient": weight.grad.tolist()}
+    record = {"loss": loss.item(), "gradient": weight.grad.tolist()}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(record))
 
 
@@ -265,17 +271,17 @@ def test_stage_learns_pairs_by_heart_stops_and_goes_on(
 def test_recall_is_the_share_of_own_texts_found(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
     model = learner()
     records = GeneratedRecords(cases)[:]
-    scores = alignment_scores(model.vision, model.alignment, tokenizer, records)
+    scores = alignment_scores(model.vision, model.alignment, tokenizer, records, 4)
     assert scores["chance_r1"] == 0.25
     assert scores["image_to_text_r5"] == scores["text_to_image_r10"] == 1.0  # four records
     vectors = torch.eye(4)[[1, 0, 2, 3]]  # the first two volumes are taken for one another
     found = iter(vectors)
     model.alignment.embed_volumes = lambda maps: next(found)[None]  # type: ignore[method-assign]
     model.alignment.embed_texts = lambda ids: torch.eye(4)  # type: ignore[method-assign]
-    scores = alignment_scores(model.vision, model.alignment, tokenizer, records)
+    scores = alignment_scores(model.vision, model.alignment, tokenizer, records, 4)
     assert scores["image_to_text_r1"] == scores["text_to_image_r1"] == 0.5
     with pytest.raises(DataError, match="no held-out record"):
-        alignment_scores(model.vision, model.alignment, tokenizer, GeneratedRecords(cases, told=0)[:])
+        alignment_scores(model.vision, model.alignment, tokenizer, GeneratedRecords(cases, told=0)[:], 4)
 
 
 def test_the_head_is_an_optional_part_of_a_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> None:

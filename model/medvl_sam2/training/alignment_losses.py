@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,22 +16,38 @@ from medvl_sam2.config import VisionConfig
 from medvl_sam2.training.ranks import gathered
 
 
-def siglip_loss(images: Tensor, texts: Tensor, keys: Tensor, valid: Tensor, t_prime: Tensor, bias: Tensor) -> Tensor:
-    """``-sum log sigmoid(z (exp(t') x.y + b)) / pairs`` over every image and every text of all processes.
+class Pairs(NamedTuple):
+    """Texts that images are compared with: unit vectors (n, width), ``keys`` (n,) int64 and ``valid`` (n,) bool.
 
-    ``images`` and ``texts`` (n, width), unit vectors, row by row a pair; ``keys`` (n,) int64: texts with the same key
-    are the same text, so they match each other's image too; ``valid`` (n,) bool: the others take no part. ``z`` is 1
-    where key equals key and -1 elsewhere.
-
-    The result is this process's share, scaled so that the mean over processes is the loss of the whole batch divided by
-    its valid rows; n must be the same in every process.
+    Texts with the same key are the same text, so they match each other's image too; invalid rows take no part.
     """
-    all_texts, all_keys, all_valid = gathered(texts), gathered(keys), gathered(valid.to(images.dtype))
-    logits = torch.exp(t_prime) * images @ all_texts.T + bias
-    signs = torch.where(keys[:, None] == all_keys[None], 1.0, -1.0)
-    pairs = valid.to(images.dtype)[:, None] * all_valid[None]
-    rows = all_valid.sum() * len(images) / len(all_texts)
-    return -(functional.logsigmoid(signs * logits) * pairs).sum() / rows.clamp_min(1.0)
+
+    texts: Tensor
+    keys: Tensor
+    valid: Tensor
+
+    def gathered(self) -> Pairs:
+        """Those of every process, in rank order; n must be the same in each."""
+        return Pairs(gathered(self.texts), gathered(self.keys), gathered(self.valid.long()).bool())
+
+
+def siglip_loss(images: Tensor, own: Pairs, others: Pairs, t_prime: Tensor, bias: Tensor) -> Tensor:
+    """``-sum log sigmoid(z (exp(t') x.y + b)) / pairs`` over ``images`` (n, width) and the texts of ``others``.
+
+    ``own``: the images' own texts, row by row; ``z`` is 1 where key equals key and -1 elsewhere. In a training
+    ``others`` are ``own.gathered()``: the result is then this process's share, scaled so that the mean over processes
+    is the loss of the whole batch divided by its valid rows.
+    """
+    logits = torch.exp(t_prime) * images @ others.texts.T + bias
+    signs = torch.where(own.keys[:, None] == others.keys[None], 1.0, -1.0)
+    counted = own.valid[:, None] & others.valid[None]
+    rows = others.valid.sum() * len(images) / len(others.texts)
+    return -(functional.logsigmoid(signs * logits) * counted).sum() / rows.clamp_min(1.0)
+
+
+def text_keys(texts: Sequence[str]) -> Tensor:
+    """The same number (n,) for the same text, in every process."""
+    return torch.tensor([zlib.crc32(text.encode()) for text in texts])
 
 
 class RegionHead(nn.Module):

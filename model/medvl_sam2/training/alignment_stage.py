@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.siglip import SiglipHead
 from medvl_sam2.modeling.text_tower import text_batch
 from medvl_sam2.modeling.tokenizer import Tokenizer
-from medvl_sam2.training.alignment_losses import Reconstruction, RegionHead, siglip_loss
+from medvl_sam2.training.alignment_losses import Pairs, Reconstruction, RegionHead, siglip_loss, text_keys
 from medvl_sam2.training.alignment_metrics import alignment_scores
 from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedRecords
 from medvl_sam2.training.corpus import build_tokenizer
@@ -175,7 +174,8 @@ class AlignmentStage(Stage):
         texts = [str(rng.choice(np.array(r.reports))) if r.reports else "" for r in records]
         head = self._learner.alignment
         images = head.embed_volumes(maps)
-        return siglip_loss(images, self._embedded(texts, rng), _keys(texts, told), told, head.t_prime, head.bias)
+        pairs = self._pairs(texts, told, rng)
+        return siglip_loss(images, pairs, pairs.gathered(), head.t_prime, head.bias)
 
     def _organ_loss(
         self, maps: list[Tensor], records: Sequence[AlignmentRecord], told: Tensor, rng: np.random.Generator
@@ -195,18 +195,13 @@ class AlignmentStage(Stage):
         rows = torch.arange(len(records), device=told.device).repeat_interleave(count)
         valid = valid.to(told.device)
         images = head(maps, rows, cells.to(told.device))
-        texts = self._embedded(sentences, rng)
-        return siglip_loss(images, texts, _keys(sentences, valid), valid, head.t_prime, head.bias)
+        pairs = self._pairs(sentences, valid, rng)
+        return siglip_loss(images, pairs, pairs.gathered(), head.t_prime, head.bias)
 
-    def _embedded(self, texts: Sequence[str], rng: np.random.Generator) -> Tensor:
+    def _pairs(self, texts: Sequence[str], valid: Tensor, rng: np.random.Generator) -> Pairs:
         head = self._learner.alignment
         ids = text_batch(self.tokenizer, texts, head.config.max_length, rng)
-        return head.embed_texts(ids.to(head.bias.device))
-
-
-def _keys(texts: Sequence[str], like: Tensor) -> Tensor:
-    """The same number for the same text, in every process."""
-    return torch.tensor([zlib.crc32(text.encode()) for text in texts], device=like.device)
+        return Pairs(head.embed_texts(ids.to(valid.device)), text_keys(texts).to(valid.device), valid)
 
 
 def load_encoder(learner: AlignmentLearner, weights: Path) -> None:
@@ -263,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + data.held_out)
     held_out = GeneratedRecords(CaseStore(seeds, preset.vision, cache))[:]
     learner = begun()
-    scores = {"before": alignment_scores(learner.vision, learner.alignment, tokenizer, held_out)}
+    scores = {"before": alignment_scores(learner.vision, learner.alignment, tokenizer, held_out, config.batch)}
     learner.load_state_dict(load_file(out / "alignment.safetensors"), strict=False)
-    scores["after"] = alignment_scores(learner.vision, learner.alignment, tokenizer, held_out)
+    scores["after"] = alignment_scores(learner.vision, learner.alignment, tokenizer, held_out, config.batch)
     metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": data.held_out, "held_out": scores}
     write_json_atomically(out / "metrics.json", {**metrics, "history": trainer.history, "config": _plain(config)})
     print(json.dumps(metrics, indent=2))
