@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,12 +113,10 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
         volumes += [SpokenVolume(v) for v, _ in named]
         weights += [0.4 * w / total for _, w in named]
     model.to(options.device)
-    started = time.monotonic()
     phase = JointPhase(
         JointConfig(minutes=options.joint_minutes, seed=options.seed), model, stand_ins, volumes, weights
     )  # fmt: skip
     figures = phase.run(checkpoint.parent / "joint")
-    figures["seconds"] = time.monotonic() - started
     facts = {
         "start": None if options.start is None else read_meta(options.start).version,
         "segmentation": None if options.start else json.loads((segmentation / "progress.json").read_text()),

@@ -23,7 +23,7 @@ from medvl_sam2.training.language_phase import load_language, load_scene
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig, scene_scores
 from medvl_sam2.training.scene_samples import SceneSampler, ViewConfig
-from medvl_sam2.training.volume_sources import from_case
+from medvl_sam2.training.volume_sources import from_case, is_unenhanced
 from medvl_sam2.types import Modality
 from small_model import SMALL
 
@@ -106,6 +106,18 @@ def test_narrow_views_lie_round_labels_and_keep_their_cells() -> None:
         assert float((bright != liver).float().mean()) < 0.12  # fewer voxels, so more of them are border
     assert min(shares) > 0, "a narrow view shows what it was drawn round"
     assert np.mean(shares) > 1.2 * whole
+
+
+def test_contrast_agent_is_only_added_where_there_is_none() -> None:
+    aorta = np.zeros((8, 8, 8), dtype=np.uint8)
+    aorta[:, 2:5, 2:5] = 11
+    targets = (Target("aorta", 0, (11,)),)
+    for blood, wanted in ((45, True), (160, False)):
+        image = np.where(aorta > 0, blood, -90).astype(np.int16)
+        volume = LabelledVolume(image, (3.0, 2.0, 2.0), Modality.CT, (aorta,), targets, frozenset({"aorta"}), "p")
+        assert is_unenhanced(volume) is wanted
+        assert not is_unenhanced(replace(volume, modality=Modality.MR))
+    assert not is_unenhanced(two_organs()), "without an aorta nothing is claimed"
 
 
 def test_slabs_keep_the_plane_and_a_part_of_the_height() -> None:

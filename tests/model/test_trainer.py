@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,40 @@ def test_a_listener_that_stops_the_run_finds_its_state_saved(tmp_path: Path) -> 
     assert again.progress.step == 6
     again.run()
     assert same(trained(config), toy)
+
+
+def test_a_result_that_was_not_written_is_written_by_the_next_start(tmp_path: Path) -> None:
+    Trainer(Toy(out=tmp_path), TOY, tmp_path).run()
+    result = tmp_path / "toy.safetensors"
+    wanted = load_file(result)
+    result.unlink()  # as if killed between the state and the result
+    Trainer(Toy(out=tmp_path), TOY, tmp_path).run()
+    found = load_file(result)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_skipped_step_leaves_running_statistics_alone() -> None:
+    class Normed(Toy):
+        def __init__(self, broken: Collection[int]) -> None:
+            super().__init__(broken=broken)
+            self.layers.insert(3, nn.BatchNorm1d(6))
+
+        def groups(self) -> list[ParameterGroup]:
+            return [ParameterGroup(list(self.layers[1].parameters()), 3e-3)]
+
+        def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+            norm = self.layers[3]
+            assert isinstance(norm, nn.BatchNorm1d)
+            loss, figures = super().loss(draw)
+            if draw.step in self.broken:
+                norm(torch.full((4, 6), torch.nan))
+            return loss, figures
+
+    stage = Normed(broken=[2])
+    assert Trainer(stage, replace(TOY, steps=4)).run().skipped == 1
+    for name, buffer in stage.layers.named_buffers():
+        assert torch.isfinite(buffer.float()).all(), name
 
 
 def test_broken_losses_are_skipped_counted_and_end_the_run_when_they_do_not_end(tmp_path: Path) -> None:

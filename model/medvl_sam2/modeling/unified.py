@@ -80,7 +80,9 @@ class UnifiedModel(nn.Module):
         self.config = config
         self.language = VisionLanguage(config, tokenizer)
         self.segmenter = SliceSegmenter(config.slices)
-        self.alignment = SiglipHead(config.vision, config.alignment) if config.alignment is not None else None
+        self.alignment = (
+            None if config.alignment is None else SiglipHead(config.vision, config.alignment, tokenizer.pad_id)
+        )
 
     def look(self, view: Tensor, extent_mm: Tensor) -> GlobalLook:
         """Encode one global view (1, 1, D, H, W) of edges ``extent_mm`` (1, 3)."""

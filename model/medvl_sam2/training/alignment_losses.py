@@ -38,7 +38,8 @@ def siglip_loss(images: Tensor, own: Pairs, others: Pairs, t_prime: Tensor, bias
     ``others`` are ``own.gathered()``: the result is then this process's share, scaled so that the mean over processes
     is the loss of the whole batch divided by its valid rows.
     """
-    logits = torch.exp(t_prime) * images @ others.texts.T + bias
+    with torch.autocast(images.device.type, enabled=False):  # exp(t') would multiply the rounding of bfloat16
+        logits = torch.exp(t_prime) * (images @ others.texts.T) + bias
     signs = torch.where(own.keys[:, None] == others.keys[None], 1.0, -1.0)
     counted = own.valid[:, None] & others.valid[None]
     rows = others.valid.sum() * len(images) / len(others.texts)

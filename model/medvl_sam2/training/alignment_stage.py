@@ -88,14 +88,14 @@ class AlignmentStageConfig:
 class AlignmentLearner(nn.Module):
     """Encoder and SigLIP head, with the heads that only training needs."""
 
-    def __init__(self, model: ModelConfig, head: AlignmentConfig, batch: int, organs: int) -> None:
+    def __init__(self, model: ModelConfig, head: AlignmentConfig, batch: int, organs: int, pad_id: int = 0) -> None:
         """``batch`` reports and ``organs`` sentences meet in one step, over all processes.
 
         The biases start at the log-odds that two of them match: that is what the published -10 is for 32768 pairs.
         """
         super().__init__()
         self.vision = DCFormer(model.vision)
-        self.alignment = SiglipHead(model.vision, head)
+        self.alignment = SiglipHead(model.vision, head, pad_id)
         self.organs = RegionHead(model.vision, head.width, _FINE_STAGE)
         self.rebuild = Reconstruction(model.vision, _FINE_STAGE)
         with torch.no_grad():
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def begun() -> AlignmentLearner:
         torch.manual_seed(config.trainer.seed)
         batch = config.batch * ranks.world
-        learner = AlignmentLearner(preset, head, batch, batch * config.regions)
+        learner = AlignmentLearner(preset, head, batch, batch * config.regions, tokenizer.pad_id)
         if config.start is not None:
             load_encoder(learner, config.start / "model.safetensors")
         return learner

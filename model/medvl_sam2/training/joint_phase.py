@@ -36,6 +36,8 @@ from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, Tr
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import CLASSES, spoken
 
+_LAST_LINES = 5
+
 
 @dataclass(frozen=True)
 class JointConfig:
@@ -140,7 +142,7 @@ class JointPhase(Stage):
     def run(self, out: Path) -> dict[str, float]:
         """Train for the configured minutes, or the rest of them when the folder ``out`` holds an interrupted run.
 
-        Returns the last figures of the log.
+        Returns the mean figures of the log's last lines, and the steps and seconds of the whole run.
         """
         config = self.config
         self.model.requires_grad_(False)
@@ -150,12 +152,19 @@ class JointPhase(Stage):
         for head in (decoder.conv_s0, decoder.conv_s1):
             head.requires_grad_(False)  # part of the cached features
         trainer = TrainerConfig(
-            minutes=config.minutes, seed=config.seed + 1, precision="float32", device=self.device.type
+            minutes=config.minutes,
+            seed=config.seed + 1,
+            precision="float32",
+            device=self.device.type,
+            betas=(0.9, 0.999),
         )
         run = Trainer(self, trainer, out, log="joint.jsonl")
         progress = run.run()
         self.model.eval()
-        figures = {**run.history[-1], "steps": float(progress.step)}
+        last = run.history[-_LAST_LINES:]
+        names = {name for line in last for name in line}
+        means = {name: float(np.mean([line[name] for line in last if name in line])) for name in names}
+        figures = {**means, "steps": float(progress.step), "seconds": progress.seconds}
         return {**figures, **{f"config_{k}": float(v) for k, v in asdict(config).items()}}
 
     @property

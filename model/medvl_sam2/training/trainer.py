@@ -197,6 +197,8 @@ class Trainer:
         ``report_progress`` raises (:class:`Cancelled` in the other processes).
         """
         with self.log, self._bar() as bar:
+            if self.over and self.out is not None:
+                self.stage.saved(self)  # an earlier run may have died between its last state and the stage's result
             while not self.over:
                 self._step()
                 bar.update(self._shown() - bar.n)
@@ -231,6 +233,7 @@ class Trainer:
         factor = rate_factor(config.schedule, progress.step, self.share, warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = group["rate"] * factor
+        statistics = [(b, b.clone()) for b in self.stage.module.buffers() if b.is_floating_point()]
         loss = math.fsum(self._micro_batch(number) for number in range(config.accumulate))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
         loss = self.ranks.mean([loss])[0]
@@ -239,6 +242,9 @@ class Trainer:
             progress.skipped_on_end = 0
             self._count("loss", loss)
         else:
+            with torch.no_grad():
+                for buffer, former in statistics:
+                    buffer.copy_(former)  # one broken batch would spoil running means for ever
             progress.skipped += 1
             progress.skipped_on_end += 1
         self.optimiser.zero_grad(set_to_none=True)

@@ -21,6 +21,9 @@ _CACHE_VERSION = 3
 _BODY_HU = -300
 """Above this a voxel belongs to the patient or the table; lungs are filled slice by slice."""
 
+_UNENHANCED_HU = 80
+"""Blood without contrast agent has 30 to 60 HU."""
+
 HELD_OUT_SEED = 1_000_000
 """First seed of the held-out generated cases; training counts from 0, evaluation from 2,000,000."""
 UNSEEN_SEED = 600
@@ -170,9 +173,17 @@ def _real_groups(config: SourceConfig) -> list[tuple[float, list[LabelledVolume]
 def _deformed(volume: LabelledVolume, seed: int) -> LabelledVolume:
     """A deformed copy: all maps ride along as one stacked label."""
     codes, table = _stacked(volume)
-    names = _class_names(volume, table) if volume.modality is Modality.CT else None
+    names = _class_names(volume, table) if is_unenhanced(volume) else None
     image, labels = augment_real(volume.image, codes, volume.spacing, seed, names=names)
     return _unstacked(volume, image, labels, table, volume.modality)
+
+
+def is_unenhanced(volume: LabelledVolume) -> bool:
+    """Whether a CT was made without contrast agent, told by its aorta; without one nothing is claimed."""
+    aorta = volume.find("aorta")
+    if volume.modality is not Modality.CT or aorta is None:
+        return False
+    return float(np.median(volume.image[np.isin(volume.maps[aorta.map], aorta.values)])) < _UNENHANCED_HU
 
 
 def _dressed(volume: LabelledVolume, seed: int) -> LabelledVolume:
