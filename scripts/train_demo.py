@@ -64,8 +64,7 @@ def main() -> None:
     if not (language / "vision_language.safetensors").exists():
         language_phase.main(
             ["--out", str(language), "--scene", str(scene / "scene.safetensors"), "--cases",
-             str(options.language_cases), "--lesion-rich", str(options.language_cases), "--minutes",
-             str(options.language_minutes), *common]
+             str(options.language_cases), "--minutes", str(options.language_minutes), *common]
         )  # fmt: skip
     joint(options, segmentation, scene, language, out / "checkpoint")
 
