@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,20 +11,14 @@ import torch
 
 from medvl_sam2.converters import open_source
 from published_layouts import dcformer_shapes, empty, randomise
+from script_modules import load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_weights.py"
 NANO = ((1, 1, 1, 1, 1), (32, 32, 64, 128, 256))
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_weights_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert_weights", monkeypatch)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +12,12 @@ import torch
 from medvl_sam2.modeling.footprint import STAGES, footprint
 from medvl_sam2.modeling.meta_device import LiveBytes
 from medvl_sam2.presets import preset
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "describe_model.py"
+from script_modules import load_script
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("describe_model_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("describe_model", monkeypatch)
 
 
 def test_paper_figures_follow_from_its_sizes(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,19 +11,12 @@ import pytest
 import dataset_folders as folders
 from medvl_sam2.datasets.manifest import read_manifest
 from medvl_sam2.datasets.volumes import read_case
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_manifest.py"
+from script_modules import load_script
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_manifest_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_manifest", monkeypatch)
 
 
 def test_checked_manifest_holds_only_cases_that_open(
