@@ -1,0 +1,1 @@
+"""Other methods trained on the same cases for the same minutes, and scored by the same runner."""
