@@ -134,6 +134,7 @@ def test_classes_a_volume_does_not_decide_are_not_trained() -> None:
         ViewStage(MICRO, [replace(labelled(), known=frozenset({"femur"}))], [1.0], clicks=False)
 
 
+@pytest.mark.slow
 def test_deepedit_learns_from_clicks_every_second_time() -> None:
     stage = ViewStage(replace(MICRO, learning_rate=5e-3), [labelled()], [1.0], clicks=True)
 
