@@ -178,7 +178,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     slices: SliceConfig = field(default_factory=SliceConfig)
     alignment: AlignmentConfig | None = None
-    """None: no SigLIP head, as nothing but retrieval needs it once the encoder is trained."""
+    """Set in the configuration of an image-text model alone: the unified model has no SigLIP head."""
     classes: tuple[str, ...] = ()
     """Vocabulary in label order: ``classes[n - 1]`` is mask value ``n``."""
 
