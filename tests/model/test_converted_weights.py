@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
 
-from medvl_sam2.config import ModelConfig, SceneConfig, VisionConfig
+from medvl_sam2.config import AlignmentConfig, ModelConfig, SceneConfig, VisionConfig
 from medvl_sam2.converters import Conversion, config_from_parts, convert, load_parts, open_source, read_part_config
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.modeling.dcformer import DCFormer
+from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.partial_weights import load_encoder
 from medvl_sam2.presets import SLICE_PRESETS, preset
 from published_layouts import (
     State,
@@ -37,7 +40,7 @@ from published_layouts import (
     randomise,
     write_json,
 )
-from small_model import SMALL
+from small_model import SMALL, small_model
 from upstream_sam2 import upstream_sam2
 
 BLOCKS, CHANNELS = (1, 2, 3, 6, 2), (8, 12, 16, 24, 32)
@@ -83,7 +86,7 @@ def test_siglip_encoder_and_text_tower_run_as_published(tmp_path: Path, name: st
     state = randomise(dec_clip(BLOCKS, CHANNELS, text_dim=24, width=20, words=50))
     source = open_source(write(tmp_path / name, state))
     result = convert(source, "dcformer_siglip", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    assert (result.parts["vision"].tensors, result.parts["siglip"].tensors) == (426, 106)
+    assert (result.parts["vision"].tensors, result.parts["alignment"].tensors) == (426, 106)
     assert read_part_config(tmp_path / "out" / "vision").vision == NARROW
     prefix = "vision_encoder.encoder."
     published = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -96,22 +99,58 @@ def test_siglip_encoder_and_text_tower_run_as_published(tmp_path: Path, name: st
         assert b.std() > 0.01
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)  # the same sums in another order
 
-    head = load_file(tmp_path / "out" / "siglip" / "model.safetensors")
-    text = json.loads((tmp_path / "out" / "siglip" / "config.json").read_text())["siglip"]["text_encoder"]
-    tower = DistilBertModel(DistilBertConfig(**text)).eval()
+    folders = {part: tmp_path / "out" / part for part in ("vision", "alignment")}
+    sizes = config_from_parts(folders, ModelConfig())
+    assert sizes.alignment == AlignmentConfig(50, 24, 96, layers=6, heads=12, max_length=512, width=20)
+    model = ImageTextModel(sizes, None).eval()
+    assert load_parts(model, folders).untouched == ()
+    tower = DistilBertModel(DistilBertConfig(vocab_size=50, dim=24, hidden_dim=96, n_heads=12)).eval()
     tower.load_state_dict(
-        {k.removeprefix("text_encoder."): v for k, v in head.items() if k.startswith("text_") and "projection" not in k}
-    )
-    ids = torch.tensor([[1, 7, 3, 49]])
-    theirs_tower = DistilBertModel(DistilBertConfig(vocab_size=50, dim=24, hidden_dim=96, n_heads=12)).eval()
-    theirs_tower.load_state_dict(
         {k.removeprefix("language_encoder."): v for k, v in state.items() if k.startswith("language_encoder.")}
     )
+    ids = torch.tensor([[1, 7, 3, 49], [1, 9, 0, 0]])  # the second one is padded
     with torch.no_grad():
-        assert torch.equal(tower(ids).last_hidden_state, theirs_tower(ids).last_hidden_state)
-    renamed = {"temperature": "t_prime", "bias": "bias", "image_projection.weight": "mm_vision_proj.weight"}
-    renamed |= {"text_projection.bias": "mm_language_proj.bias"}
-    assert all(torch.equal(head[ours], state[theirs]) for ours, theirs in renamed.items())
+        said = tower(input_ids=ids, attention_mask=ids != 0).last_hidden_state[:, 0]
+        said = functional.linear(said, state["mm_language_proj.weight"], state["mm_language_proj.bias"])
+        seen = theirs[-1].mean(dim=1)
+        seen = functional.linear(seen, state["mm_vision_proj.weight"], state["mm_vision_proj.bias"])
+        torch.testing.assert_close(model.alignment.embed_texts(ids), functional.normalize(said, dim=-1))
+        torch.testing.assert_close(model.embed_views(volume), functional.normalize(seen, dim=-1), atol=2e-6, rtol=1e-5)
+    assert model.alignment.t_prime.item() == state["t_prime"].item()
+    assert model.alignment.bias.item() == state["bias"].item()
+    with pytest.raises(CheckpointError, match="word pieces"):
+        model.embed_texts(["The liver is normal."])
+    encoder = DCFormer(NARROW)
+    load_encoder(encoder, folders["vision"])  # the alignment stage may begin with the published encoder
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.vision.parameters(), strict=True))
+
+
+def test_the_image_text_model_takes_its_own_parts_only(tmp_path: Path) -> None:
+    state = randomise(dec_clip(BLOCKS, CHANNELS, text_dim=24, width=20, words=50))
+    path = write(tmp_path / "w.safetensors", state)
+    source = open_source(path)
+    convert(source, "dcformer_siglip", tmp_path / "out", config=ModelConfig(vision=NARROW))
+    folder = tmp_path / "out" / "alignment"
+    sizes = config_from_parts({"alignment": folder}, ModelConfig(vision=NARROW))
+    assert sizes.alignment is not None
+    other = replace(sizes, alignment=replace(sizes.alignment, heads=6))
+    with pytest.raises(CheckpointError, match="'heads' of the model's 'alignment' configuration is 6"):
+        load_parts(ImageTextModel(other, None), {"alignment": folder})
+    with pytest.raises(CheckpointError, match="ImageTextModel has no part 'slices'"):
+        load_parts(ImageTextModel(sizes, None), {"slices": folder})
+    with pytest.raises(CheckpointError, match="UnifiedModel has no part 'alignment'; 'alignment' belongs to ImageText"):
+        load_parts(small_model(), {"alignment": folder})
+    # A tower of another depth or kind is refused; its encoder can still be had.
+    deep = {k.replace("layer.5.", "layer.6."): v for k, v in state.items()}
+    with pytest.raises(CheckpointError, match=r"missing.*transformer\.layer\.5.*unused.*layer\.6"):
+        convert(open_source(write(tmp_path / "deep.safetensors", deep)), "dcformer_siglip", tmp_path / "deep")
+    bert = {k.replace("language_encoder.transformer.", "language_encoder.encoder."): v for k, v in state.items()}
+    source = open_source(write(tmp_path / "bert.safetensors", bert))
+    with pytest.raises(CheckpointError, match="BERT as its text tower; only DistilBERT"):
+        convert(source, "dcformer_siglip", tmp_path / "bert")
+    alone = convert(source, "dcformer_small", tmp_path / "bert", config=ModelConfig(vision=NARROW))
+    assert set(alone.parts) == {"vision"}
+    assert len(alone.dropped) == 106
 
 
 def test_older_layout_gives_the_same_encoder(tmp_path: Path) -> None:
@@ -392,7 +431,9 @@ def test_rotary_base_and_tokenizer_must_be_those_of_the_weights(
 
 def test_unknown_part_and_foreign_folder(med3dvlm: tuple[State, Conversion, ModelConfig], tmp_path: Path) -> None:
     model = _unified(med3dvlm)
-    with pytest.raises(CheckpointError, match=r"no part 'siglip'; parts: vision, projector, language, slices"):
+    with pytest.raises(
+        CheckpointError, match=r"no part 'siglip'; parts: vision, projector, language, slices, alignment"
+    ):
         load_parts(model, {"siglip": tmp_path})
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="weights are missing"):
