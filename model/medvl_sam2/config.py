@@ -247,7 +247,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             return from_plain(kind, value)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(_typed(members[0], item, where) for item in value)
+            kinds = (members[0],) * len(value) if members[-1] is Ellipsis else members
+            if len(value) != len(kinds):
+                raise ConfigError(f"{where} must hold {len(kinds)} values, got {len(value)}: {value!r}")
+            return tuple(_typed(kind, item, where) for kind, item in zip(kinds, value, strict=True))
         if origin is Literal and value in members:
             return value
         if kind is float and type(value) in (int, float):
