@@ -25,7 +25,11 @@ from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.unified import language_view
 from medvl_sam2.partial_weights import load_encoder, load_image_text, load_part, read_weights
 from medvl_sam2.predictor import Predictor
+from medvl_sam2.synthesis import generate_case
+from medvl_sam2.training.language_phase import load_language
+from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig
 from medvl_sam2.training.trainer_state import write_tensors
+from medvl_sam2.training.volume_sources import from_case
 from small_model import SMALL, oblique_volume, small_model, small_predictor
 
 HEAD = AlignmentConfig(vocab_size=400, hidden_size=16, intermediate_size=24, layers=1, heads=2, max_length=32, width=12)
@@ -171,3 +175,23 @@ def test_shipped_weights_lend_their_encoder() -> None:
     assert torch.equal(tiny.s1[0].mlp.mlp[0].weight, stored.float())
     with pytest.raises(CheckpointError, match="does not fit this model"):
         load_encoder(encoder(0), folder)
+
+
+def test_later_stages_begin_with_an_earlier_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Alignment lends its encoder to the scene phase; a checkpoint lends encoder and scene, or its language half."""
+    plain, alignment = folders
+    shipped, aligned = small_model(), load_image_text(alignment)
+    write_tensors(tmp_path / "alignment.safetensors", aligned.state_dict())
+    phase = ScenePhase(ScenePhaseConfig(), [from_case(generate_case(3))], [1.0], SMALL, tmp_path / "scene")
+    assert shipped.language.scene is not None
+    phase.start_from(plain)
+    assert same(phase.learner.vision, shipped.language.vision)
+    assert same(phase.learner.scene, shipped.language.scene)
+    phase.start_from(tmp_path / "alignment.safetensors")
+    assert same(phase.learner.vision, aligned.vision)
+    assert same(phase.learner.scene, shipped.language.scene)
+    other = small_model(seed=2).language
+    load_language(other, plain)
+    assert same(other, shipped.language)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_language(other, alignment)

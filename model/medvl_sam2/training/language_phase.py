@@ -26,6 +26,7 @@ from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.partial_weights import load_part
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
@@ -275,9 +276,7 @@ def load_language(model: VisionLanguage, checkpoint: Path) -> None:
 
     Raises :class:`CheckpointError` when it belongs to another configuration.
     """
-    prefix, tied = "language.", "lm.lm_head.weight"
-    state = {k.removeprefix(prefix): v for k, v in load_checkpoint(checkpoint).state.items() if k.startswith(prefix)}
-    load_model_state(model, {k: v for k, v in state.items() if k != tied})
+    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.")
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
