@@ -284,14 +284,6 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name != "lm.lm_head.weight"}
 
 
-def load_model_state(model: VisionLanguage, state: dict[str, Tensor]) -> None:
-    """Load :func:`model_state` output; raises :class:`CheckpointError` when a tensor is missing or unknown."""
-    missing, unknown = model.load_state_dict(state, strict=False)
-    odd = [name for name in missing if name != "lm.lm_head.weight"] + list(unknown)
-    if odd:
-        raise CheckpointError(f"weights do not fit the model: {odd[0]!r} is in only one of them; use its own config")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train on generated cases and write weights, tokenizer and metrics."""
     parser = argparse.ArgumentParser(description=main.__doc__)
