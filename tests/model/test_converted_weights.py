@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from medvl_sam2.config import AlignmentConfig, ModelConfig, SceneConfig, VisionConfig
+from converted_files import load, write
+from medvl_sam2.config import ModelConfig, SceneConfig, VisionConfig
 from medvl_sam2.converters import Conversion, config_from_parts, convert, load_parts, open_source, read_part_config
 from medvl_sam2.errors import CheckpointError
-from medvl_sam2.modeling.dcformer import DCFormer
-from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
-from medvl_sam2.partial_weights import load_encoder
 from medvl_sam2.presets import SLICE_PRESETS, preset
 from published_layouts import (
     State,
     dcformer_forward,
     dcformer_shapes,
-    dec_clip,
     empty,
     mixer_forward,
     mixer_shapes,
@@ -40,7 +33,7 @@ from published_layouts import (
     randomise,
     write_json,
 )
-from small_model import SMALL, small_model
+from small_model import SMALL
 from upstream_sam2 import upstream_sam2
 
 BLOCKS, CHANNELS = (1, 2, 3, 6, 2), (8, 12, 16, 24, 32)
@@ -49,131 +42,6 @@ NARROW = VisionConfig(
 )
 """DCFormer small, narrow; the view is neither cubic nor square."""
 QWEN = {"hidden": 64, "ffn": 96, "layers": 3, "heads": 4, "kv_heads": 2}
-
-
-def write(path: Path, state: Mapping[str, Tensor]) -> Path:
-    """The file as it would be published: torch under ``model``, or safetensors in one or two pieces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(dict(state), path)
-    elif path.suffix:
-        torch.save({"model": dict(state), "epoch": 9, "args": argparse.Namespace(lr=1e-4)}, path)
-    else:
-        path.mkdir(exist_ok=True)
-        halves = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-        places = {name: halves[n % 2] for n, name in enumerate(state)}
-        for half in halves:
-            save_file({name: value for name, value in state.items() if places[name] == half}, path / half)
-        write_json(path / "model.safetensors.index.json", {"weight_map": places})
-    return path
-
-
-def load(module: nn.Module, folder: Path) -> Any:
-    """A part folder in a module of its own, strictly."""
-    source = open_source(folder)
-    state = dict(source.read(list(source.tensors)))
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert set(missing) <= {"lm_head.weight"}  # tied
-    return module.eval()
-
-
-# --- DCFormer ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "shards"])
-def test_siglip_encoder_and_text_tower_run_as_published(tmp_path: Path, name: str) -> None:
-    state = randomise(dec_clip(BLOCKS, CHANNELS, text_dim=24, width=20, words=50))
-    source = open_source(write(tmp_path / name, state))
-    result = convert(source, "dcformer_siglip", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    assert (result.parts["vision"].tensors, result.parts["alignment"].tensors) == (426, 106)
-    assert read_part_config(tmp_path / "out" / "vision").vision == NARROW
-    prefix = "vision_encoder.encoder."
-    published = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    volume = torch.rand(2, 1, *NARROW.input_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = load(DCFormer(NARROW), tmp_path / "out" / "vision")(volume)
-        theirs = dcformer_forward(published, volume)
-    for stage, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert a.shape == (2, NARROW.tokens(stage), CHANNELS[stage])
-        assert b.std() > 0.01
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)  # the same sums in another order
-
-    folders = {part: tmp_path / "out" / part for part in ("vision", "alignment")}
-    sizes = config_from_parts(folders, ModelConfig())
-    assert sizes.alignment == AlignmentConfig(50, 24, 96, layers=6, heads=12, max_length=512, width=20)
-    model = ImageTextModel(sizes, None).eval()
-    assert load_parts(model, folders).untouched == ()
-    tower = DistilBertModel(DistilBertConfig(vocab_size=50, dim=24, hidden_dim=96, n_heads=12)).eval()
-    tower.load_state_dict(
-        {k.removeprefix("language_encoder."): v for k, v in state.items() if k.startswith("language_encoder.")}
-    )
-    ids = torch.tensor([[1, 7, 3, 49], [1, 9, 0, 0]])  # the second one is padded
-    with torch.no_grad():
-        said = tower(input_ids=ids, attention_mask=ids != 0).last_hidden_state[:, 0]
-        said = functional.linear(said, state["mm_language_proj.weight"], state["mm_language_proj.bias"])
-        seen = theirs[-1].mean(dim=1)
-        seen = functional.linear(seen, state["mm_vision_proj.weight"], state["mm_vision_proj.bias"])
-        torch.testing.assert_close(model.alignment.embed_texts(ids), functional.normalize(said, dim=-1))
-        torch.testing.assert_close(model.embed_views(volume), functional.normalize(seen, dim=-1), atol=2e-6, rtol=1e-5)
-    assert model.alignment.t_prime.item() == state["t_prime"].item()
-    assert model.alignment.bias.item() == state["bias"].item()
-    with pytest.raises(CheckpointError, match="word pieces"):
-        model.embed_texts(["The liver is normal."])
-    encoder = DCFormer(NARROW)
-    load_encoder(encoder, folders["vision"])  # the alignment stage may begin with the published encoder
-    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), model.vision.parameters(), strict=True))
-
-
-def test_the_image_text_model_takes_its_own_parts_only(tmp_path: Path) -> None:
-    state = randomise(dec_clip(BLOCKS, CHANNELS, text_dim=24, width=20, words=50))
-    path = write(tmp_path / "w.safetensors", state)
-    source = open_source(path)
-    convert(source, "dcformer_siglip", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    folder = tmp_path / "out" / "alignment"
-    sizes = config_from_parts({"alignment": folder}, ModelConfig(vision=NARROW))
-    assert sizes.alignment is not None
-    other = replace(sizes, alignment=replace(sizes.alignment, heads=6))
-    with pytest.raises(CheckpointError, match="'heads' of the model's 'alignment' configuration is 6"):
-        load_parts(ImageTextModel(other, None), {"alignment": folder})
-    with pytest.raises(CheckpointError, match="ImageTextModel has no part 'slices'"):
-        load_parts(ImageTextModel(sizes, None), {"slices": folder})
-    with pytest.raises(CheckpointError, match="UnifiedModel has no part 'alignment'; 'alignment' belongs to ImageText"):
-        load_parts(small_model(), {"alignment": folder})
-    # A tower of another depth or kind is refused; its encoder can still be had.
-    deep = {k.replace("layer.5.", "layer.6."): v for k, v in state.items()}
-    with pytest.raises(CheckpointError, match=r"missing.*transformer\.layer\.5.*unused.*layer\.6"):
-        convert(open_source(write(tmp_path / "deep.safetensors", deep)), "dcformer_siglip", tmp_path / "deep")
-    bert = {k.replace("language_encoder.transformer.", "language_encoder.encoder."): v for k, v in state.items()}
-    source = open_source(write(tmp_path / "bert.safetensors", bert))
-    with pytest.raises(CheckpointError, match="BERT as its text tower; only DistilBERT"):
-        convert(source, "dcformer_siglip", tmp_path / "bert")
-    alone = convert(source, "dcformer_small", tmp_path / "bert", config=ModelConfig(vision=NARROW))
-    assert set(alone.parts) == {"vision"}
-    assert len(alone.dropped) == 106
-
-
-def test_older_layout_gives_the_same_encoder(tmp_path: Path) -> None:
-    """``gamma`` is the scale, the doubled batch norms and the codebook go, and the report says so."""
-    prefix = "visual_transformer.encoder."
-    state = randomise(empty(dcformer_shapes(BLOCKS, CHANNELS, older=True), prefix))
-    for key in [k for k in state if ".norm." in k]:
-        axial, _, branch_and_end = key.partition(".norm.")
-        branch, _, end = branch_and_end.partition(".")
-        state[key] = state[f"{axial}.c{int(branch) + 1}.1.{end}"].clone()
-    extra = {"visual_transformer.vq._codebook.embed": torch.zeros(1, 4, 32), "to_text_latent.weight": torch.zeros(2, 2)}
-    source = open_source(write(tmp_path / "checkpoint-9.pth", state | extra))
-    result = convert(source, "dcformer_small", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    assert result.ignored == ("epoch", "args")
-    assert len(result.dropped) == 5 * 3 * 17 + 2
-    published = {
-        key.removeprefix(prefix).replace("gamma", "scale"): value for key, value in state.items() if ".norm." not in key
-    }
-    volume = torch.rand(1, 1, *NARROW.input_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = load(DCFormer(NARROW), tmp_path / "out" / "vision")(volume)
-    for a, b in zip(ours, dcformer_forward(published, volume), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
 
 
 # --- SAM2.1 -----------------------------------------------------------------------------------------------------------
