@@ -2,7 +2,7 @@
 """Convert published weights of a relative into parts of the unified model.
 
 SOURCE is a weight file, the folder it lies in, or the name of a model on a hub (owner/model or owner/model/file).
-OUT gets a folder for every part (vision, projector, language, slices, siglip) with safetensors and their
+OUT gets a folder for every part (vision, projector, language, slices, alignment) with safetensors and their
 configuration, and conversion.json, which says what became of every tensor. A tensor that is missing, unused or of
 another shape stops the conversion; nothing is written then.
 

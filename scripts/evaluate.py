@@ -45,6 +45,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"further generated cases for {', '.join(TEXT_TASKS)} only",
     )
+    parser.add_argument(
+        "--retrieval-pool",
+        type=int,
+        default=0,
+        metavar="N",
+        help="generated cases that retrieval runs on (usual: 500); those above come first (default: they alone)",
+    )
     parser.add_argument("--real", type=Path, metavar="DIR", help="folder with the unseen real cases")
     parser.add_argument("--cases", help="names of real cases, comma separated (default: all unseen ones)")
     parser.add_argument(
@@ -66,8 +73,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--bertscore", type=Path, metavar="DIR", help="local roberta-large for BERTScore (needs the extra [bertscore])"
     )
     options = parser.parse_args(arguments)
-    if options.generated <= 0 and options.text_cases <= 0 and options.real is None:
-        parser.error("nothing to evaluate; give --generated N, --text-cases N, --real DIR or several of them")
+    if max(options.generated, options.text_cases, options.retrieval_pool) <= 0 and options.real is None:
+        parser.error("nothing to evaluate; give --generated N, --text-cases N, --retrieval-pool N or --real DIR")
     return options
 
 
@@ -109,14 +116,19 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def run(runner: Runner, options: argparse.Namespace) -> None:
-    """Run all cases, then those of the text tasks, whose seeds follow."""
+    """Run all cases, then those of the text tasks and of retrieval, whose seeds follow."""
     cases, total = chosen_cases(options)
-    with tqdm(total=total + options.text_cases, unit="case") as bar:
+    told = options.generated + options.text_cases
+    more = max(0, options.retrieval_pool - told) if runner.retrieves else 0
+    with tqdm(total=total + options.text_cases + more, unit="case") as bar:
         for case in cases:
             runner.run(case, bar.set_postfix_str)
             bar.update()
         for case in generated_cases(options.text_cases, options.first_seed + options.generated, options.min_voxels):
             runner.run_text(case, bar.set_postfix_str)
+            bar.update()
+        for case in generated_cases(more, options.first_seed + told, options.min_voxels):
+            runner.run_retrieval(case)
             bar.update()
 
 
@@ -128,6 +140,7 @@ def about(options: argparse.Namespace, figures: dict[str, Any]) -> About:
         "weights": str(figures["weights_sha256"] or "-")[:16],
         "generated cases": str(options.generated),
         "further text cases": str(options.text_cases),
+        "retrieval pool": str(max(options.retrieval_pool, options.generated + options.text_cases)),
         "real cases": ", ".join(real) or "none",
         "seconds": f"{figures['seconds']:.0f}",
     }

@@ -3,6 +3,7 @@
 
 FOLDER is a studies folder of MONAI Label, or holds volumes with labels/<same name> and labels/labels.json (names by
 mask value). STORE holds published versions, the fixed hold-out and the runs; the server's is apps/medvl_sam2/model.
+Settings come from a YAML file (training/stages/finetune.yaml explains them); what is given here wins over it.
 
 Example: scripts/finetune.py studies/demo --store apps/medvl_sam2/model --minutes 10 --json result.json
 """
@@ -27,23 +28,38 @@ from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_learner import default_backend
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
 from medvl_sam2.training.finetune_samples import samples_from_folder
+from medvl_sam2.training.stage_config import read_stage_config
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line options; every field of :class:`FinetuneConfig` that a person may want to set."""
-    defaults = FinetuneConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="volumes with corrected labels")
     parser.add_argument("--store", type=Path, required=True, help="folder of published versions and runs")
     parser.add_argument("--base", type=Path, help="checkpoint to start from (default: the served one)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of settings (default: the values of training/stages/finetune.yaml)",
+    )
     for name in ("epochs", "steps_per_epoch", "clicks", "objects", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     for name in ("minutes", "learning_rate", "replay_share", "margin", "forgetting"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
-    parser.add_argument("--trust-labels", action="store_true", help="publish although the labels look implausible")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
+    parser.add_argument(
+        "--trust-labels", action="store_true", default=None, help="publish although the labels look implausible"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with all figures")
     return parser.parse_args(arguments)
+
+
+def settings(options: argparse.Namespace) -> FinetuneConfig:
+    """Settings of the YAML file with what was given on the command line in their place."""
+    config = FinetuneConfig() if options.config is None else read_stage_config(options.config, FinetuneConfig)
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(FinetuneConfig)}
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     # The first interrupt ends after the step in progress, so that the run can be resumed; the second one kills.
     signal.signal(signal.SIGINT, lambda *_: (stop.set(), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    bar = tqdm(desc="finetuning", unit="epoch", total=options.epochs)
+    bar = tqdm(desc="finetuning", unit="epoch")
 
     def show(progress: FinetuneProgress) -> None:
         bar.update(progress.epoch - bar.n)
@@ -63,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.set_description(progress.message or progress.stage)
 
     try:
-        names = {field.name for field in dataclasses.fields(FinetuneConfig)} & set(vars(options))
-        config = FinetuneConfig(**{name: getattr(options, name) for name in names})
+        config = settings(options)
+        bar.total = config.epochs
         base = options.base or read_published(options.store) or shipped_checkpoint()
         samples = samples_from_folder(options.folder)
         result = run_finetune(config, samples, base, options.store, show, stop.is_set, default_backend())

@@ -3,6 +3,9 @@
 
     scripts/make_manifest.py totalsegmentator DIR --out DIR/manifest.jsonl --check --json report.json
 
+Sources share patients (M3D-Seg holds cases of AMOS, BTCV, MSD and TotalSegmentator). Name the manifests written before
+with --against, so that nobody is trained on in one and tested on in another.
+
 Paths in the manifest start from DIR. Put it there, or give DIR again as the root when it is read.
 """
 
@@ -17,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medvl_sam2.datasets.manifest import CaseRecord, Split, write_manifest
+from medvl_sam2.datasets.manifest import CaseRecord, Split, read_manifest, write_manifest
 from medvl_sam2.datasets.registry import SOURCES, Collection, collected, findings
 from medvl_sam2.datasets.source import Problem
 from medvl_sam2.datasets.volumes import read_case
@@ -34,6 +37,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder the data set was unpacked into")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write (.jsonl)")
     parser.add_argument("--check", action="store_true", help="open every case; one that cannot be read is left out")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="manifests whose patients keep their side"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and the full list of problems")
     return parser.parse_args(arguments)
 
@@ -88,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the manifest and the report; 0 on success, 2 with a message when there is nothing to write."""
     options = parse(arguments)
     try:
-        found = collected(tqdm(findings(options.source, options.folder), desc=options.source, unit="case"))
+        written = [record for path in options.against for record in read_manifest(path).records]
+        cases = tqdm(findings(options.source, options.folder), desc=options.source, unit="case")
+        found = collected(cases, written)
         if options.check:
             good, broken = checked(found.records, options.folder)
             found = Collection(tuple(good), (*found.problems, *broken))

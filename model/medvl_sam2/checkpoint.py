@@ -3,6 +3,8 @@
 A checkpoint is a directory of four files: ``model.safetensors`` (floating parameters as fp16), ``config.json``,
 ``tokenizer.json`` and ``meta.json`` (provenance and the SHA-256 of the weights). Nothing is ever unpickled.
 
+A checkpoint may carry a folder ``alignment``: the image-text model of the alignment stage, in the same four files.
+
 A store is a directory::
 
     store/versions/<n>/     immutable checkpoint directories, n = 1, 2, ...
@@ -41,6 +43,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 META_FILE = "meta.json"
 POINTER_FILE = "published.json"
+ALIGNMENT_FOLDER = "alignment"
 SHIPPED_VERSION = 0
 """Version number that stands for the weights shipped with the package."""
 
@@ -88,10 +91,12 @@ def save_checkpoint(
     tokenizer_path: Path,
     meta: CheckpointMeta,
     overwrite: bool = False,
+    alignment: Path | None = None,
 ) -> CheckpointMeta:
     """Write a checkpoint directory that appears complete or not at all; return the meta as stored.
 
     Floating tensors are stored as fp16, others as they are; tensors that share memory (tied weights) are stored once.
+    ``alignment``: checkpoint folder of an image-text model to carry along, where there is one.
 
     Raises:
         CheckpointError: ``directory`` exists and ``overwrite`` is off, the tokenizer is missing, or a weight is not
@@ -115,6 +120,7 @@ def save_checkpoint(
             sha256=file_sha256(staging / WEIGHTS_FILE),
         )
         _write_meta(staging, stored)
+        _carry_alignment(alignment, staging)
         _settle(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -232,6 +238,7 @@ def publish(store: Path, checkpoint: Path, *, expected_version: int | None = Non
         try:
             for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
                 shutil.copyfile(Path(checkpoint) / name, staging / name)
+            _carry_alignment(Path(checkpoint) / ALIGNMENT_FOLDER, staging)
             _write_meta(staging, dataclasses.replace(meta, version=str(number)))
             verify_checkpoint(staging)
             _settle(staging, versions / str(number))
@@ -357,6 +364,12 @@ def _storable(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return tensors, tied
 
 
+def _carry_alignment(folder: Path | None, staging: Path) -> None:
+    if folder is not None and folder.is_dir():
+        verify_checkpoint(folder)
+        shutil.copytree(folder, staging / ALIGNMENT_FOLDER)
+
+
 def _write_meta(directory: Path, meta: CheckpointMeta) -> None:
     data = dataclasses.asdict(meta)
     data["metrics"] = dict(meta.metrics)
@@ -366,7 +379,7 @@ def _write_meta(directory: Path, meta: CheckpointMeta) -> None:
 def _settle(staging: Path, final: Path) -> None:
     """Flush ``staging`` to disk and give it its final name; an existing directory of that name is replaced."""
     os.chmod(staging, 0o755)
-    for path in staging.iterdir():
+    for path in staging.rglob("*"):
         sync_path(path)
     sync_path(staging)
     if final.exists():

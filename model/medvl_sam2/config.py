@@ -178,7 +178,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     slices: SliceConfig = field(default_factory=SliceConfig)
     alignment: AlignmentConfig | None = None
-    """None: no SigLIP head, as nothing but retrieval needs it once the encoder is trained."""
+    """Set in the configuration of an image-text model alone: the unified model has no SigLIP head."""
     classes: tuple[str, ...] = ()
     """Vocabulary in label order: ``classes[n - 1]`` is mask value ``n``."""
 
@@ -247,7 +247,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             return from_plain(kind, value)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(_typed(members[0], item, where) for item in value)
+            kinds = (members[0],) * len(value) if members[-1] is Ellipsis else members
+            if len(value) != len(kinds):
+                raise ConfigError(f"{where} must hold {len(kinds)} values, got {len(value)}: {value!r}")
+            return tuple(_typed(kind, item, where) for kind, item in zip(kinds, value, strict=True))
         if origin is Literal and value in members:
             return value
         if kind is float and type(value) in (int, float):

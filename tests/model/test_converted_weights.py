@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import DistilBertConfig, DistilBertModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from converted_files import load, write
 from medvl_sam2.config import ModelConfig, SceneConfig, VisionConfig
 from medvl_sam2.converters import Conversion, config_from_parts, convert, load_parts, open_source, read_part_config
 from medvl_sam2.errors import CheckpointError
-from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
@@ -27,7 +24,6 @@ from published_layouts import (
     State,
     dcformer_forward,
     dcformer_shapes,
-    dec_clip,
     empty,
     mixer_forward,
     mixer_shapes,
@@ -46,95 +42,6 @@ NARROW = VisionConfig(
 )
 """DCFormer small, narrow; the view is neither cubic nor square."""
 QWEN = {"hidden": 64, "ffn": 96, "layers": 3, "heads": 4, "kv_heads": 2}
-
-
-def write(path: Path, state: Mapping[str, Tensor]) -> Path:
-    """The file as it would be published: torch under ``model``, or safetensors in one or two pieces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(dict(state), path)
-    elif path.suffix:
-        torch.save({"model": dict(state), "epoch": 9, "args": argparse.Namespace(lr=1e-4)}, path)
-    else:
-        path.mkdir(exist_ok=True)
-        halves = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-        places = {name: halves[n % 2] for n, name in enumerate(state)}
-        for half in halves:
-            save_file({name: value for name, value in state.items() if places[name] == half}, path / half)
-        write_json(path / "model.safetensors.index.json", {"weight_map": places})
-    return path
-
-
-def load(module: nn.Module, folder: Path) -> Any:
-    """A part folder in a module of its own, strictly."""
-    source = open_source(folder)
-    state = dict(source.read(list(source.tensors)))
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert set(missing) <= {"lm_head.weight"}  # tied
-    return module.eval()
-
-
-# --- DCFormer ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "shards"])
-def test_siglip_encoder_and_text_tower_run_as_published(tmp_path: Path, name: str) -> None:
-    state = randomise(dec_clip(BLOCKS, CHANNELS, text_dim=24, width=20, words=50))
-    source = open_source(write(tmp_path / name, state))
-    result = convert(source, "dcformer_siglip", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    assert (result.parts["vision"].tensors, result.parts["siglip"].tensors) == (426, 106)
-    assert read_part_config(tmp_path / "out" / "vision").vision == NARROW
-    prefix = "vision_encoder.encoder."
-    published = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    volume = torch.rand(2, 1, *NARROW.input_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = load(DCFormer(NARROW), tmp_path / "out" / "vision")(volume)
-        theirs = dcformer_forward(published, volume)
-    for stage, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert a.shape == (2, NARROW.tokens(stage), CHANNELS[stage])
-        assert b.std() > 0.01
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)  # the same sums in another order
-
-    head = load_file(tmp_path / "out" / "siglip" / "model.safetensors")
-    text = json.loads((tmp_path / "out" / "siglip" / "config.json").read_text())["siglip"]["text_encoder"]
-    tower = DistilBertModel(DistilBertConfig(**text)).eval()
-    tower.load_state_dict(
-        {k.removeprefix("text_encoder."): v for k, v in head.items() if k.startswith("text_") and "projection" not in k}
-    )
-    ids = torch.tensor([[1, 7, 3, 49]])
-    theirs_tower = DistilBertModel(DistilBertConfig(vocab_size=50, dim=24, hidden_dim=96, n_heads=12)).eval()
-    theirs_tower.load_state_dict(
-        {k.removeprefix("language_encoder."): v for k, v in state.items() if k.startswith("language_encoder.")}
-    )
-    with torch.no_grad():
-        assert torch.equal(tower(ids).last_hidden_state, theirs_tower(ids).last_hidden_state)
-    renamed = {"temperature": "t_prime", "bias": "bias", "image_projection.weight": "mm_vision_proj.weight"}
-    renamed |= {"text_projection.bias": "mm_language_proj.bias"}
-    assert all(torch.equal(head[ours], state[theirs]) for ours, theirs in renamed.items())
-
-
-def test_older_layout_gives_the_same_encoder(tmp_path: Path) -> None:
-    """``gamma`` is the scale, the doubled batch norms and the codebook go, and the report says so."""
-    prefix = "visual_transformer.encoder."
-    state = randomise(empty(dcformer_shapes(BLOCKS, CHANNELS, older=True), prefix))
-    for key in [k for k in state if ".norm." in k]:
-        axial, _, branch_and_end = key.partition(".norm.")
-        branch, _, end = branch_and_end.partition(".")
-        state[key] = state[f"{axial}.c{int(branch) + 1}.1.{end}"].clone()
-    extra = {"visual_transformer.vq._codebook.embed": torch.zeros(1, 4, 32), "to_text_latent.weight": torch.zeros(2, 2)}
-    source = open_source(write(tmp_path / "checkpoint-9.pth", state | extra))
-    result = convert(source, "dcformer_small", tmp_path / "out", config=ModelConfig(vision=NARROW))
-    assert result.ignored == ("epoch", "args")
-    assert len(result.dropped) == 5 * 3 * 17 + 2
-    published = {
-        key.removeprefix(prefix).replace("gamma", "scale"): value for key, value in state.items() if ".norm." not in key
-    }
-    volume = torch.rand(1, 1, *NARROW.input_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = load(DCFormer(NARROW), tmp_path / "out" / "vision")(volume)
-    for a, b in zip(ours, dcformer_forward(published, volume), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
 
 
 # --- SAM2.1 -----------------------------------------------------------------------------------------------------------
@@ -392,7 +299,9 @@ def test_rotary_base_and_tokenizer_must_be_those_of_the_weights(
 
 def test_unknown_part_and_foreign_folder(med3dvlm: tuple[State, Conversion, ModelConfig], tmp_path: Path) -> None:
     model = _unified(med3dvlm)
-    with pytest.raises(CheckpointError, match=r"no part 'siglip'; parts: vision, projector, language, slices"):
+    with pytest.raises(
+        CheckpointError, match=r"no part 'siglip'; parts: vision, projector, language, slices, alignment"
+    ):
         load_parts(model, {"siglip": tmp_path})
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="weights are missing"):

@@ -103,7 +103,7 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path], State], dict[str, int], int]] =
     "DCFormer_SigLIP": (
         "dcformer_siglip",
         lambda _: dec_clip(*SMALL_DCFORMER, text_dim=768, width=768, words=119547),
-        {"vision": 426, "siglip": 106},
+        {"vision": 426, "alignment": 106},
         0,
     ),
     "pretrained_ViT.bin": ("dcformer_small", _dcformer(*SMALL_DCFORMER, "encoder.", False), {"vision": 426}, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import dataset_folders as folders
 from dataset_folders import axes_affine, broken_gzip, phantom, save_nifti
+from medvl_sam2.datasets import case_cache
 from medvl_sam2.datasets.case_cache import CaseCache
 from medvl_sam2.datasets.manifest import CaseRecord, ImageFile, LabelFile, Manifest, Split
 from medvl_sam2.datasets.stream import CaseStream, StreamState
@@ -174,6 +176,33 @@ def test_workers_share_one_small_cache(manifest: Manifest, tmp_path: Path) -> No
         assert 1 <= len(held) <= 3
         assert sum(path.stat().st_size for path in held) <= cache.max_bytes
     assert not list(cache.folder.glob("*.writing"))
+
+
+def test_a_cache_that_may_only_be_read_still_serves(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, record = CaseCache(tmp_path / "cache", 10**7), manifest.records[0]
+    cache.read(record, manifest.root)
+    (file,) = cache.folder.glob("*.npz")
+    whole = file.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refuse)
+        patch.setattr(case_cache, "read_case", None)  # it comes from the cache
+        assert cache.read(record, manifest.root).record == record
+    file.write_bytes(whole[:-40])
+    with monkeypatch.context() as patch:
+        patch.setattr(case_cache, "FileLock", refuse)
+        assert cache.read(record, manifest.root).record == record
+    assert "cannot be written (read-only); going on without it" in caplog.text
+    assert file.read_bytes() == whole[:-40]  # nothing is removed without the lock
+    cache.read(record, manifest.root)
+    assert file.read_bytes() == whole
+    with pytest.raises(DataError, match="cannot be made"):
+        CaseCache(file / "inside", 1)
 
 
 def _hammer(cache: CaseCache, manifest: Manifest, seed: int) -> None:

@@ -26,6 +26,7 @@ from dataset_folders import (
     save_nifti,
     save_table,
 )
+from medvl_sam2.datasets import btcv
 from medvl_sam2.datasets.manifest import Grid, Question, Reference, Split
 from medvl_sam2.datasets.source import Problem, hashed_split, settled
 from medvl_sam2.datasets.volumes import read_case
@@ -367,3 +368,16 @@ def test_a_patient_stands_on_one_side_over_all_sources(tmp_path: Path) -> None:
     records, moved = settled([record for source in sources for record in source.records])
     assert [r.split for r in records if r.patient == "totalsegmentator/s0011"] == [Split.TEST, Split.TEST]
     assert moved == [Problem("m3d_refseg/train/s0011", "patient also in test: moved there from train", skipped=False)]
+
+
+def test_patients_of_btcv_are_the_same_in_m3d_seg(tmp_path: Path) -> None:
+    assert {btcv.patient(name) for name in ("img0007", "0007", "case_00007")} == {"btcv/img0007"}
+    case = phantom(axes_affine("RAS"))
+    folder = tmp_path / "M3D_Seg" / "0007"
+    folders.m3d_seg_case(folder / "img0007", case)
+    mask = next((folder / "img0007").glob("*.npz")).name
+    names = dict(zip(map(str, range(1, len(NAMES) + 1)), NAMES, strict=True))
+    entry = {"image": "0007/img0007/image.npy", "label": f"0007/img0007/{mask}"}
+    save_json(folder / "0007.json", {"labels": {"0": "background", **names}, "train": [entry], "test": []})
+    (record,) = found("m3d-seg", tmp_path / "M3D_Seg").records
+    assert record.patient == "btcv/img0007"

@@ -276,8 +276,9 @@ class Encoder(Oracle):
     """An oracle with an image-text head: one axis a report."""
 
     texts: ClassVar[list[str]] = []
+    embeds = True
 
-    def embed_volume(self, session: Any) -> np.ndarray:
+    def embed_volume(self, volume: Volume) -> np.ndarray:
         assert self.case.generated is not None
         return self.embed_text(self.case.generated.report)
 
@@ -297,6 +298,11 @@ def test_retrieval_runs_with_an_image_text_head_and_says_why_not(studies: list[C
     assert {(r["pairs"], r["depth"], r["recall"]["mean"]) for r in figures["retrieval"]} == {(2, 1, 1.0)}
     assert figures["skipped"] == {}
     assert "Image-text retrieval" in overview(figures)
+    table = figures["retrieval"][0]
+    assert (table["chance"], table["chance_equal_texts"]) == (0.5, 0.5)
+    other = Runner(Plan(tasks=("vqa",)), Encoder(cases[0]), [])
+    other.run_retrieval(cases[0])
+    assert (other.retrieves, other.pairs) == (False, [])
     without = Runner(Plan(tasks=("retrieval",)), Oracle(cases[0]), [])
     without.run_text(cases[0])
     assert without.figures()["skipped"] == {"retrieval": NO_HEAD}

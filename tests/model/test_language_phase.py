@@ -14,6 +14,7 @@ from medvl_sam2.config import LanguageConfig, ModelConfig, ProjectorConfig, Scen
 from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.partial_weights import load_part
 from medvl_sam2.synthesis.records import QA
 from medvl_sam2.training.corpus import build_tokenizer, draw_samples, question_sample
 from medvl_sam2.training.language_batches import pack, stack_views
@@ -23,7 +24,6 @@ from medvl_sam2.training.language_metrics import closed_correct, language_scores
 from medvl_sam2.training.language_phase import (
     LanguagePhaseConfig,
     LanguageTrainer,
-    load_model_state,
     model_state,
     train_language,
 )
@@ -177,14 +177,14 @@ def test_stopped_run_resumes_to_the_same_weights(
 def test_state_loads_into_a_fresh_model(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
     first, second = VisionLanguage(SMALL, tokenizer).eval(), VisionLanguage(SMALL, tokenizer).eval()
     state = model_state(first)
-    load_model_state(second, state)
+    load_part(second, state, Path("state"))
     with torch.no_grad():
         tokens = first.encode_image(*stack_views(cases[:1], None))
     prompt = cases[0].qa[0].prompt
     assert first.generate(tokens, [prompt], 5) == second.generate(tokens, [prompt], 5)
     state.pop("extent.0.weight")
     with pytest.raises(CheckpointError, match="extent"):
-        load_model_state(second, state)
+        load_part(second, state, Path("state"))
 
 
 def test_scores_count_every_question(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation.retrieval import Direction, Recall, hits, recalls
+from medvl_sam2.evaluation.retrieval import Direction, Recall, recalls
+from medvl_sam2.training.recall import hits
 
 
 def names(count: int) -> list[str]:
@@ -77,6 +78,8 @@ def test_equal_texts_are_interchangeable_only_where_it_says_so() -> None:
     to_image = found(values, 3, Direction.TEXT_TO_IMAGE, 1)
     assert to_image.recall.mean == pytest.approx(2 / 3)
     assert to_image.equal_texts_right.mean == 1.0
+    assert to_text.chance == pytest.approx(1 / 3)
+    assert to_text.chance_equal_texts == pytest.approx((2 + 2 + 1) / 9)  # who sees nothing also gains by equal texts
 
 
 def test_impossible_embeddings_are_refused() -> None:

@@ -265,12 +265,18 @@ def test_checkpointing_changes_memory_but_no_weight_and_no_statistic() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mlflow's use of sqlalchemy
 def test_figures_reach_tensorboard_and_mlflow(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = replace(TOY, tensorboard=True, mlflow=uri)
     Trainer(Toy(), replace(config, steps=10), tmp_path).run()
+    state = (tmp_path / "toy_resume.safetensors").read_bytes()
+    Trainer(Toy(), replace(config, steps=15), tmp_path).run()
+    (tmp_path / "toy_resume.safetensors").write_bytes(state)  # as if that had been killed before its state was written
     Trainer(Toy(), config, tmp_path).run()  # goes on in the same run
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("toy stage/loss")] == [3, 6, 9, 10, 12, 15, 18, 20]
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("medvl_sam2")
     assert experiment is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +51,28 @@ def test_bad_options_are_named(
 ) -> None:
     assert evaluate.main([*LITTLE, "--controls-only", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_pool_of_retrieval_is_filled_up(evaluate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cases:
+        retrieves = True
+
+        def __init__(self) -> None:
+            self.seeds: dict[str, list[int]] = {"run": [], "run_text": [], "run_retrieval": []}
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda case, *_: self.seeds[name].append(case)
+
+    monkeypatch.setattr(evaluate, "generated_cases", lambda count, first, _: range(first, first + count))
+    runner = Cases()
+    options = ["--generated", "1", "--text-cases", "2", "--retrieval-pool", "5", "--first-seed", "2000000"]
+    evaluate.run(runner, evaluate.parse(options))
+    seeds = [n - 2_000_000 for asked in runner.seeds.values() for n in asked]
+    assert seeds == [0, 1, 2, 3, 4]
+    assert [len(asked) for asked in runner.seeds.values()] == [1, 2, 2]
+    runner.retrieves = False  # nothing is generated for a model that cannot use it
+    evaluate.run(runner, evaluate.parse(["--retrieval-pool", "5"]))
+    assert len(runner.seeds["run_retrieval"]) == 2
 
 
 def test_nothing_to_evaluate_is_refused(evaluate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

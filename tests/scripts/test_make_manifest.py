@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import dataset_folders as folders
-from medvl_sam2.datasets.manifest import read_manifest
+from medvl_sam2.datasets.manifest import Split, read_manifest, write_manifest
 from medvl_sam2.datasets.volumes import read_case
 from script_modules import load_script
 
@@ -48,6 +49,26 @@ def test_unchecked_manifest_opens_nothing(script: ModuleType, tmp_path: Path, mo
     monkeypatch.setattr(script, "read_case", None)
     assert script.main(["totalsegmentator", str(tmp_path), "--out", str(tmp_path / "m.jsonl")]) == 0
     assert len(read_manifest(tmp_path / "m.jsonl").records) == 4
+
+
+def test_patients_of_another_manifest_keep_their_side(script: ModuleType, tmp_path: Path) -> None:
+    folders.totalsegmentator(tmp_path / "data")
+    first, second = tmp_path / "data" / "first.jsonl", tmp_path / "second.jsonl"
+    command = ["totalsegmentator", str(tmp_path / "data"), "--out"]
+    assert script.main([*command, str(first)]) == 0
+    records = read_manifest(first).records
+    turned = {r.patient: Split.TEST if r.split is Split.TRAIN else Split.TRAIN for r in records}
+    write_manifest(first, [dataclasses.replace(r, split=turned[r.patient]) for r in records[:2]])
+    report = tmp_path / "report.json"
+    assert script.main([*command, str(second), "--against", str(first), "--json", str(report)]) == 0
+    sides = {r.patient: r.split for r in read_manifest(second, tmp_path / "data").records}
+    expected = {r.patient: r.split for r in records} | {r.patient: turned[r.patient] for r in records[:2]}
+    assert sides == expected
+    moved = [p for p in json.loads(report.read_text())["problems"] if "moved there from" in p["reason"]]
+    assert [p["skipped"] for p in moved] == [False, False]
+    other = tmp_path / "data" / "other.jsonl"
+    write_manifest(other, [records[0]])
+    assert script.main([*command, str(second), "--against", str(first), str(other)]) == 2
 
 
 def test_long_lists_of_problems_are_shortened(

@@ -135,6 +135,8 @@ class _PartWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._target.vocabulary is not None and name in self._target.growing:
             tensor = self._target.vocabulary.grow(tensor)
+        if name in self._target.numbers:
+            tensor = tensor.reshape(1)
         size = tensor.numel() * tensor.element_size()
         if self._held and self._size + size > self._limit:
             self._flush()

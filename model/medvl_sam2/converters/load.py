@@ -1,4 +1,4 @@
-"""Initialise parts of a unified model from converted part folders, so that training starts from published weights."""
+"""Initialise parts of a model from converted part folders, so that training starts from published weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from medvl_sam2.converters.keymap import Rename, plan
 from medvl_sam2.converters.parts import LANGUAGE, Part, known_part, read_part_config, tensors_of
 from medvl_sam2.converters.source import open_source
 from medvl_sam2.errors import CheckpointError
+from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 
@@ -25,26 +26,29 @@ class LoadedParts:
     untouched: tuple[str, ...]
 
 
-def load_parts(model: UnifiedModel, folders: Mapping[str, Path]) -> LoadedParts:
-    """Fill parts (``vision``, ``projector``, ``language``, ``slices``) of ``model`` in place, in the model's own types.
+def load_parts(model: UnifiedModel | ImageTextModel, folders: Mapping[str, Path]) -> LoadedParts:
+    """Fill parts of ``model`` in place, in the model's own types.
+
+    The unified model has ``vision``, ``projector``, ``language`` and ``slices``, the image-text model ``vision`` and
+    ``alignment``.
 
     All folders are checked before the first number changes. One tensor at a time is in memory.
 
     Raises:
-        CheckpointError: a part is unknown, its folder is damaged, a tensor is missing, unused or misshapen, or the
-            model's configuration or tokenizer differs from the one the weights belong to.
+        CheckpointError: the model has no such part, its folder is damaged, a tensor is missing, unused or misshapen, or
+            the model's configuration or tokenizer differs from the one the weights belong to.
     """
     sources, touched = {}, set[str]()
     for name, folder in folders.items():
-        part = known_part(name)
+        part, place = known_part(name), _place(model, name)
         source = open_source(Path(folder))
-        wanted = tensors_of(model.get_submodule(part.place))
+        wanted = tensors_of(model.get_submodule(place))
         plan(source.tensors, (Rename("(.*)", r"\1"),), wanted, f"{folder} as part {name!r}")
         _check_config(model, part, name, Path(folder))
         sources[name] = source
-        touched |= {f"{part.place}.{key}" for key in wanted}
+        touched |= {f"{place}.{key}" for key in wanted}
     for name, source in sources.items():
-        module = model.get_submodule(known_part(name).place)
+        module = model.get_submodule(_place(model, name))
         state = module.state_dict()
         with torch.no_grad():
             for key, tensor in source.read(list(source.tensors)):
@@ -55,7 +59,20 @@ def load_parts(model: UnifiedModel, folders: Mapping[str, Path]) -> LoadedParts:
     )
 
 
-def _check_config(model: UnifiedModel, part: Part, name: str, folder: Path) -> None:
+def _place(model: UnifiedModel | ImageTextModel, name: str) -> str:
+    """Submodule that is the part ``name`` of this model."""
+    place = known_part(name).place
+    if isinstance(model, ImageTextModel):
+        place = place.removeprefix("language.")
+    if place not in dict(model.named_modules()):
+        raise CheckpointError(
+            f"{type(model).__name__} has no part {name!r}; 'alignment' belongs to ImageTextModel, 'vision' to both "
+            "models, every other part to UnifiedModel"
+        )
+    return place
+
+
+def _check_config(model: UnifiedModel | ImageTextModel, part: Part, name: str, folder: Path) -> None:
     """Fields that no shape shows (heads, windows, rotary base ...) must be those the weights were trained with."""
     stored = dataclasses.asdict(getattr(read_part_config(folder), part.section))
     own = dataclasses.asdict(getattr(model.config, part.section))
@@ -65,5 +82,7 @@ def _check_config(model: UnifiedModel, part: Part, name: str, folder: Path) -> N
             f"{odd[0]!r} of the model's {part.section!r} configuration is {own[odd[0]]}, the weights of {folder} "
             f"belong to {stored[odd[0]]}; build the model from config_from_parts()"
         )
-    if name == LANGUAGE and Tokenizer.load(folder / "tokenizer.json").to_json() != model.language.tokenizer.to_json():
+    if isinstance(model, ImageTextModel) or name != LANGUAGE:
+        return
+    if Tokenizer.load(folder / "tokenizer.json").to_json() != model.language.tokenizer.to_json():
         raise CheckpointError(f"the model's tokenizer is not that of {folder}; build it with tokenizer.json from there")

@@ -1,4 +1,4 @@
-"""Parts of the unified model that published weights can fill, and the folder one converted part lives in.
+"""Parts of our models that published weights can fill, and the folder one converted part lives in.
 
 A part folder holds ``model.safetensors`` (or numbered shards with ``model.safetensors.index.json``), ``config.json``
 with the configuration the numbers belong to, and for the language model ``tokenizer.json``. Tensor names are those of
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from medvl_sam2.checkpoint import CONFIG_FILE
-from medvl_sam2.config import ModelConfig
+from medvl_sam2.config import AlignmentConfig, ModelConfig
 from medvl_sam2.converters.source import TensorInfo
 from medvl_sam2.errors import CheckpointError, ConfigError
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import build_language_model
 from medvl_sam2.modeling.projector import MixerProjector
 from medvl_sam2.modeling.sam2_modules import build_sam2
+from medvl_sam2.modeling.siglip import SiglipHead
 from medvl_sam2.modeling.tokenizer import Tokenizer
 
 VISION, PROJECTOR, LANGUAGE, SLICES = "vision", "projector", "language", "slices"
-SIGLIP = "siglip"
-"""Text tower and projections of image-text pretraining; no part of the unified model."""
+ALIGNMENT = "alignment"
+"""Text tower and projections of image-text pretraining: the head of an :class:`ImageTextModel`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part sits in :class:`UnifiedModel`, and how to build it.
+    """Where a part sits in :class:`UnifiedModel` (``alignment``: in :class:`ImageTextModel`), and how to build it.
 
     ``section`` is the field of :class:`ModelConfig` that is stored beside the weights. Of its fields, the model may
     choose ``choices`` whatever the weights were trained with; ``habits`` are those of the weights unless the model is
@@ -75,6 +76,7 @@ PARTS: Mapping[str, Part] = {
         lambda c: build_sam2(c.slices),
         choices=frozenset({"image_size", "max_cond_slices", "multimask", "presence_gate", "slice_position"}),
     ),
+    ALIGNMENT: Part("alignment", "alignment", lambda c: SiglipHead(c.vision, c.alignment or AlignmentConfig())),
 }
 
 
@@ -97,17 +99,19 @@ class Vocabulary:
 class PartTarget:
     """What is wanted of one part: ``config`` (JSON beside the weights) and the tensors by name, as published.
 
-    With a ``vocabulary`` the tensors named in ``growing`` get more rows after they were read.
+    With a ``vocabulary`` the tensors named in ``growing`` get more rows after they were read. Those named in
+    ``numbers`` are published without a dimension and get one.
     """
 
     config: Mapping[str, Any]
     expected: Mapping[str, TensorInfo]
     vocabulary: Vocabulary | None = None
     growing: frozenset[str] = frozenset()
+    numbers: frozenset[str] = frozenset()
 
 
 def model_part(name: str, config: ModelConfig) -> PartTarget:
-    """Target of a part of the unified model at the sizes of ``config``; nothing is allocated."""
+    """Target of a part at the sizes of ``config``; nothing is allocated."""
     part = PARTS[name]
     with torch.device("meta"):
         module = part.build(config)
@@ -148,9 +152,9 @@ def config_from_parts(folders: Mapping[str, Path], base: ModelConfig) -> ModelCo
 
 
 def known_part(name: str) -> Part:
-    """A part of the unified model by name; :class:`CheckpointError` names those there are."""
+    """A part by name; :class:`CheckpointError` names those there are."""
     if name not in PARTS:
-        raise CheckpointError(f"the unified model has no part {name!r}; parts: {', '.join(PARTS)}")
+        raise CheckpointError(f"there is no part {name!r}; parts: {', '.join(PARTS)}")
     return PARTS[name]
 
 

@@ -40,6 +40,12 @@ ORGANS = (
 """``ORGANS[n - 1]`` is label value ``n``."""
 
 
+def patient(case: str) -> str:
+    """The patient of a BTCV case such as ``img0001``, also where M3D-Seg uses the case; its number decides."""
+    number = "".join(filter(str.isdigit, case))
+    return f"btcv/img{int(number):04d}" if number else f"btcv/{case}"
+
+
 def read(root: Path) -> Iterator[Finding]:
     """Training cases, split by a hash of the patient, then the unlabelled ones as test."""
     names = dict(enumerate(ORGANS, start=1))
@@ -52,12 +58,11 @@ def read(root: Path) -> Iterator[Finding]:
             if reason is not None:
                 yield Problem(case, reason)
                 continue
-            patient = f"btcv/{case}"
             yield CaseRecord(
-                id=patient,
+                id=f"btcv/{case}",
                 source="btcv",
-                patient=patient,
-                split=hashed_split(patient) if part == "Training" else Split.TEST,
+                patient=patient(case),
+                split=hashed_split(patient(case)) if part == "Training" else Split.TEST,
                 modality=Modality.CT,
                 licence=NO_LICENCE,
                 image=ImageFile(relative(image, root)),

@@ -7,6 +7,7 @@ removed meanwhile (the open file stays whole); a torn one counts as absent.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from medvl_sam2.datasets.json_records import to_plain
 from medvl_sam2.datasets.label_layers import LabelLayers
 from medvl_sam2.datasets.manifest import CaseRecord
 from medvl_sam2.datasets.volumes import LoadedCase, read_case
-from medvl_sam2.errors import ConfigError
+from medvl_sam2.errors import ConfigError, DataError
 from medvl_sam2.types import Geometry, Volume
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,19 @@ class CaseCache:
     """Reads cases through a folder of at most ``max_bytes``; those not used for longest go first."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Make the folder. Raises :class:`ConfigError` for a budget that holds nothing."""
+        """Make the folder.
+
+        Raises :class:`ConfigError` for a budget that holds nothing, :class:`DataError` for an impossible folder.
+        """
         if max_bytes < 1:
             raise ConfigError(
                 f"cache budget {max_bytes} must be a positive number of bytes; leave the cache out instead"
             )
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cache folder {folder} cannot be made ({error}); name another one") from error
 
     def read(self, record: CaseRecord, root: Path) -> LoadedCase:
         """The case, from the cache where its files are unchanged since. Raises as :func:`read_case`."""
@@ -88,7 +95,8 @@ class CaseCache:
 
 def _load(path: Path, record: CaseRecord, root: Path) -> LoadedCase | None:
     try:
-        os.utime(path)  # when it was last used
+        with contextlib.suppress(PermissionError):  # a cache that may only be read
+            os.utime(path)  # when it was last used
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         geometry = Geometry(arrays["image"].shape, arrays["affine"])
@@ -97,10 +105,7 @@ def _load(path: Path, record: CaseRecord, root: Path) -> LoadedCase | None:
         if record.labels:
             labels = LabelLayers(arrays["maps"], record.label_names, tuple(arrays["present"].tolist()))
         return LoadedCase(record, volume, labels, bool(arrays["sides_known"]))
-    except FileNotFoundError:
-        return None
-    except _TORN:
-        path.unlink(missing_ok=True)
+    except _TORN:  # absent, or torn: then the next store replaces it, under the lock
         return None
 
 

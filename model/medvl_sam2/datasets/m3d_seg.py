@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from medvl_sam2.datasets import amos, msd, totalsegmentator
+from medvl_sam2.datasets import amos, btcv, msd, totalsegmentator
 from medvl_sam2.datasets.manifest import CaseRecord, Grid, ImageFile, LabelFile, Split
 from medvl_sam2.datasets.source import Finding, Problem, missing, named_values, read_object, relative, text_fields
 from medvl_sam2.errors import DataError
@@ -27,7 +27,7 @@ _NAMES = {  # what a name that is short within its set means outside it
     "0022": {"tumour": "pancreas_tumour"},
 }
 _REPEATED = ("vertebrae_L1", "vertebrae_L2")  # 0014 and 0015 list L1 twice and no L2
-_ORIGINS = {"0002": amos.patient, "0011": totalsegmentator.patient} | {
+_ORIGINS = {"0002": amos.patient, "0007": btcv.patient, "0011": totalsegmentator.patient} | {
     f"00{n}": msd.patient for n in (18, 19, 20, 21, 22, 23)
 }
 """Sets that are also read from their own folders: their patients must be the same ones there and here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,11 @@ def findings(source: str, root: Path) -> Iterator[Finding]:
     return SOURCES[source](Path(root))
 
 
-def collected(found: Iterable[Finding]) -> Collection:
-    """Sort findings into records and problems; a case listed twice is kept once."""
+def collected(found: Iterable[Finding], written: Sequence[CaseRecord] = ()) -> Collection:
+    """Sort findings into records and problems; a case listed twice is kept once.
+
+    Patients of the ``written`` records of other manifests go to the side they have there.
+    """
     records: dict[str, CaseRecord] = {}
     problems: list[Problem] = []
     for finding in found:
@@ -64,5 +67,5 @@ def collected(found: Iterable[Finding]) -> Collection:
             problems.append(Problem(finding.id, "listed twice; the first one is kept", skipped=False))
         else:
             records[finding.id] = finding
-    kept, moved = settled(list(records.values()))
+    kept, moved = settled(list(records.values()), written)
     return Collection(tuple(kept), (*problems, *moved))

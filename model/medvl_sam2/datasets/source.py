@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medvl_sam2.datasets.label_names import label_name
-from medvl_sam2.datasets.manifest import CaseRecord, Split
+from medvl_sam2.datasets.manifest import CaseRecord, Split, divided_patients
 from medvl_sam2.errors import DataError
 
 NO_LICENCE = "not stated in the folder; the terms of its source apply"
@@ -44,14 +44,22 @@ def hashed_split(patient: str) -> Split:
     return next((split for split, share in _SHARES if position < share), Split.TRAIN)
 
 
-def settled(records: Sequence[CaseRecord]) -> tuple[list[CaseRecord], list[Problem]]:
+def settled(
+    records: Sequence[CaseRecord], written: Sequence[CaseRecord] = ()
+) -> tuple[list[CaseRecord], list[Problem]]:
     """Records with every patient on one side: the one kept furthest from training of those its cases have.
 
     Use it on the records of all sources trained on together: M3D-Seg 0011 and M3D-RefSeg are TotalSegmentator cases.
+    ``written``: records of manifests that stand already; their patients stay on the side they have there. Raises
+    :class:`DataError` when those disagree among themselves.
     """
+    divided = divided_patients(written)
+    if divided:
+        raise DataError(f"patient {divided[0]!r} stands on several sides of the given manifests; write them again")
     side: dict[str, Split] = {}
     for record in records:
         side[record.patient] = max(side.get(record.patient, Split.TRAIN), record.split, key=_ORDER.index)
+    side |= {record.patient: record.split for record in written}
     moved = [
         Problem(r.id, f"patient also in {side[r.patient]}: moved there from {r.split}", skipped=False)
         for r in records

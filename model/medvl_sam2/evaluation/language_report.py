@@ -27,7 +27,7 @@ from medvl_sam2.evaluation.metrics import (
     match_counts,
 )
 from medvl_sam2.evaluation.report import bounds, interval_figures, number, table, with_bounds
-from medvl_sam2.evaluation.retrieval import recalls
+from medvl_sam2.evaluation.retrieval import PAIRS, recalls
 from medvl_sam2.evaluation.text_scores import TextScorer
 from medvl_sam2.synthesis.language import report_findings
 
@@ -215,12 +215,14 @@ def report_text(figures: Mapping[str, Any]) -> str:
 
 
 def retrieval_figures(pairs: Sequence[EmbeddedPair]) -> list[dict[str, Any]]:
-    """Recall of volumes and reports for each other; see :mod:`medvl_sam2.evaluation.retrieval`."""
+    """Recall of volumes and reports for each other, in the relatives' numbers of pairs and in all."""
+    sizes = [*(size for size in PAIRS if size < len(pairs)), len(pairs)]
     found = recalls(
         np.stack([pair.volume_embedding for pair in pairs]),
         np.stack([pair.text_embedding for pair in pairs]),
         [pair.text for pair in pairs],
         [pair.patient for pair in pairs],
+        sizes,
     )
     return [
         {
@@ -230,6 +232,7 @@ def retrieval_figures(pairs: Sequence[EmbeddedPair]) -> list[dict[str, Any]]:
             "recall": interval_figures(recall.recall),
             "equal_texts_right": interval_figures(recall.equal_texts_right),
             "chance": recall.chance,
+            "chance_equal_texts": recall.chance_equal_texts,
         }
         for recall in found
     ]
@@ -244,9 +247,10 @@ def retrieval_text(figures: Sequence[Mapping[str, Any]]) -> str:
             with_bounds(record["recall"]),
             with_bounds(record["equal_texts_right"]),
             f"{record['chance']:.3f}",
+            f"{record['chance_equal_texts']:.3f}",
         ]
         for record in figures
     ]
     return "Image-text retrieval, generated cases\n" + table(
-        ["direction", "depth", "recall", "equal texts count as right", "chance"], rows
+        ["direction", "depth", "recall", "equal texts count as right", "chance", "chance, equal texts"], rows
     )

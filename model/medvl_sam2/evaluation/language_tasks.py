@@ -38,10 +38,14 @@ class LanguagePredictor(Protocol):
 
 @runtime_checkable
 class ImageTextEncoder(Protocol):
-    """What a predictor offers whose model has an image-text head; without it retrieval is skipped."""
+    """What a predictor offers whose checkpoint has an image-text model; without one retrieval is skipped."""
 
-    def embed_volume(self, session: Any) -> np.ndarray:
-        """The open volume's embedding (D,), norm 1."""
+    @property
+    def embeds(self) -> bool:
+        """Whether there is an image-text model."""
+
+    def embed_volume(self, volume: Volume) -> np.ndarray:
+        """A volume's embedding (D,), norm 1."""
 
     def embed_text(self, text: str) -> np.ndarray:
         """A report's embedding (D,), norm 1."""
@@ -57,12 +61,12 @@ class EmbeddedPair:
     text_embedding: np.ndarray
 
 
-def embedded_pair(encoder: ImageTextEncoder, session: Any, case: EvaluationCase) -> EmbeddedPair | None:
+def embedded_pair(encoder: ImageTextEncoder, case: EvaluationCase) -> EmbeddedPair | None:
     """Embeddings of a generated case and its report; None for a real case (no report)."""
     if case.generated is None:
         return None
     text = case.generated.report
-    return EmbeddedPair(case.patient, text, encoder.embed_volume(session), encoder.embed_text(text))
+    return EmbeddedPair(case.patient, text, encoder.embed_volume(case.volume), encoder.embed_text(text))
 
 
 @dataclass(frozen=True)

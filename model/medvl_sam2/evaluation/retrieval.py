@@ -19,6 +19,7 @@ import numpy as np
 
 from medvl_sam2.errors import DataError
 from medvl_sam2.evaluation.metrics import Interval, bootstrap
+from medvl_sam2.training.recall import chance, equal_texts, hits
 
 PAIRS = (100, 500, 1000, 2000)
 """Numbers of pairs the relatives report; recall falls as the number grows."""
@@ -34,7 +35,10 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall at ``depth`` over the first ``pairs``; ``equal_texts_right``: with equal texts interchangeable."""
+    """Recall at ``depth`` over the first ``pairs``; ``equal_texts_right``: with equal texts interchangeable.
+
+    Each stands beside what an encoder that sees nothing reaches.
+    """
 
     pairs: int
     direction: Direction
@@ -42,6 +46,7 @@ class Recall:
     recall: Interval
     equal_texts_right: Interval
     chance: float
+    chance_equal_texts: float
 
 
 def recalls(
@@ -65,36 +70,15 @@ def recalls(
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         raise DataError("embeddings hold values that are not finite; repair the encoder before scoring it")
     similarity = images.astype(np.float64) @ texts.astype(np.float64).T
-    _, codes = np.unique(np.asarray(wording), return_inverse=True)
-    equal = codes[:, None] == codes[None, :]
+    equal = equal_texts(wording)
     found = []
     for size in [size for size in pairs if size <= count] or ([count] if count else []):
         for direction in Direction:
             part = similarity[:size, :size] if direction is Direction.IMAGE_TO_TEXT else similarity[:size, :size].T
             for depth in (depth for depth in DEPTHS if depth <= size):
-                strict = bootstrap(hits(part, np.eye(size, dtype=bool), depth).tolist(), patients[:size])
-                lenient = bootstrap(hits(part, equal[:size, :size], depth).tolist(), patients[:size])
+                own, same = np.eye(size, dtype=bool), equal[:size, :size]
+                strict = bootstrap(hits(part, own, depth).tolist(), patients[:size])
+                lenient = bootstrap(hits(part, same, depth).tolist(), patients[:size])
                 if strict is not None and lenient is not None:
-                    found.append(Recall(size, direction, depth, strict, lenient, depth / size))
+                    found.append(Recall(size, direction, depth, strict, lenient, depth / size, chance(same, depth)))
     return found
-
-
-def hits(similarity: np.ndarray, right: np.ndarray, depth: int) -> np.ndarray:
-    """Hit of each row in [0, 1]: is one of its ``right`` columns among the ``depth`` most similar?
-
-    ``similarity`` (N, N), ``right`` bool (N, N) with at least one column a row. A right column that ties with wrong
-    ones counts by the probability that a random order of the tie puts it, the first of its kind, within ``depth``.
-    """
-    best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    before = (~right & (similarity > best)).sum(axis=1)
-    wrong = (~right & (similarity == best)).sum(axis=1)
-    tied = (right & (similarity == best)).sum(axis=1)
-    places = np.maximum(depth - before, 0)
-    return np.array([1.0 - _all_wrong(int(w), int(t), int(p)) for w, t, p in zip(wrong, tied, places, strict=True)])
-
-
-def _all_wrong(wrong: int, right: int, places: int) -> float:
-    """Probability that the first ``places`` of a shuffled tie hold only wrong ones."""
-    if places > wrong:
-        return 0.0
-    return float(np.prod([(wrong - n) / (wrong + right - n) for n in range(places)]))

@@ -31,7 +31,7 @@ TASKS = (*MASK_TASKS, *TEXT_TASKS)
 """What runs unless chosen otherwise."""
 EXTRA_TASKS = ("region",)
 """Run only on request: no shipped weights are trained for them."""
-NO_HEAD = "the model has no image-text head"
+NO_HEAD = "the checkpoint has no image-text model (folder alignment)"
 
 
 class FullPredictor(PromptPredictor, tasks.MaskPredictor, language_tasks.LanguagePredictor, Protocol):
@@ -134,6 +134,18 @@ class Runner:
         if self.predictor is not None:
             self._text_tasks(self.predictor, self.predictor.open(case.volume), case, progress)
 
+    @property
+    def retrieves(self) -> bool:
+        """Whether the plan asks for retrieval and the model can do it."""
+        return "retrieval" in self.plan.tasks and _encoder(self.predictor) is not None
+
+    def run_retrieval(self, case: EvaluationCase) -> None:
+        """Add a case to the pool that volumes and reports are looked for in, if the plan and the model have that."""
+        encoder = _encoder(self.predictor)
+        if encoder is not None and "retrieval" in self.plan.tasks:
+            pair = language_tasks.embedded_pair(encoder, case)
+            self.pairs += [] if pair is None else [pair]
+
     def _mask_tasks(
         self, predictor: FullPredictor, session: Any, case: EvaluationCase, progress: Progress
     ) -> np.ndarray | None:
@@ -159,9 +171,7 @@ class Runner:
         if "region" in self.plan.tasks:
             limit = self.plan.sentences_per_case
             self.regions += language_tasks.regions(predictor, session, case, limit)
-        if "retrieval" in self.plan.tasks and isinstance(predictor, language_tasks.ImageTextEncoder):
-            pair = language_tasks.embedded_pair(predictor, session, case)
-            self.pairs += [] if pair is None else [pair]
+        self.run_retrieval(case)
         score = language_tasks.report(predictor, session, case) if "report" in self.plan.tasks else None
         if score is None:
             return ""
@@ -226,6 +236,11 @@ class Runner:
         skipped: dict[str, str] = {}
         if self.open_answers or self.regions or self.reports:
             skipped |= self.scorer.skipped
-        if "retrieval" in self.plan.tasks and not isinstance(self.predictor, language_tasks.ImageTextEncoder):
+        if "retrieval" in self.plan.tasks and not self.retrieves:
             skipped["retrieval"] = NO_HEAD if self.predictor is not None else "no model was loaded"
         return skipped
+
+
+def _encoder(predictor: object) -> language_tasks.ImageTextEncoder | None:
+    """The predictor, if it has an image-text model."""
+    return predictor if isinstance(predictor, language_tasks.ImageTextEncoder) and predictor.embeds else None

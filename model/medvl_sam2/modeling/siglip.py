@@ -1,20 +1,24 @@
 """SigLIP head: volumes and texts in one space (Zhai et al., arXiv 2303.15343; Med3DVLM's ``DEC_CLIP``).
 
 Module names follow the published checkpoint (``language_encoder.*``, ``mm_vision_proj.*``, ``mm_language_proj.*``,
-``t_prime``, ``bias``); the volume encoder stands outside.
+``t_prime``, ``bias``); the volume encoder stands beside the head, in :class:`ImageTextModel`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medvl_sam2.config import AlignmentConfig, VisionConfig
-from medvl_sam2.modeling.text_tower import build_text_encoder
+from medvl_sam2.config import AlignmentConfig, ModelConfig, VisionConfig
+from medvl_sam2.errors import CheckpointError, ConfigError
+from medvl_sam2.modeling.dcformer import DCFormer
+from medvl_sam2.modeling.text_tower import build_text_encoder, text_batch
+from medvl_sam2.modeling.tokenizer import Tokenizer
 
 
 class SiglipHead(nn.Module):
@@ -41,3 +45,39 @@ class SiglipHead(nn.Module):
         """Ids (B, L) of :func:`~medvl_sam2.modeling.text_tower.text_batch` to unit vectors (B, width)."""
         states = self.language_encoder(input_ids=ids, attention_mask=ids != self.pad_id).last_hidden_state
         return functional.normalize(cast(Tensor, self.mm_language_proj(states[:, 0])).float(), dim=-1)
+
+
+class ImageTextModel(nn.Module):
+    """Volume encoder and SigLIP head: volumes and reports as unit vectors whose product is their similarity.
+
+    A model of its own beside :class:`~medvl_sam2.modeling.unified.UnifiedModel`, because later stages move that one's
+    encoder away from the head.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        """``tokenizer`` None: that of the text tower is not read here, so only ids can be embedded.
+
+        Raises :class:`ConfigError` when ``config`` describes no head.
+        """
+        super().__init__()
+        if config.alignment is None:
+            raise ConfigError("the configuration has no 'alignment' section; take config.json of an alignment stage")
+        self.config, self.tokenizer = config, tokenizer
+        self.vision = DCFormer(config.vision)
+        self.alignment = SiglipHead(config.vision, config.alignment, 0 if tokenizer is None else tokenizer.pad_id)
+
+    def embed_views(self, views: Tensor) -> Tensor:
+        """Global views (B, 1, D, H, W) in [0, 1], canonical axes, to unit vectors (B, width)."""
+        return self.alignment.embed_volumes(self.vision(views))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (B, width); of a text that is too long the first sentences count.
+
+        Raises :class:`CheckpointError` where the text tower's tokenizer is not one of this project.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "the text tower was trained with a tokenizer that is not read here (ClinicalBERT's word pieces); "
+                "give its ids to alignment.embed_texts(), or train a tower with the alignment stage"
+            )
+        return self.alignment.embed_texts(text_batch(self.tokenizer, texts, self.alignment.config.max_length))

@@ -32,7 +32,6 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import IntensityRange, global_channel
 from medvl_sam2.modeling.scene_pointer import SceneElements, lesions_within, pointed_place, scene_elements
-from medvl_sam2.modeling.siglip import SiglipHead
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -80,9 +79,6 @@ class UnifiedModel(nn.Module):
         self.config = config
         self.language = VisionLanguage(config, tokenizer)
         self.segmenter = SliceSegmenter(config.slices)
-        self.alignment = (
-            None if config.alignment is None else SiglipHead(config.vision, config.alignment, tokenizer.pad_id)
-        )
 
     def look(self, view: Tensor, extent_mm: Tensor) -> GlobalLook:
         """Encode one global view (1, 1, D, H, W) of edges ``extent_mm`` (1, 3)."""

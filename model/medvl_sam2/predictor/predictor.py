@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.errors import PromptError
+from medvl_sam2.errors import CheckpointError, PromptError
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
+from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
+from medvl_sam2.partial_weights import load_image_text
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
 from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
@@ -55,7 +57,9 @@ class Predictor:
         meta: CheckpointMeta,
         interactive: InteractiveConfig | None = None,
         named: NamedConfig | None = None,
+        image_text: ImageTextModel | None = None,
     ) -> None:
+        self.image_text = None if image_text is None else image_text.eval()
         self.model = model.eval()
         self.meta = meta
         self.interactive = InteractiveEngine(model.segmenter, interactive)
@@ -64,11 +68,16 @@ class Predictor:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Predictor:
-        """Load a checkpoint directory; None takes the demo weights shipped with the package."""
-        checkpoint = load_checkpoint(path or shipped_checkpoint())
+        """Load a checkpoint directory; None takes the demo weights shipped with the package.
+
+        An image-text model in its folder ``alignment`` is loaded, too.
+        """
+        path = path or shipped_checkpoint()
+        checkpoint = load_checkpoint(path)
         model = UnifiedModel(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
         load_into(model, checkpoint.state)
-        return cls(model, checkpoint.meta)
+        beside = path / ALIGNMENT_FOLDER
+        return cls(model, checkpoint.meta, image_text=load_image_text(beside) if beside.is_dir() else None)
 
     @property
     def config(self) -> ModelConfig:
@@ -222,6 +231,51 @@ class Predictor:
                 if found.score > 0:
                     values.append(found.entropy)
         return float(np.mean(values)) if values else 1.0
+
+    # --- embeddings -------------------------------------------------------------------------------------------------
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the checkpoint has an image-text model, which :meth:`embed_volume` and :meth:`embed_text` need."""
+        return self.image_text is not None
+
+    @torch.inference_mode()
+    def embed_volume(self, volume: Volume) -> np.ndarray:
+        """Unit vector (D,), float32, of a whole volume; its product with that of a text is their similarity.
+
+        The volume may lie on any grid: the encoder sees its canonical global view (SigLIP, arXiv 2303.15343).
+
+        Raises:
+            CheckpointError: the checkpoint has no image-text model.
+        """
+        model = self._image_text()
+        session = self.open(volume)
+        size = model.config.vision.input_size
+        view, _ = language_view(session.image, session.spacing, volume.modality, size)
+        with self._lock:
+            return model.embed_views(view)[0].numpy()
+
+    @torch.inference_mode()
+    def embed_text(self, text: str) -> np.ndarray:
+        """Unit vector (D,), float32, of a report; what does not fit the text tower is left out from the end.
+
+        Raises:
+            CheckpointError: the checkpoint has no image-text model.
+            PromptError: the text is empty.
+        """
+        model = self._image_text()
+        if not text.strip():
+            raise PromptError("the text to embed is empty; write what the volume should show")
+        with self._lock:
+            return model.embed_texts([text.strip()])[0].numpy()
+
+    def _image_text(self) -> ImageTextModel:
+        if self.image_text is None:
+            raise CheckpointError(
+                f"this checkpoint has no image-text model; copy the folder {ALIGNMENT_FOLDER!r} of an alignment stage "
+                "into the checkpoint folder and load it again"
+            )
+        return self.image_text
 
     # --- shared ---------------------------------------------------------------------------------------------------
 

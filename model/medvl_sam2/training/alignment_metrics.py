@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from medvl_sam2.errors import DataError
 from medvl_sam2.modeling.dcformer import DCFormer
@@ -15,6 +14,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.training.alignment_losses import Pairs, siglip_loss, text_keys
 from medvl_sam2.training.alignment_records import AlignmentRecord
 from medvl_sam2.training.language_batches import stack_views
+from medvl_sam2.training.recall import chance, equal_texts, hits
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def alignment_scores(
     ``loss`` is the mean over consecutive batches of ``batch`` records, whole ones where there are any: it grows with
     the number of texts an image is compared with, so only batches as large as in training compare with training.
     ``image_to_text_r<k>``: share of volumes whose own report is among the k most similar; ``text_to_image_r<k>`` the
-    other way round. Another record's report of the very same words counts as a miss, as the relatives count.
+    other way round. Generated reports can be word for word equal; then each of them is right, as there is no telling
+    them apart. ``chance_r1`` is what an encoder that sees nothing reaches by the same rule.
     """
     told = [record for record in records if record.reports]
     if not told:
@@ -43,14 +44,9 @@ def alignment_scores(
         rows = slice(first, first + size)
         pairs = Pairs(texts[rows], keys[rows], torch.ones(size, dtype=torch.bool))
         losses.append(float(siglip_loss(images[rows], pairs, pairs, head.t_prime, head.bias)))
-    scores = {"loss": sum(losses) / len(losses), "chance_r1": 1 / len(told)}
-    cosines = images @ texts.T
+    right = equal_texts([record.reports[0] for record in told])
+    scores = {"loss": sum(losses) / len(losses), "chance_r1": chance(right, 1)}
+    cosines = (images @ texts.T).numpy()
     for name, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
-        scores |= {f"{name}_r{k}": _recall(matrix, k) for k in (1, 5, 10)}
+        scores |= {f"{name}_r{k}": float(hits(matrix, right, k).mean()) for k in (1, 5, 10)}
     return scores
-
-
-def _recall(similarity: Tensor, k: int) -> float:
-    """Share of rows (N, N) whose own column is among the k largest."""
-    best = similarity.topk(min(k, len(similarity)), dim=1).indices
-    return float((best == torch.arange(len(similarity))[:, None]).any(dim=1).float().mean())

@@ -1,8 +1,9 @@
 """Alignment stage: SigLIP pretraining of the volume encoder with a text tower, from volumes and reports.
 
 Run ``python -m medvl_sam2.training.alignment_stage --config FILE --out RUN`` (under ``torchrun`` for several
-processes) to write ``alignment.safetensors``, ``tokenizer.json``, ``config.json`` and ``metrics.json``. An
-interrupted run goes on when it is started again. ``training/stages/alignment.yaml`` explains the settings.
+processes) to write ``alignment.safetensors`` (where later stages take the encoder from), ``metrics.json`` and the
+folder ``alignment``: a copy of it in a checkpoint folder gives that retrieval and :meth:`Predictor.embed_volume`.
+An interrupted run goes on when it is started again. ``training/stages/alignment.yaml`` explains the settings.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, CheckpointMeta, save_checkpoint
 from medvl_sam2.config import AlignmentConfig, ModelConfig
-from medvl_sam2.errors import CheckpointError, ConfigError, DataError
+from medvl_sam2.errors import ConfigError, DataError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.dcformer import DCFormer
-from medvl_sam2.modeling.siglip import SiglipHead
+from medvl_sam2.modeling.siglip import ImageTextModel, SiglipHead
 from medvl_sam2.modeling.text_tower import text_batch
 from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
 from medvl_sam2.training.alignment_losses import Pairs, Reconstruction, RegionHead, siglip_loss, text_keys
 from medvl_sam2.training.alignment_metrics import alignment_scores
 from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedRecords
@@ -63,7 +65,8 @@ class AlignmentStageConfig:
     data: AlignmentData = field(default_factory=AlignmentData)
     head: AlignmentConfig = field(default_factory=AlignmentConfig)
     start: Path | None = None
-    """Checkpoint folder whose volume encoder and tokenizer the stage begins with; None: from scratch."""
+    """Where the stage takes its volume encoder from, and its tokenizer if there is one: a checkpoint folder or a
+    converted part; None: from scratch."""
     batch: int = 8
     learning_rate: float = 5e-4
     weight_decay: float = 0.1
@@ -162,7 +165,7 @@ class AlignmentStage(Stage):
         return loss, figures
 
     def saved(self, trainer: Trainer) -> None:
-        """Write ``alignment.safetensors``: encoder and head, by the names they have in the unified model's parts."""
+        """Write ``alignment.safetensors``: encoder and head, by the names they have in :class:`ImageTextModel`."""
         weights = trainer.weights()
         if self.out is not None and trainer.ranks.first:
             kept = {name: w for name, w in weights.items() if name.startswith(("vision.", "alignment."))}
@@ -204,20 +207,6 @@ class AlignmentStage(Stage):
         return Pairs(head.embed_texts(ids.to(valid.device)), text_keys(texts).to(valid.device), valid)
 
 
-def load_encoder(learner: AlignmentLearner, weights: Path) -> None:
-    """Begin with the volume encoder of a checkpoint's ``model.safetensors``.
-
-    Raises :class:`CheckpointError` when the file belongs to another configuration.
-    """
-    prefix = "language.vision."
-    own = learner.vision.state_dict()
-    found = {k.removeprefix(prefix): v for k, v in load_file(weights).items() if k.startswith(prefix)}
-    odd = sorted(set(own) ^ set(found)) + [k for k in own if k in found and own[k].shape != found[k].shape]
-    if odd:
-        raise CheckpointError(f"{weights} does not fit this encoder at {odd[0]!r}; start from weights of this preset")
-    learner.vision.load_state_dict(found)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on generated cases, measure before and after on held-out ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = data.cache or out / "cache"
     cases = CaseStore(range(data.generated + data.without_report), preset.vision, cache, wordings=_WORDINGS)
     records: Sequence[AlignmentRecord] = GeneratedRecords(cases, data.generated)
-    if config.start is None:
+    if config.start is None or not (config.start / "tokenizer.json").exists():
         tokenizer = build_tokenizer(cases[: min(_SURVEYED, data.generated)], config.head.vocab_size)
     else:
         tokenizer = Tokenizer.load(config.start / "tokenizer.json")
@@ -244,14 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch = config.batch * ranks.world
         learner = AlignmentLearner(preset, head, batch, batch * config.regions, tokenizer.pad_id)
         if config.start is not None:
-            load_encoder(learner, config.start / "model.safetensors")
+            load_encoder(learner.vision, config.start)
         return learner
 
     stage = AlignmentStage(config, begun(), tokenizer, records, out)
     trainer = Trainer(stage, config.trainer, out)
     if ranks.first:
         tokenizer.save(out / "tokenizer.json")
-        (out / "config.json").write_text(replace(preset, alignment=head).to_json(), encoding="utf-8")
     progress = trainer.run()
     if not ranks.first:
         return
@@ -259,8 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = GeneratedRecords(CaseStore(seeds, preset.vision, cache))[:]
     learner = begun()
     scores = {"before": alignment_scores(learner.vision, learner.alignment, tokenizer, held_out, config.batch)}
-    learner.load_state_dict(load_file(out / "alignment.safetensors"), strict=False)
-    scores["after"] = alignment_scores(learner.vision, learner.alignment, tokenizer, held_out, config.batch)
+    trained = ImageTextModel(replace(preset, alignment=head), tokenizer)
+    result = out / "alignment.safetensors"
+    load_part(trained, read_weights(result), result)
+    scores["after"] = alignment_scores(trained.vision, trained.alignment, tokenizer, held_out, config.batch)
+    meta = CheckpointMeta("alignment", "0", f"Image-text model after {progress.step} steps.", scores["after"])
+    place = out / ALIGNMENT_FOLDER
+    save_checkpoint(place, trained.state_dict(), trained.config, out / "tokenizer.json", meta, overwrite=True)
     metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": data.held_out, "held_out": scores}
     write_json_atomically(out / "metrics.json", {**metrics, "history": trainer.history, "config": _plain(config)})
     print(json.dumps(metrics, indent=2))

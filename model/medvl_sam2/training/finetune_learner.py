@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, save_checkpoint
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, CheckpointMeta, load_checkpoint, load_into, save_checkpoint
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.modeling.lora import add_lora, merge_lora
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
@@ -192,7 +192,10 @@ class UnifiedLearner:
         """The model with its adapters merged, as a checkpoint like any other."""
         merged = copy.deepcopy(self.model)
         merge_lora(merged.language.lm)
-        save_checkpoint(directory, merged.state_dict(), merged.config, self._tokenizer_path, meta, overwrite=True)
+        save_checkpoint(
+            directory, merged.state_dict(), merged.config, self._tokenizer_path, meta, overwrite=True,
+            alignment=self._tokenizer_path.parent / ALIGNMENT_FOLDER,
+        )  # fmt: skip
 
     def _named_loss(self) -> Tensor:
         chance = np.array([weight for _, _, weight in self._by_name])

@@ -26,6 +26,7 @@ from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
+from medvl_sam2.partial_weights import load_part
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
@@ -275,22 +276,12 @@ def load_language(model: VisionLanguage, checkpoint: Path) -> None:
 
     Raises :class:`CheckpointError` when it belongs to another configuration.
     """
-    prefix, tied = "language.", "lm.lm_head.weight"
-    state = {k.removeprefix(prefix): v for k, v in load_checkpoint(checkpoint).state.items() if k.startswith(prefix)}
-    load_model_state(model, {k: v for k, v in state.items() if k != tied})
+    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.")
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """State dict without the tied output embedding, contiguous, as safetensors stores it."""
     return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name != "lm.lm_head.weight"}
-
-
-def load_model_state(model: VisionLanguage, state: dict[str, Tensor]) -> None:
-    """Load :func:`model_state` output; raises :class:`CheckpointError` when a tensor is missing or unknown."""
-    missing, unknown = model.load_state_dict(state, strict=False)
-    odd = [name for name in missing if name != "lm.lm_head.weight"] + list(unknown)
-    if odd:
-        raise CheckpointError(f"weights do not fit the model: {odd[0]!r} is in only one of them; use its own config")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,8 @@ class RunLog:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-                self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step)
+                # The figures of ``step`` itself are kept: it is done and not written again.
+                self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._go_on(path, step)
 
@@ -82,8 +83,11 @@ class MlflowRun:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
+        self._last: dict[str, int] = {}
         if run:
             self.id = run
+            for key in self._client.get_run(run).data.metrics:
+                self._last[key] = max(point.step for point in self._client.get_metric_history(run, key))
             self._client.update_run(run, status="RUNNING")
             return
         known = self._client.get_experiment_by_name("medvl_sam2")
@@ -92,9 +96,11 @@ class MlflowRun:
         self._client.log_batch(self.id, params=[Param(key, str(value)) for key, value in settings.items()])
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the figures of ``step``."""
+        """Log the figures of ``step``; those a killed run logged after its last state stand there already."""
         for name, value in figures.items():
-            self._client.log_metric(self.id, name.replace(" ", "_"), value, step=step)
+            key = name.replace(" ", "_")
+            if step > self._last.get(key, -1):
+                self._client.log_metric(self.id, key, value, step=step)
 
     def close(self, failed: bool) -> None:
         """Mark the run as finished, or as failed (also when it was stopped: the next one goes on with it)."""

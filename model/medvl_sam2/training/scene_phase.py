@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.errors import CheckpointError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.scene_facts import lesion_parts
+from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
 from medvl_sam2.training.language_heads import DenseHeads, cell_loss, dense_loss
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.samples import LabelledVolume
@@ -110,20 +109,17 @@ class ScenePhase(Stage):
         self.sampler = SceneSampler(volumes, weights, model, config.seed + 1, views)
         self.progress: dict[str, float] = {"steps": 0, "seconds": 0.0}
 
-    def start_from(self, checkpoint: Path) -> None:
-        """Begin with encoder and scene of a checkpoint folder; a resumed run goes on with its own.
+    def start_from(self, source: Path) -> None:
+        """Begin with encoder and scene of a checkpoint folder, or with the encoder of an alignment stage's result.
 
-        Raises :class:`CheckpointError` when the folder belongs to another configuration.
+        A resumed run goes on with its own. Raises :class:`CheckpointError` when ``source`` belongs to another
+        configuration.
         """
-        own, prefix = self.learner.state_dict(), "language."
-        stored = {k.removeprefix(prefix): v for k, v in load_checkpoint(checkpoint).state.items()}
-        shared = {k: v for k, v in stored.items() if k in own and v.shape == own[k].shape}
-        odd = [k for k in own if k.startswith(("vision.", "scene.")) and k not in shared]
-        if odd:
-            raise CheckpointError(
-                f"{checkpoint} does not fit this model at {odd[0]!r}; start from weights of this preset"
-            )
-        self.learner.load_state_dict(shared, strict=False)
+        weights = read_weights(source)
+        if any(name.startswith("language.scene.") for name in weights):
+            load_part(self.learner, weights, source, "language.", ("vision.", "scene."))
+        else:
+            load_encoder(self.learner.vision, source)
 
     def run(self) -> None:
         """From wherever the last run stopped to the end of the budget."""
@@ -210,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--real", type=Path, help="folder with the trainable real cases; none by default")
     parser.add_argument("--cache", type=Path, help="folder that keeps generated cases between runs")
     parser.add_argument("--held-out", type=int, default=24, help="generated cases measured at the end")
-    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
+    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="checkpoint, or alignment.safetensors")
     parser.add_argument("--learning-rate", type=float, default=ScenePhaseConfig.learning_rate)
     parser.add_argument("--batch", type=int, default=ScenePhaseConfig.batch)
     parser.add_argument("--generated-share", type=float, default=0.7, help="of all draws, beside real volumes")
