@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from medvl_sam2.training.corpus import build_tokenizer
 from medvl_sam2.training.language_batches import stack_views
 from medvl_sam2.training.language_data import CaseStore
 from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
@@ -136,6 +138,11 @@ class AlignmentStage(Stage):
         free = [p for p in self._learner.parameters() if p.ndim <= 1]
         rate = self.config.learning_rate
         return [ParameterGroup(decayed, rate, self.config.weight_decay), ParameterGroup(free, rate)]
+
+    def settings(self) -> dict[str, Any]:
+        """The stage's numbers, how many records there are, and the tokenizer."""
+        numbers = plain_settings(self.config, ("trainer", "data", "start"))
+        return {**numbers, "records": len(self.records), "tokenizer": digest(self.tokenizer.to_json())}
 
     def shards(self) -> list[nn.Module]:
         """Stages of the encoder and the text tower."""

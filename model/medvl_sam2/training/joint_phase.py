@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
 from medvl_sam2.training.losses import dice_score, mask_loss
 from medvl_sam2.training.pointing import pointing_loss
-from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target
+from medvl_sam2.training.run_settings import digest, plain_settings
+from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target, volumes_digest
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
@@ -176,6 +177,18 @@ class JointPhase(Stage):
         """The seam fast, decoder and memory slowly."""
         rates = ((self._fast(), self.config.projector_rate), (self._slow(), self.config.decoder_rate))
         return [ParameterGroup(_trained(parts), rate, 0.01) for parts, rate in rates]
+
+    def settings(self) -> dict[str, Any]:
+        """The phase's numbers, its volumes with their sentences, and the tokenizer."""
+        volumes = volumes_digest([v.volume for v in self.volumes], list(self.chance))
+        sentences = digest([[text for text, _, _ in v.referring] for v in self.volumes])
+        words = digest(self.model.language.tokenizer.to_json())
+        return {
+            **plain_settings(self.config, ("minutes",)),
+            "volumes": volumes,
+            "sentences": sentences,
+            "tokenizer": words,
+        }
 
     def _fast(self) -> list[nn.Module]:
         optional = (self.model.segmenter.height_token, self.model.language.pointer)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
@@ -139,6 +140,12 @@ class LanguageTrainer(nn.Module, Stage):
         """Everything that is not frozen."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [ParameterGroup(trained, self.config.learning_rate, self.config.weight_decay)]
+
+    def settings(self) -> dict[str, Any]:
+        """The phase's numbers, how many cases there are, and the tokenizer with the list of facts."""
+        free = ("steps", "warmup", "accumulate", "checkpointing", "device", "save_every", "bfloat16")
+        words = digest(self.model.tokenizer.to_json(), self.vocabulary.facts)
+        return {**plain_settings(self.config, free), "cases": len(self.cases), "tokenizer": words}
 
     def shards(self) -> Sequence[nn.Module]:
         """The layers of the language model."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from medvl_sam2.errors import DataError
+from medvl_sam2.training.run_settings import digest
 from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES
 
@@ -78,6 +79,12 @@ class LabelledVolume:
                 if target.map == number:
                     result[target.name] = counts[:, [v for v in target.values if v < top]].sum(axis=1)
         return result
+
+
+def volumes_digest(volumes: Sequence[LabelledVolume], weights: Sequence[float]) -> str:
+    """Digest of which volumes are drawn and how often: patients, sizes, targets and weights, not voxels."""
+    facts = [(v.patient, v.image.shape, v.spacing, sorted(t.name for t in v.targets), sorted(v.known)) for v in volumes]
+    return digest(facts, [round(float(weight), 12) for weight in weights])
 
 
 def from_masks(

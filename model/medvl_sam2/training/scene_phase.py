@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from medvl_sam2.modeling.scene_facts import lesion_parts
 from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
 from medvl_sam2.training.language_heads import DenseHeads, cell_loss, dense_loss
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.run_settings import plain_settings
+from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.scene_samples import SceneBatch, SceneSampler, ViewConfig
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
@@ -107,6 +109,7 @@ class ScenePhase(Stage):
         self.config, self.out = config, out
         self.learner = SceneLearner(model).to(config.device)
         self.sampler = SceneSampler(volumes, weights, model, config.seed + 1, views)
+        self._volumes = volumes_digest(volumes, weights)
         self.progress: dict[str, float] = {"steps": 0, "seconds": 0.0}
 
     def start_from(self, source: Path) -> None:
@@ -148,6 +151,10 @@ class ScenePhase(Stage):
         batch = self.sampler.batch(self.config.batch)
         rows = self._rows(batch)
         return self.learner.loss(batch.to(self.config.device), rows)
+
+    def settings(self) -> dict[str, Any]:
+        """The phase's numbers and its volumes."""
+        return {**plain_settings(self.config, ("minutes", "device", "bfloat16")), "volumes": self._volumes}
 
     def saved(self, trainer: Trainer) -> None:
         """Write ``scene.safetensors`` and ``progress.json``."""

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
 from medvl_sam2.training.precision import has_bfloat16_units
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.run_settings import plain_settings
+from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
@@ -78,6 +80,12 @@ class _Part(Stage):
         phase.steps.rng = draw.rng()
         step = phase.image_loss if self.key == "image" else phase.memory_loss
         return step(next(self._rows), draw)
+
+    def settings(self) -> dict[str, Any]:
+        """The phase's numbers and its volumes."""
+        free = ("image_minutes", "memory_minutes", "device", "workers", "bfloat16")
+        phase = self.phase
+        return {**plain_settings(phase.config, free), "volumes": volumes_digest(phase.volumes, phase.weights)}
 
     def saved(self, trainer: Trainer) -> None:
         """Write ``segmenter.safetensors`` and ``progress.json``."""

@@ -26,8 +26,12 @@ from medvl_sam2.errors import Cancelled, CheckpointError, ConfigError, TrainingE
 from medvl_sam2.training.precision import Precision, autocast
 from medvl_sam2.training.ranks import Parallel, Ranks, whole
 from medvl_sam2.training.run_log import MlflowRun, RunLog
+from medvl_sam2.training.run_settings import frozen_digest, plain_settings
 from medvl_sam2.training.schedule import Schedule, rate_factor
 from medvl_sam2.training.trainer_state import Progress, read_state, training_state, write_state
+
+_BINDING = ("schedule", "warmup", "clip", "betas", "precision", "seed")
+"""Settings of the loop that a run keeps when it goes on; budget, device, sharing and logs may change."""
 
 ReportProgress = Callable[[float, str], None]
 """Receives the share done and a line of text; may raise to stop, the state is saved first."""
@@ -120,6 +124,13 @@ class Stage(ABC):
     def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         """Loss of a micro-batch and figures to watch; random numbers come from ``draw`` or from torch alone."""
 
+    def settings(self) -> Mapping[str, Any]:
+        """What a run that goes on must share with the one before (JSON values): numbers, digests of data and texts.
+
+        Frozen weights and the loop's own settings are compared without it.
+        """
+        return {}
+
     def shards(self) -> Sequence[nn.Module]:
         """Parts that are only used through their forward pass, which FSDP gathers one at a time."""
         return ()
@@ -158,6 +169,7 @@ class Trainer:
         """
         self.stage, self.config, self.out = stage, config, out
         self.ranks = Ranks.join(config.device)
+        self._settings = {} if out is None else self._run_settings()  # before weights are sharded
         if config.checkpointing:
             _switch_checkpointing_on(stage.module)
         self._shared = self.ranks.wrap(_Shared(stage), config.parallel, stage.shards())
@@ -221,7 +233,7 @@ class Trainer:
             return
         state = training_state(self.stage.module, self.optimiser)
         if self.ranks.first:
-            write_state(self._state_file(self.out), state, self.progress)
+            write_state(self._state_file(self.out), state, self.progress, self._settings)
         self._saved_step, self._saved_seconds = self.progress.step, self.progress.seconds
         self.stage.saved(self)
         self.ranks.wait()
@@ -322,7 +334,7 @@ class Trainer:
             return Progress()
         path = self._state_file(self.out)
         if path.exists():
-            return read_state(path, self.stage.module, self.optimiser)
+            return read_state(path, self.stage.module, self.optimiser, self._settings)
         for name in self.stage.outdated:
             if (self.out / name).exists():
                 raise CheckpointError(
@@ -330,6 +342,11 @@ class Trainer:
                     "that run with the release it was begun with, or give an empty folder"
                 )
         return Progress()
+
+    def _run_settings(self) -> dict[str, Any]:
+        loop = {name: value for name, value in plain_settings(self.config).items() if name in _BINDING}
+        loop["micro_batches"] = self.config.accumulate * self.ranks.world
+        return {**self.stage.settings(), "trainer": loop, "frozen weights": frozen_digest(self.stage.module)}
 
     def _state_file(self, out: Path) -> Path:
         return out / f"{self.stage.key}_resume.safetensors"

@@ -1,8 +1,8 @@
 """What a training needs to go on after being killed: one safetensors file, replaced in one step, never a pickle.
 
 The file holds the trained weights and buffers (``weights.<name>``), the optimiser's moments
-(``moments.<name>.<kind>``) and, as JSON in its header, the counters. Frozen weights are not in it: the stage makes
-them anew. Being one file, its parts always belong to the same step.
+(``moments.<name>.<kind>``) and, as JSON in its header, the counters and the run's settings.
+Frozen weights are not in it: the stage makes them anew. Being one file, its parts always belong to the same step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.files import sync_path
 from medvl_sam2.training.ranks import as_like, whole
+from medvl_sam2.training.run_settings import require_same
 
 
 @dataclass
@@ -58,23 +60,29 @@ def training_state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[
     return state
 
 
-def write_state(path: Path, state: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write :func:`training_state` and the counters."""
-    write_tensors(path, state, {"progress": json.dumps(asdict(progress))})
+def write_state(path: Path, state: Mapping[str, Tensor], progress: Progress, settings: Mapping[str, Any]) -> None:
+    """Write :func:`training_state`, the counters and the run's settings."""
+    write_tensors(path, state, {"progress": json.dumps(asdict(progress)), "settings": json.dumps(settings)})
 
 
-def read_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
+def read_state(
+    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]
+) -> Progress:
     """Put the weights and moments of a state file back and return its counters.
 
-    Raises :class:`CheckpointError` when the file is damaged or belongs to another configuration.
+    Raises :class:`CheckpointError` when the file is damaged or belongs to another configuration. A file of an earlier
+    release tells no settings; of it only names and shapes are checked.
     """
     remedy = "remove it to begin anew, or restore the configuration it was written with"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             counters = json.loads(file.metadata()["progress"])
+            stored = json.loads(file.metadata().get("settings", "null"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is no training state ({error!r}); {remedy}") from error
+    if stored is not None:
+        require_same(path, stored, settings)
     own = {f"weights.{name}": tensor for name, tensor in _moving(module).items()}
     odd = sorted({key for key in state if key.startswith("weights.")} ^ set(own))
     odd += [key for key in own if key in state and state[key].shape != own[key].shape]

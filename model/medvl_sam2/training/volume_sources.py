@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def _generated(seed: int, cache: Path | None, generator: GeneratorConfig | None 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         width = max(len(t.values) for t in volume.targets)
-        temporary = path.with_name(f".{path.name}")
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")  # processes of one training may write it at once
         with temporary.open("wb") as file:
             np.savez(
                 file,

@@ -1,0 +1,70 @@
+"""What a run must have in common with the one it goes on from: the settings behind its weights and moments.
+
+Names and shapes alone do not tell two runs apart: the same model trained on other cases, with another tokenizer, or on
+top of other frozen weights would go on silently. The state file therefore keeps the settings it was made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from medvl_sam2.errors import CheckpointError
+
+_ABSENT = "(not set)"
+
+
+def plain_settings(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """A frozen dataclass as JSON values, fields in ``without`` left out (budgets, devices, places of files)."""
+    kept = {name: value for name, value in asdict(config).items() if name not in without}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return plain
+
+
+def digest(*parts: object) -> str:
+    """Short digest of plain values, in order."""
+    text = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """Digest of the weights that are not trained, which the state file does not hold; empty where all are trained."""
+    total = hashlib.sha256()
+    frozen = [(name, p) for name, p in sorted(module.named_parameters()) if not p.requires_grad]
+    for name, parameter in frozen:
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()[:16] if frozen else ""
+
+
+def require_same(path: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Compare the settings of the state file ``path`` with this run's.
+
+    Raises :class:`CheckpointError` that names the first field that differs, with both values.
+    """
+    before, now = _flat(stored), _flat(own)
+    for field in sorted(before.keys() | now.keys()):
+        was, became = before.get(field, _ABSENT), now.get(field, _ABSENT)
+        if was != became:
+            raise CheckpointError(
+                f"{path} was begun with {field} {was!r}, this run has {became!r}; restore that setting to go on, or "
+                "give an empty folder to begin anew"
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
