@@ -386,6 +386,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with own_server(Path(name)) as server:
                     return 0 if run(options, server.address, Path(name)) else 1
             return 0 if run(options, options.server, Path(name)) else 1
+        except ConnectionRefusedError:
+            print(
+                f"error: no server answers at {options.server}; start scripts/quickstart or give --start-server",
+                file=sys.stderr,
+            )
         except (MedVLError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
         except MONAILabelClientException as error:

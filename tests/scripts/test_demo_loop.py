@@ -192,6 +192,14 @@ def test_an_unknown_held_out_id_is_refused(demo: ModuleType, tmp_path: Path) -> 
         demo.studies_of_folder(tmp_path, ["case9"])
 
 
+def test_without_a_server_the_message_says_how_to_get_one(
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studies(demo, tmp_path)
+    assert demo.main([str(tmp_path), "--server", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]) == 1
+    assert "no server answers at http://127.0.0.1:9; start scripts/quickstart or give" in capsys.readouterr().err
+
+
 def test_label_values_are_contiguous_and_small_structures_stay_visible(demo: ModuleType) -> None:
     large = np.zeros((8, 8, 8), dtype=bool)
     large[1:7, 1:7, 1:7] = True
