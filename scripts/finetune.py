@@ -26,9 +26,9 @@ from medvl_sam2.checkpoint import read_published, shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.training.finetune import run_finetune
-from medvl_sam2.training.finetune_stage import default_backend
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
 from medvl_sam2.training.finetune_samples import samples_from_folder
+from medvl_sam2.training.finetune_stage import default_backend
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.stage_config import read_stage_config
 

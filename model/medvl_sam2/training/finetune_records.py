@@ -10,7 +10,6 @@ from medvl_sam2.errors import ConfigError
 from medvl_sam2.training.precision import Precision
 from medvl_sam2.training.ranks import Parallel
 
-
 FREE_SETTINGS = ("accumulate", "checkpointing", "parallel", "device", "tensorboard", "mlflow")
 """How a finetuning is shared, computed and watched; an interrupted one may go on with others.
 
@@ -93,7 +92,10 @@ class FinetuneSample:
 
 @dataclass(frozen=True)
 class FinetuneProgress:
-    """Where a finetuning stands. ``epoch``: begun ones, the last may be short. ``best_metric``: best hold-out score so far, 0..1, of what is or would be served."""
+    """Where a finetuning stands. ``epoch``: how many were begun.
+
+    ``best_metric``: best hold-out score so far, 0..1, of what is or would be served.
+    """
 
     stage: str
     """``measure``, ``train`` or ``done``."""

@@ -146,7 +146,8 @@ class UnifiedStage(FinetuneStage):
 
     def groups(self) -> list[ParameterGroup]:
         """Everything that moves at one rate."""
-        return [ParameterGroup([p for p in self.model.parameters() if p.requires_grad], self.config.learning_rate, 0.01)]
+        moving = [p for p in self.model.parameters() if p.requires_grad]
+        return [ParameterGroup(moving, self.config.learning_rate, 0.01)]
 
     def shards(self) -> list[nn.Module]:
         """The layers of the language model."""
