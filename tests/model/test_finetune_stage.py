@@ -156,7 +156,7 @@ def test_two_processes_finetune_like_one(base: Path, tmp_path: Path, repository:
     path = os.pathsep.join([str(repository / "model"), str(repository / "tests")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, __file__, str(base), str(tmp_path / "both"), parallel]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, timeout=240)
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, timeout=600)
     main(base, tmp_path / "alone", dataclasses.replace(LOOP, accumulate=2))
     alone, both = (load_checkpoint(tmp_path / name / "candidate").state for name in ("alone", "both"))
     before = load_checkpoint(base).state

@@ -324,7 +324,7 @@ class _Finetuning:
             name=self.meta.name,
             version=f"candidate-{self.run_folder.path.name}",
             notice=self.meta.notice.split(" Finetuned on corrected labels")[0] + note,
-            metrics={"epochs": float(self._epoch), **({} if self._loss is None else {"loss": self._loss})},
+            metrics={"epochs": float(self._epoch), "loss": self._loss or 0.0},
             parent=self.meta.version,
         )
 

@@ -79,9 +79,11 @@ class Ranks:
             return module
         if parallel == "ddp":
             return DistributedDataParallel(module, find_unused_parameters=True)
+        # FSDP cannot cut a single number; one that is trained it refuses, as processes would part company.
+        numbers = {p for p in module.parameters() if p.dim() == 0 and not p.requires_grad}
         for part in shards:
-            fully_shard(part)
-        fully_shard(module)
+            fully_shard(part, ignored_params=numbers)
+        fully_shard(module, ignored_params=numbers)
         return module
 
 
