@@ -1,6 +1,6 @@
 """Mask scores as the relatives' published scripts compute them: for comparing with their tables, not for judging.
 
-Our own scores are hard Dice and surface Dice at 2 mm on the stored grid (:mod:`medvl_sam2.evaluation.metrics`). The
+Our own scores are hard Dice and surface Dice at 2 mm on the stored grid (:mod:`medvl_sam2.evaluation.metrics`, :mod:`medvl_sam2.evaluation.surface`). The
 variants differ from them in smoothing, in what an empty truth counts, and in the surface tolerance. Rules, read from
 the scripts named:
 
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation.metrics import Overlap, overlap, surface_dice
+from medvl_sam2.evaluation.metrics import Overlap, overlap
+from medvl_sam2.evaluation.surface import surface_dice
 
 TOTALSEGMENTATOR_TOLERANCE_MM = 3.0
 
