@@ -132,7 +132,9 @@ def evaluate(options: argparse.Namespace) -> int:
     controls: list[Interactive] = [ShapeControl(), GrowControl()]
     predictor = None if options.controls_only else Predictor.load(options.checkpoint)
     engines = controls if predictor is None else [PredictorEngine(predictor), *controls]
-    settings = {name: getattr(options, name) for name in ("clicks", "human", "no_box", "objects_per_case", "min_voxels")}
+    settings = {
+        name: getattr(options, name) for name in ("clicks", "human", "no_box", "objects_per_case", "min_voxels")
+    }
     settings["weights_sha256"] = None if predictor is None else predictor.meta.sha256
     results = Results(options.json, settings)
     run(options, engines, results)

@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ LARGE = "60000000"
 
 
 class ReferenceRun:
-    """``rows``: the script's CSV by case; ``requests``: the prompts of every step by case, as the container got them."""
+    """``rows``: the script's CSV by case; ``requests``: the prompts of every step by case, as a container gets them."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, float]] = {}
@@ -56,7 +56,9 @@ def run_reference(code: Path, cases: Path, work: Path, predict: Predict, large: 
         warnings.simplefilter("ignore")  # the script's own: names that scipy and numpy have since moved
         patch.setattr(os, "system", system)
         patch.setattr("torch.cuda.is_available", lambda: False)
-        patch.setattr(sys, "argv", ["evaluate", "-i", str(cases), "-o", str(answers), "-d", str(teams), "-val_gts", "-"])
+        patch.setattr(
+            sys, "argv", ["evaluate", "-i", str(cases), "-o", str(answers), "-d", str(teams), "-val_gts", "-"]
+        )
         patch.syspath_prepend(str(code))
         patch.chdir(work)
         runpy.run_path(str(script), run_name="__main__")
@@ -67,7 +69,9 @@ def run_reference(code: Path, cases: Path, work: Path, predict: Predict, large: 
     return run
 
 
-def write_case(path: Path, image: np.ndarray, labels: np.ndarray, spacing: tuple[float, ...], boxes: Any = None) -> None:
+def write_case(
+    path: Path, image: np.ndarray, labels: np.ndarray, spacing: tuple[float, ...], boxes: Any = None
+) -> None:
     """A training case of the challenge; ``boxes`` are canonical (2, 3) arrays."""
     members: dict[str, Any] = {"imgs": image, "gts": labels, "spacing": spacing}
     if boxes is not None:

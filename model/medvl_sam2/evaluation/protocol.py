@@ -78,8 +78,8 @@ HUMAN_CORE = 0.5
 class Annotator:
     """Simulated annotator of one object: what it should be, and the prompts given so far.
 
-    ``target`` bool (Z, Y, X) and ``box`` (2, 3) are canonical; ``transform`` makes stored voxels of them. With ``human``
-    a click is drawn from the deep half of the error instead of being put at its deepest voxel.
+    ``target`` bool (Z, Y, X) and ``box`` (2, 3) are canonical; ``transform`` makes stored voxels of them. With
+    ``human`` a click is drawn from the deep half of the error instead of being put at its deepest voxel.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Mask scores as the relatives' published scripts compute them: for comparing with their tables, not for judging.
 
-Our own scores are hard Dice and surface Dice at 2 mm on the stored grid (:mod:`medvl_sam2.evaluation.metrics`, :mod:`medvl_sam2.evaluation.surface`). The
-variants differ from them in smoothing, in what an empty truth counts, and in the surface tolerance. Rules, read from
-the scripts named:
+Our own scores are hard Dice (:mod:`medvl_sam2.evaluation.metrics`) and surface Dice at 2 mm
+(:mod:`medvl_sam2.evaluation.surface`) on the stored grid. The variants differ from them in smoothing, in what an empty
+truth counts, and in the surface tolerance. Rules, read from the scripts named:
 
 * M3D (BAAI-DCAI/M3D ``Bench/eval/metrics.py``): soft Dice of probabilities, 1 added to the denominator only, so an
   empty truth scores 0 whatever is predicted. M3D computes it on a grid of 32x256x256.

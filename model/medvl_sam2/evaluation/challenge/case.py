@@ -82,7 +82,9 @@ def case_from_npz(path: Path, truth: Path | None = None) -> ChallengeCase:
         raise DataError(f"{truth or path} holds no label map 'gts' of shape {volume.geometry.shape}")
     values = [int(value) for value in np.unique(labels)]
     if values[0] != 0 or not 1 < len(values) <= MAX_CLASSES + 1:
-        raise DataError(f"{truth or path}: labels {values[:4]}... must be 0 for background and 1 to {MAX_CLASSES} classes")
+        raise DataError(
+            f"{truth or path}: labels {values[:4]}... must be 0 for background and 1 to {MAX_CLASSES} classes"
+        )
     boxes = boxes_from(members, volume.geometry.shape, path)
     if boxes is not None and len(boxes) != len(values) - 1:
         raise DataError(f"{path} has {len(boxes)} boxes for {len(values) - 1} classes; give one a class")

@@ -21,7 +21,7 @@ from medvl_sam2.errors import DataError, MedVLError
 
 MAX_PICKLED_BYTES = 64 * 2**20
 """Prompts take kilobytes; a larger member is none."""
-MAX_VALUES = 1_000_000
+MAX_VALUES = 100_000
 """Values of one member: a few references can stand for billions."""
 _BROKEN = (
     pickle.UnpicklingError,
@@ -44,31 +44,29 @@ def read_npz(path: Path) -> dict[str, Any]:
     Raises :class:`DataError`: the file is no npz, is torn, or holds a pickle of anything but data.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} is a single array; give an npz file with 'imgs' and 'spacing'")
-            return {name: _member(archive, name) for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy"): _member(archive, name) for name in archive.namelist()}
     except MedVLError as error:
         raise DataError(f"{path}: {error}") from error
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable npz file ({error}); write it again") from error
 
 
-def _member(archive: np.lib.npyio.NpzFile, name: str) -> Any:
+def _member(archive: zipfile.ZipFile, name: str) -> Any:
     """One member; only object arrays take the way of the pickle."""
-    stored = name if name in archive.zip.namelist() else f"{name}.npy"
-    with archive.zip.open(stored) as stream:
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as stream:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(stream)
-        size = archive.zip.getinfo(stored).file_size
         if dtype.hasobject:
             if size > MAX_PICKLED_BYTES:
                 raise DataError(f"member {name!r} holds {size} pickled bytes; prompts take at most {MAX_PICKLED_BYTES}")
             return _Plain()(_Reader(stream).load())
     if math.prod(shape) * dtype.itemsize > size:
         raise DataError(f"member {name!r} states shape {shape} but holds {size} bytes; write the file again")
-    return archive[name]
+    with archive.open(name) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 class _Reader(pickle.Unpickler):
@@ -118,7 +116,7 @@ class _Kind:
 
     def numpy(self) -> np.dtype[Any]:
         """The dtype; None of its state comes from the file beyond code and byte order."""
-        return np.dtype(self._code).newbyteorder(self._order)
+        return np.dtype(f"{self._order}{self._code}")
 
 
 class _Array:
