@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from medvl_sam2.evaluation.metrics import CLICKS_IN_AUC
 from medvl_sam2.evaluation.protocol import Interactive, PredictorEngine
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.synthesis.case import generate_case
-from medvl_sam2.training.real_cases import UNSEEN_REAL, load_case
+from medvl_sam2.training.real_cases import UNSEEN_REAL, RealSource, load_case
 
 Load = Callable[[], ChallengeCase]
 
@@ -91,7 +90,7 @@ def sources(options: argparse.Namespace) -> dict[str, Load]:
     return {name: load for name, load in found if name in wanted}
 
 
-def real_case(options: argparse.Namespace, source: Any) -> ChallengeCase:
+def real_case(options: argparse.Namespace, source: RealSource) -> ChallengeCase:
     case = from_real(load_case(options.real, source), options.min_voxels)
     return case_from_evaluation(case, options.objects_per_case)
 
