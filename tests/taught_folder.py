@@ -38,10 +38,12 @@ from small_model import SMALL, SMALL_SLICES
 SCENELESS = replace(SMALL, scene=SceneConfig(lesions=0), slices=replace(SMALL_SLICES, slice_scores=True))
 SETTINGS = JointStageConfig(
     data=JointData(workers=0),
+    tasks=3,
     pack_length=256,
-    requests=4,
-    sheet=6,
-    clip_length=3,
+    requests=2,
+    slices=1,
+    sheet=4,
+    clip_length=2,
     seam_rate=3e-3,
     language_rate=1e-3,
     segmenter_rate=1e-3,

@@ -35,7 +35,6 @@ from medvl_sam2.training.language_metrics import language_scores
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
-from medvl_sam2.training.throughput import Work
 from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
@@ -165,7 +164,6 @@ class LanguageTrainer(nn.Module, Stage):
         cases = [self.cases[number] for number in numbers]
         rows = [draw_samples(case, rng, config.questions, config.segments) for case in cases]
         batch = pack(self.model, rows, config.pack_length).to(tokens.device)
-        self.work = Work(samples=config.batch, tokens=int((batch.ids != self.model.tokenizer.pad_id).sum()))
         hidden = self.model.hidden_states(tokens, batch.ids, batch.attention, batch.positions)
         losses = self.model.token_losses(hidden, batch.labels)
         language = (losses * batch.weights).sum() / batch.weights.sum()
