@@ -317,6 +317,7 @@ def shortened(name: str, steps: int, folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes, each of which loads torch
 def test_the_commands_train_measure_go_on_and_are_served(manifest: Path, tmp_path: Path) -> None:
     for steps in (1, 3):
         file = shortened("projector", steps, tmp_path)
@@ -357,9 +358,10 @@ def alone(manifest: Path, steps: int) -> JointStage:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes, each of which loads torch
 def test_a_killed_run_goes_on_bit_for_bit(manifest: Path, tmp_path: Path, repository: Path) -> None:
     process = subprocess.Popen([sys.executable, *command(manifest, tmp_path, 4)], env=environment(repository))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (tmp_path / STATE).exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     time.sleep(0.5)  # at whatever place in the next steps this is
@@ -374,6 +376,7 @@ def test_a_killed_run_goes_on_bit_for_bit(manifest: Path, tmp_path: Path, reposi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes, each of which loads torch
 def test_two_processes_train_like_one_by_either_way_of_sharing(
     manifest: Path, tmp_path: Path, repository: Path
 ) -> None:
@@ -381,7 +384,7 @@ def test_two_processes_train_like_one_by_either_way_of_sharing(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for steps, parallel in ((1, "ddp"), (2, "fsdp")):
         arguments = command(manifest, tmp_path, steps, parallel)
-        subprocess.run([*launch, *arguments], env=environment(repository), check=True, timeout=280)
+        subprocess.run([*launch, *arguments], env=environment(repository), check=True, timeout=400)
     own, together = alone(manifest, 2).module.state_dict(), load_file(tmp_path / STATE)
     for name, tensor in together.items():
         if name.startswith("weights."):
