@@ -165,6 +165,8 @@ class SliceConfig:
     slice_position: bool = True
     """Add one sparse token that tells the relative height of the slice in the volume (language prompts only);
     published: False."""
+    slice_scores: bool = False
+    """A head that says by text which slices show the object (Med-2E3), for models without a scene; SAM 2 has none."""
 
 
 @dataclass(frozen=True)

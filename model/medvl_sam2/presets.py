@@ -134,14 +134,17 @@ def _small() -> ModelConfig:
 
 
 def _paper() -> ModelConfig:
-    """The parts of MedVL-SAM2's relatives at their published sizes, without this project's additions."""
+    """The parts of MedVL-SAM2's relatives at their published sizes, without this project's additions.
+
+    As there is no scene, text prompts begin on the slices that Med-2E3's head scores highest.
+    """
     return ModelConfig(
         name="paper",
         vision=VISION_PRESETS["dcformer_small"],
         projector=_PROJECTOR,
         scene=SceneConfig(lesions=0),
         language=LANGUAGE_PRESETS["qwen2.5_7b"],
-        slices=SLICE_PRESETS["sam2.1_large"],
+        slices=replace(SLICE_PRESETS["sam2.1_large"], slice_scores=True),
         classes=CLASSES,
     )
 

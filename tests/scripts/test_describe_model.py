@@ -24,7 +24,7 @@ def test_paper_figures_follow_from_its_sizes(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script.main(["paper", "--json", str(tmp_path / "paper.json")]) == 0
-    assert "7919.30 M parameters" in capsys.readouterr().out
+    assert "7919.50 M parameters" in capsys.readouterr().out
     figures = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
     parts = {part["name"]: part for part in figures["parts"]}
     blocks, head = parts["language blocks"], parts["language head"]

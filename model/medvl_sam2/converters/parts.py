@@ -74,7 +74,9 @@ PARTS: Mapping[str, Part] = {
         "slices",
         "segmenter.sam2",
         lambda c: build_sam2(c.slices),
-        choices=frozenset({"image_size", "max_cond_slices", "multimask", "presence_gate", "slice_position"}),
+        choices=frozenset(
+            {"image_size", "max_cond_slices", "multimask", "presence_gate", "slice_position", "slice_scores"}
+        ),
     ),
     ALIGNMENT: Part("alignment", "alignment", lambda c: SiglipHead(c.vision, c.alignment or AlignmentConfig())),
 }

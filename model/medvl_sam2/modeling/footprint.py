@@ -51,8 +51,8 @@ ASSUMPTIONS: tuple[str, ...] = (
     "Training: frozen weights bf16 (2 bytes), trained ones fp32 with gradient and two AdamW moments (16). A stage "
     "loads only the sides of the model it runs.",
     "Results: bf16, all kept for the backward pass (no gradient checkpointing), attention fused.",
-    "Stage 1a is without the text tower, no part of this model. Stages 2 and 3 adapt the language model by LoRA; 1b "
-    "trains the whole embedding, 2 embedding and output layer.",
+    "Stage 1a is without the text tower, no part of this model. Stages 2 and 3 adapt the language model by LoRA; 2 "
+    "also trains its embedding and output layer.",
     "FLOPs: two a multiply-add; element-wise work and the scene's measuring are left out. A further reply token costs "
     "about two a weight of the language blocks and head.",
 )
@@ -159,7 +159,7 @@ def _members(model: UnifiedModel) -> list[_Member]:
         ("volume encoder", "volume", ("1a",), [language.vision]),
         ("scene", "volume", ("1a", "1b"), [language.scene]),
         ("projector", "language", ("1b", "2"), [language.projector, language.extent]),
-        ("language embedding", "language", ("1b", "2"), [language.lm.get_input_embeddings()]),
+        ("language embedding", "language", ("2",), [language.lm.get_input_embeddings()]),
         ("language blocks", "language", (), [language.lm.model]),
         ("language head", "language", ("2",), [language.lm.lm_head]),
         ("[SEG] projector", "language", ("2", "3"), [language.seg_projector]),
@@ -167,6 +167,7 @@ def _members(model: UnifiedModel) -> list[_Member]:
         ("slice encoder", "slices", ("1c",), [sam2.image_encoder]),
         ("memory attention", "slices", ("1c", "2", "3"), [sam2.memory_attention]),
         ("memory encoder", "slices", ("1c", "2", "3"), [sam2.memory_encoder]),
+        ("slice scorer", "slices", ("2",), [model.segmenter.scorer]),
         ("mask decoder", "slices", ("1c", "2", "3"), [model.segmenter]),
     ]
     seen: set[int] = set()
@@ -250,6 +251,8 @@ def _slice_pass(model: UnifiedModel, language: Tensor | None, run: _Meter) -> No
     segmenter = model.segmenter
     size = segmenter.config.image_size
     features = run("slice encoder", "slice", lambda: segmenter.encode(torch.empty(1, 3, size, size)))
+    if segmenter.scorer is not None and language is not None:
+        run("slice scorer", "slice and object", partial(segmenter.scorer, language, features.coarse))
     prompt = replace(SlicePrompt.empty(1, "meta"), language=language)
     unit, last = "slice and object", CLIP_SLICES - 1
     output = run("mask decoder", unit, lambda: segmenter.decode(features, prompt))

@@ -75,6 +75,20 @@ def remove_lora(model: nn.Module) -> None:
     _unwrap(model, merge=False)
 
 
+def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict of a wrapped model as :func:`merge_lora` would leave it; ``scale`` is alpha over rank."""
+    merged = {}
+    for name, tensor in state.items():
+        layer, _, last = name.rpartition(".")
+        if last in ("lora_a", "lora_b"):
+            continue
+        adapter, base, _ = layer.rpartition(".base")
+        if base and last == "weight":
+            tensor = tensor + scale * (state[f"{adapter}.lora_b"] @ state[f"{adapter}.lora_a"]).to(tensor.dtype)
+        merged[f"{adapter}.{last}" if base else name] = tensor
+    return merged
+
+
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """Adapter tensors only, keyed ``<layer>.lora_a`` / ``<layer>.lora_b``, detached and contiguous."""
     state = {}

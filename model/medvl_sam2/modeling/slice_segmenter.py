@@ -6,8 +6,9 @@ tokens, h = S/4 low-resolution mask side.
 Departures from published SAM 2.1, each switched by a field of :class:`SliceConfig` (the presets of
 :mod:`medvl_sam2.presets` have them as published): one mask instead of the best of three (``multimask``), no gate on
 the object score (``presence_gate``), inputs in [-1, 1] (``rgb_statistics``), a limit of conditioning slices
-(``max_cond_slices``), a token of the slice's height for rows with language (``slice_position``). A mask prompt always
-passes the decoder; SAM 2's video predictor may put it out unchanged instead.
+(``max_cond_slices``), a token of the slice's height for rows with language (``slice_position``), a head that scores
+slices by text (``slice_scores``). A mask prompt always passes the decoder; SAM 2's video predictor may put it out
+unchanged instead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from medvl_sam2.config import SliceConfig
 from medvl_sam2.modeling.sam2_modules import build_sam2
+from medvl_sam2.modeling.slice_scorer import SliceScorer
 
 _RGB_MEAN, _RGB_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _ABSENT = -1024.0
@@ -110,6 +112,7 @@ class SliceSegmenter(nn.Module):
         self.height_token: nn.Module | None = None
         if config.slice_position:
             self.height_token = nn.Sequential(nn.Linear(2 * self.height_frequencies, d), nn.GELU(), nn.Linear(d, d))
+        self.scorer = SliceScorer(d) if config.slice_scores else None
 
     @property
     def mask_size(self) -> int:

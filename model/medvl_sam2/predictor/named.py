@@ -1,6 +1,7 @@
 """Segmentation from a language prompt: find the object on the whole volume, then delineate it in its own window.
 
-With a scene the volume's map says roughly where; without one the slice decoder searches whole slices for the token.
+With a scene the volume's map says roughly where; without one the slice decoder searches whole slices for the token,
+and where the model has a head that scores slices by text (Med-2E3) its scores choose the slice to begin on.
 Zooming matters because the decoder's grid is a quarter of its input: an organ of 30 mm is two cells wide on a whole
 slice and twenty in its window.
 """
@@ -54,12 +55,14 @@ class Located:
     """K requests on the ``searched`` slices (canonical z) of a whole stack.
 
     ``decoded`` (K, n, h, h) logits of the slice decoder's own search, or None where the grounding has places.
+    ``chances`` (K, n) that a request is met on a searched slice, by the head that scores slices; None without it.
     """
 
     stack: SliceStack
     searched: list[int]
     grounding: Grounding
     decoded: Tensor | None
+    chances: Tensor | None = None
 
     def coarse(self, request: int) -> Tensor:
         """Coarse logits (n, g, g) of one request; a place is read on the stack's own pixels."""
@@ -109,7 +112,13 @@ class NamedEngine:
         if self.config.smooth_slices and len(searched) > 2:
             smooth = ndimage.gaussian_filter1d(decoded.cpu().numpy(), self.config.smooth_slices, axis=1, mode="nearest")
             decoded = torch.from_numpy(smooth)
-        return Located(stack, searched, grounding, decoded)
+        return Located(stack, searched, grounding, decoded, self._chances(stack, searched, grounding.language))
+
+    def _chances(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor | None:
+        if self.segmenter.scorer is None:
+            return None
+        coarse = stack.features(searched).coarse
+        return torch.softmax(self.segmenter.scorer(tokens, coarse), dim=1).cpu()
 
     def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
         """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""
@@ -131,11 +140,13 @@ class NamedEngine:
     ) -> NamedResult:
         """Refine where one request was found, every component in a window of its own.
 
-        Components smaller than ``least_share`` of the largest are dropped; 1 keeps the largest only.
+        Components smaller than ``least_share`` of the largest are dropped; 1 keeps the largest only. Where slices were
+        scored, a component's size is that of its area on every slice times the chance of the slice.
         """
         coarse = located.coarse(request)
         empty = NamedResult(np.zeros(located.stack.image.shape, dtype=bool), 0.0)
-        parts = self._components(coarse.numpy() > 0, least_share)
+        chances = None if located.chances is None else located.chances[request].numpy()
+        parts = self._components(coarse.numpy() > 0, least_share, chances)
         if not parts:
             return empty
         mask, scores, entropies = empty.mask, [], []
@@ -145,6 +156,12 @@ class NamedEngine:
             entropies.append(entropy)
         return NamedResult(mask, float(np.mean(scores)), float(np.mean(entropies)))
 
+    def start_slice(self, located: Located, request: int, part: np.ndarray) -> int:
+        """Canonical slice to begin a component (n, g, g) on: the likeliest by its score, else that of most area."""
+        shown = np.flatnonzero(part.any(axis=(1, 2)))
+        evident = part.sum(axis=(1, 2)) if located.chances is None else located.chances[request].numpy()
+        return located.searched[int(shown[np.argmax(evident[shown])])]
+
     def _place_share(self, located: Located, crop: SliceCrop) -> float:
         """Weight of the scene's map in the mask: it counts where the decoder's cells are the coarser ones."""
         if located.decoded is not None:
@@ -153,14 +170,15 @@ class NamedEngine:
         cell = crop.extent_mm / self.segmenter.mask_size
         return 0.5 * float(np.clip((cell - fine) / (coarse - fine), 0, 1))
 
-    def _components(self, found: np.ndarray, least_share: float) -> list[np.ndarray]:
+    def _components(self, found: np.ndarray, least_share: float, chances: np.ndarray | None) -> list[np.ndarray]:
         labels = cc3d.connected_components(np.ascontiguousarray(found), connectivity=26)
-        counts = np.bincount(labels.ravel())
-        if len(counts) < 2:
+        weights = None if chances is None else np.broadcast_to(chances[:, None, None], labels.shape).ravel()
+        sizes = np.bincount(labels.ravel(), weights)
+        if len(sizes) < 2:
             return []
-        counts[0] = 0
-        order = np.argsort(counts)[::-1]
-        return [labels == n for n in order if counts[n] >= max(1, least_share * counts.max())]
+        sizes[0] = 0
+        order = np.argsort(sizes)[::-1]
+        return [labels == n for n in order if n and sizes[n] >= least_share * sizes.max()]
 
     def _delineate_part(
         self,
@@ -187,7 +205,7 @@ class NamedEngine:
             stack.crop.size,
             self.config.min_window_mm,
         )
-        start = searched[int(shown[np.argmax(part[shown].sum(axis=(1, 2)))])]
+        start = self.start_slice(located, request, part)
         plan = planned_slices(low, high, start, spacing[0], self.config.delineate_step_mm)
         window = SliceStack(self.segmenter, stack.image, stack.intensity, crop)
         window.encode(plan)

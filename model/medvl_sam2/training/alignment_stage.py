@@ -38,6 +38,7 @@ from medvl_sam2.training.language_data import CaseStore
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.stage_config import read_stage_config
+from medvl_sam2.training.throughput import Work
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED
@@ -158,6 +159,7 @@ class AlignmentStage(Stage):
         told = torch.tensor([bool(record.reports) for record in records], device=views.device)
         obscured, hidden = learner.rebuild.hide(views, config.hidden_share, rng)
         hidden = hidden & ~told[:, None]
+        self.work = Work(samples=config.batch)
         maps = learner.vision(torch.where(told[:, None, None, None, None], views, obscured))
         loss = self._report_loss(maps, records, told, rng)
         figures = {"report": loss.item()}

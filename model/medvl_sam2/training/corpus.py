@@ -17,6 +17,7 @@ from medvl_sam2.modeling.prompts import (
 from medvl_sam2.modeling.tokenizer import SEG, Tokenizer
 from medvl_sam2.synthesis.records import QA
 from medvl_sam2.training.language_data import LanguageCase
+from medvl_sam2.training.samples import Target
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 REFERRING_TEMPLATES: tuple[str, ...] = ("Please segment {}.", "Segment {}.", "Show me {}.", "Find {}.", "{}")
@@ -27,20 +28,28 @@ _ORDERED_KINDS = ("presence", "visibility", "count", "size")
 
 @dataclass(frozen=True)
 class SegTarget:
-    """What one ``[SEG]`` stands for: a vocabulary class and, for lesions, indices of the case's findings."""
+    """What one ``[SEG]`` stands for: a vocabulary class or another name, and, for lesions, indices of the findings.
+
+    ``mask``: the target in the case's labelled volume, where there is one; None also where the object is absent.
+    """
 
     name: str
     findings: tuple[int, ...] = ()
+    mask: Target | None = None
 
 
 @dataclass(frozen=True)
 class TextSample:
-    """One exchange. ``targets``: one for every ``[SEG]`` of the reply."""
+    """One exchange. ``targets``: one for every ``[SEG]`` of the reply.
+
+    ``taught`` False: the reply is only read, for its ``[SEG]`` states; the language model is not to say it.
+    """
 
     question: str
     reply: str
     group: str
     targets: tuple[SegTarget, ...] = field(default=())
+    taught: bool = True
 
 
 def question_sample(item: QA, rng: np.random.Generator) -> TextSample:

@@ -10,9 +10,9 @@ of the rough masks. Lesions that it misses or makes up give no row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
-from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.tokenizer import SEG
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.synthesis import Referring, generate_case
 from medvl_sam2.training.corpus import REFERRING_TEMPLATES, TextSample
 from medvl_sam2.training.language_batches import pack
-from medvl_sam2.training.losses import dice_score, mask_loss
 from medvl_sam2.training.pointing import pointing_loss
 from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target, volumes_digest
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
+from medvl_sam2.training.spoken_masks import SpokenRow, spoken_rows_loss
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import CLASSES, spoken
@@ -93,16 +92,6 @@ def _referred(item: Referring) -> tuple[str, str, Target]:
     if item.kind == "lesion":
         return item.text, item.name, Target("lesion", 1, item.values)
     return item.text, item.name, Target(CLASSES[item.values[0] - 1], 0, item.values)
-
-
-class SpokenRow(NamedTuple):
-    """One slice for request ``request``; ``rough`` (h, h) logits of the scene's map, where there is one."""
-
-    request: int
-    image: Tensor
-    height: float
-    truth: Tensor
-    rough: Tensor | None
 
 
 class JointPhase(Stage):
@@ -224,7 +213,7 @@ class JointPhase(Stage):
         rows = [row for index, (number, request) in enumerate(flat) for row in self._rows(index, number, request)]
         loss, figures = vectors.sum() * 0, {}
         if rows:
-            masked, figures["spoken"] = self._rows_loss(rows, vectors)
+            masked, figures["spoken"] = spoken_rows_loss(model, rows, vectors, self.steps.weights)
             loss = loss + masked
         known = [row for row, (_, request) in enumerate(flat) if request.concept is not None]
         if known and config.distil_weight:
@@ -234,22 +223,6 @@ class JointPhase(Stage):
             pointed, figures["pointed"] = self._pointer_loss(states, flat)
             loss = loss + config.pointer_weight * pointed
         return loss, figures
-
-    def _rows_loss(self, rows: Sequence[SpokenRow], vectors: Tensor) -> tuple[Tensor, float]:
-        """Mask loss of ``rows``, each with the token (R, C) of its request, and the mean Dice where there is a mask."""
-        model, device = self.model, self.device
-        with torch.no_grad():
-            features = model.segmenter.encode(torch.stack([row.image for row in rows]).to(device))
-        heights = torch.tensor([row.height for row in rows], dtype=torch.float32, device=device)
-        prompt = replace(SlicePrompt.empty(len(rows), device), height=heights)
-        rough = [row.rough for row in rows if row.rough is not None]
-        if rough:
-            present = torch.ones(len(rows), dtype=torch.bool, device=device)
-            prompt = replace(prompt, mask_logits=torch.stack(rough)[:, None].to(device), mask_present=present)
-        output = model.segment(features, prompt, language=vectors[[row.request for row in rows]])
-        masks = torch.stack([row.truth for row in rows]).to(device)
-        dice = dice_score(output.logits.detach(), masks)[masks.amax(dim=(1, 2)) > 0.5]
-        return mask_loss(output, masks, self.steps.weights), float(dice.mean()) if len(dice) else float("nan")
 
     def _rows(self, index: int, number: int, request: Request) -> list[SpokenRow]:
         """Slices of a request: in the window of what the scene located; whole slices for a model without a scene."""

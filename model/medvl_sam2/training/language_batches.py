@@ -87,10 +87,10 @@ def pack(model: VisionLanguage, rows: Sequence[Sequence[TextSample]], length: in
             if len(row_ids) + len(question) + len(reply) > length:
                 continue
             row_ids += question + reply
-            row_labels += [IGNORE] * len(question) + reply
+            row_labels += [IGNORE] * len(question) + (reply if sample.taught else [IGNORE] * len(reply))
             row_positions += range(slots, slots + len(question) + len(reply))
             row_owners += [number] * (len(question) + len(reply))
-            weights += [len(reply) ** -0.5] * len(reply)
+            weights += [len(reply) ** -0.5] * len(reply) if sample.taught else []
             segs += [(row, target) for target in sample.targets]
         ids.append(row_ids)
         labels.append(row_labels)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medvl_sam2.modeling.unified import UnifiedModel, language_view
+from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel, language_view
 from medvl_sam2.training.pointing import slot_lies_on, wanted_elements
 from medvl_sam2.training.samples import LabelledVolume, Target
 
@@ -44,12 +44,15 @@ class SceneLooks:
             size = self.model.config.vision.input_size
             view, extent = language_view(volume.image, volume.spacing, volume.modality, size)
             with torch.no_grad():
-                look = self.model.look(view.to(device), extent.to(device))
-            elements, maps = torch.zeros(0, 0), torch.zeros(0)
-            if look.elements is not None:
-                elements, maps = look.elements.tokens, look.elements.maps.cpu().half()
-            self._looks[number] = SeenVolume(look.tokens, elements, maps)
+                self.keep(number, self.model.look(view.to(device), extent.to(device)))
         return self._looks[number]
+
+    def keep(self, number: int, look: GlobalLook) -> None:
+        """Take ``look`` for that at volume ``number``."""
+        elements, maps = torch.zeros(0, 0), torch.zeros(0)
+        if look.elements is not None:
+            elements, maps = look.elements.tokens, look.elements.maps.cpu().half()
+        self._looks[number] = SeenVolume(look.tokens, elements, maps)
 
     def wanted(self, number: int, name: str, target: Target | None) -> Tensor:
         """Which elements (E,) in {0, 1} a request for ``name`` means: its organ, or the lesion slots on ``target``.

@@ -66,6 +66,21 @@ class LocatedSlice:
     height: float
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """N whole slices of one volume through one window, and what K requests look like on them.
+
+    images (N, 3, S, S); heights (N,) in [0, 1]; ``areas`` (K, N) share of every slice that the request covers;
+    ``shown`` (K, R) the slices of each request whose mask is given in ``truth`` (K, R, T, T).
+    """
+
+    images: Tensor
+    heights: Tensor
+    areas: Tensor
+    shown: Tensor
+    truth: Tensor
+
+
 Places = Callable[[int, Target], Tensor | None]
 """The scene's map (d, h, w), as logits, of a target of volume ``number``; None where it does not show it."""
 
@@ -146,6 +161,30 @@ class SliceSampler:
             plane = torch.from_numpy(planes[z : z + 1].astype(np.float32))
             truth = replace(crop, size=TRUTH_SIZE).sample(plane)[0, 0]
         return self._image(number, [z], crop)[0], z / max(1, volume.image.shape[0] - 1), truth
+
+    def sheet(self, number: int, targets: Sequence[Target | None], count: int, rows: int) -> Sheet:
+        """``count`` whole slices of volume ``number`` and ``rows`` of them for every target (None: absent).
+
+        Half of the slices show one of the targets, in turn, where there is one; so do most of a target's rows.
+        """
+        volume, rng = self.volumes[number], self.rng
+        depth = volume.image.shape[0]
+        areas = np.stack([np.zeros(depth) if t is None else volume.areas[t.name].astype(np.float64) for t in targets])
+        wanted = rng.permutation(np.flatnonzero(areas.any(axis=1)))
+        turns = np.resize(wanted, count // 2) if len(wanted) else wanted
+        showing = [int(rng.choice(np.flatnonzero(areas[k]))) for k in turns]
+        z = np.sort([*showing, *rng.integers(depth, size=count - len(showing))])
+        crop = self._whole_crop(volume)
+        fine, shown, truth = replace(crop, size=TRUTH_SIZE), [], torch.zeros(len(targets), rows, TRUTH_SIZE, TRUTH_SIZE)
+        for k, target in enumerate(targets):
+            chance = np.where(areas[k, z] > 0, 4.0, 1.0)
+            shown.append(rng.choice(count, size=rows, p=chance / chance.sum()))
+            if target is not None:
+                masks = torch.from_numpy(volume.mask(target, z[shown[-1]]).astype(np.float32))
+                truth[k] = fine.sample(masks)[:, 0]
+        share = torch.from_numpy(areas[:, z] / (volume.image.shape[1] * volume.image.shape[2])).float()
+        heights = torch.from_numpy(z / max(1, depth - 1)).float()
+        return Sheet(self._image(number, z, crop), heights, share, torch.from_numpy(np.stack(shown)), truth)
 
     def _whole_crop(self, volume: LabelledVolume) -> SliceCrop:
         """The whole slice, a little shifted and scaled."""

@@ -28,6 +28,7 @@ from medvl_sam2.training.ranks import Parallel, Ranks, whole
 from medvl_sam2.training.run_log import MlflowRun, RunLog
 from medvl_sam2.training.run_settings import frozen_digest, plain_settings
 from medvl_sam2.training.schedule import Schedule, rate_factor
+from medvl_sam2.training.throughput import Meter, Work
 from medvl_sam2.training.trainer_state import Progress, read_state, training_state, write_state
 
 _BINDING = ("schedule", "warmup", "clip", "betas", "precision", "seed")
@@ -64,6 +65,8 @@ class TrainerConfig:
     """So many steps on end whose loss is not finite end the training; 1: the first one does."""
     parallel: Parallel = "ddp"
     device: str = "cpu"
+    peak_tflops: float = 0.0
+    """Peak of one device at the precision in use, for the log's MFU; 0: that of common GPUs in bfloat16, else none."""
     seed: int = 0
     tensorboard: bool = False
     mlflow: str = ""
@@ -112,6 +115,8 @@ class Stage(ABC):
     """Prefix of the state file."""
     outdated: tuple[str, ...] = ()
     """State files of earlier releases, which cannot be gone on from."""
+    work: Work | None = None
+    """What the last micro-batch was; a stage that wants its throughput in the log sets it in :meth:`loss`."""
 
     @property
     @abstractmethod
@@ -175,6 +180,7 @@ class Trainer:
         """
         self.stage, self.config, self.out = stage, config, out
         self.ranks = Ranks.join(config.device)
+        self._meter = Meter(config.device, config.peak_tflops, config.checkpointing)
         self._settings = {} if out is None else self._run_settings()  # before weights are sharded
         if config.checkpointing:
             _switch_checkpointing_on(stage.module)
@@ -274,7 +280,9 @@ class Trainer:
             progress.skipped_on_end += 1
         self.optimiser.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.seconds += self.ranks.from_first(time.monotonic() - begun)
+        seconds = self.ranks.from_first(time.monotonic() - begun)
+        progress.seconds += seconds
+        self._meter.step(seconds)
         if progress.skipped_on_end >= config.most_skips:
             before = f"{progress.skipped_on_end} steps on end, up to " if config.most_skips > 1 else ""
             raise TrainingError(
@@ -292,9 +300,10 @@ class Trainer:
             config.accumulate * ranks.world,
             self.share,
         )
-        with self._summing(last=number == config.accumulate - 1):
+        with self._summing(last=number == config.accumulate - 1), self._meter.micro_batch():
             loss, figures = self._forward(draw)
             (loss / config.accumulate).backward()
+        self._meter.add(self.stage.work)
         for name, value in figures.items():
             self._count(name, value)
         return loss.item() / config.accumulate
@@ -319,6 +328,7 @@ class Trainer:
     def _write_figures(self) -> Mapping[str, float]:
         figures = {name: total / count for name, (total, count) in self.progress.sums.items()}
         self.progress.sums = {}
+        figures |= self._meter.figures(self.ranks.mean, self.ranks.world)
         if self.progress.skipped:
             figures["skipped"] = float(self.progress.skipped)
         self.log.write(self.progress.step, figures)

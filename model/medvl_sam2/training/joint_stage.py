@@ -1,0 +1,134 @@
+"""Joint stage: projector alignment, then language and segmentation together, from the cases of one manifest.
+
+Run ``python -m medvl_sam2.training.joint_stage --config FILE --manifest MANIFEST --out RUN`` (under ``torchrun`` for
+several processes) to write the checkpoint folder ``checkpoint``, which ``Predictor.load`` serves, and ``metrics.json``
+with the held-out losses before and after. An interrupted run goes on when it is started again.
+``training/stages/projector.yaml`` and ``joint.yaml`` explain the settings.
+
+Phase ``projector`` trains what turns a volume into image tokens, on texts alone, as Med3DVLM begins. Phase ``joint``
+mixes reports, questions, structures by name, sentences and clicks (:mod:`medvl_sam2.training.joint_learner`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from medvl_sam2.checkpoint import load_checkpoint, load_into
+from medvl_sam2.config import ModelConfig
+from medvl_sam2.datasets.case_cache import CaseCache
+from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Split, read_manifest
+from medvl_sam2.datasets.volumes import read_case
+from medvl_sam2.errors import DataError
+from medvl_sam2.files import write_json_atomically
+from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.presets import preset
+from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
+from medvl_sam2.training.precision import autocast
+from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.stage_config import read_stage_config
+from medvl_sam2.training.stage_start import load_starts, start_config, start_tokenizer
+from medvl_sam2.training.taught_cases import CaseFeed, TaughtCase, record_offers, taught_case
+from medvl_sam2.training.taught_texts import askable, corpus_of
+from medvl_sam2.training.trainer import Draw, Trainer
+
+_SURVEYED = 400
+"""So many cases, from the first on, give the texts for a tokenizer where none is given."""
+_LEAST_ROUNDS = 4
+"""Micro-batches that the held-out loss is taken over at least."""
+
+
+def held_out_figures(stage: JointStage, cases: int) -> dict[str, float]:
+    """Mean loss and figures over the first ``cases`` of the stage's feed; the same tasks and noise every time."""
+    sums: dict[str, list[float]] = {}
+    loop = stage.config.trainer
+    for step in tqdm(range(max(_LEAST_ROUNDS, -(-cases // stage.config.batch))), desc="held-out cases", mininterval=5):
+        torch.manual_seed(step)
+        with torch.no_grad(), autocast(loop.device, loop.precision):
+            loss, figures = stage.loss(Draw(loop.seed, step))
+        for name, value in {"loss": float(loss), **figures}.items():
+            if math.isfinite(value):
+                sums.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def feed_of(
+    manifest: Manifest, split: Split, config: JointStageConfig, model: ModelConfig, tokenizer: Tokenizer
+) -> CaseFeed:
+    """The cases of one side that offer a task with a share.
+
+    Raises :class:`DataError` when there is none.
+    """
+    data, shares = config.data, config.asked.values
+    records = [r for r in manifest.of(split).records if any(shares[kind] > 0 for kind in record_offers(r))]
+    if not records:
+        raise DataError(f"{data.manifest} has no {split} case with a task of the {config.phase} phase; add some")
+    cache = None if data.cache is None else CaseCache(data.cache, int(data.cache_gib * 2**30))
+
+    def read(record: CaseRecord) -> TaughtCase:
+        case = read_case(record, manifest.root) if cache is None else cache.read(record, manifest.root)
+        return askable(taught_case(case, model.vision), tokenizer, model.language)
+
+    used = Manifest(tuple(records), manifest.root)
+    return CaseFeed(used, read, config.trainer.seed, max(data.keep, 2 * config.batch), data.workers)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train on the manifest's training side, measure before and after on its validation side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, such as one of training/stages")
+    parser.add_argument("--manifest", type=Path, help="instead of the configuration's")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    config, out = read_stage_config(options.config, JointStageConfig), options.out
+    if options.manifest is not None:
+        config = replace(config, data=replace(config.data, manifest=options.manifest))
+    torch.set_num_threads(options.threads)
+    ranks = Ranks.join(config.trainer.device)
+    manifest = read_manifest(config.data.manifest, config.data.root)
+    model_config = start_config(preset(config.preset), config.start)
+    tokenizer = start_tokenizer(config.start)
+    if tokenizer is None:
+        surveyed = manifest.of(Split.TRAIN).records[:_SURVEYED]
+        tokenizer = Tokenizer.train((t for r in surveyed for t in corpus_of(r)), model_config.language.vocab_size)
+
+    def begun() -> UnifiedModel:
+        torch.manual_seed(config.trainer.seed)
+        model = UnifiedModel(model_config, tokenizer)
+        load_starts(model, config.start)
+        return model
+
+    held_out = feed_of(manifest, Split.VALIDATION, config, model_config, tokenizer)
+    feed = feed_of(manifest, Split.TRAIN, config, model_config, tokenizer)
+    stage = JointStage(config, begun(), feed, out, ranks.world)
+    trainer = Trainer(stage, config.trainer, out)
+    if ranks.first:
+        tokenizer.save(out / "tokenizer.json")
+    progress = trainer.run()
+    if not ranks.first:
+        return
+    history = trainer.history
+    del trainer, stage  # room for the two that are compared
+    cases = min(config.data.held_out, len(held_out))
+    scores = {"before": held_out_figures(JointStage(config, begun(), held_out), cases)}
+    trained = UnifiedModel(model_config, tokenizer)
+    load_into(trained, load_checkpoint(out / "checkpoint").state)
+    scores["after"] = held_out_figures(JointStage(config, trained, held_out), cases)
+    metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": cases, "held_out": scores}
+    skipped = {**feed.skipped, **held_out.skipped}
+    told = {"skipped_cases": skipped, "history": history, "config": json.loads(json.dumps(asdict(config), default=str))}
+    write_json_atomically(out / "metrics.json", {**metrics, **told})
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()
