@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
@@ -26,7 +27,7 @@ from medvl_sam2.errors import CheckpointError, DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
-from medvl_sam2.partial_weights import load_part
+from medvl_sam2.partial_weights import load_part, read_weights
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
@@ -42,6 +43,8 @@ from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESIO
 _WORDINGS = 6
 _SURVEYED = 400
 """So many cases, from the first seed on, are read through for the tokenizer's corpus and the list of facts."""
+_JUDGED = 400
+"""So many cases, from the first on, give the lesions that the scene's judge is fitted to."""
 _SECONDS_PER_STEP = 0.95
 
 
@@ -184,6 +187,32 @@ class LanguageTrainer(nn.Module, Stage):
         return wanted_elements(target.name, self.model.config.scene_organs, slots)
 
     @torch.no_grad()
+    def fit_judge(self, kept: Path | None) -> None:
+        """Fit the scene's judge of lesions to what the frozen map finds in the first cases, or take the ``kept`` one.
+
+        Raises :class:`DataError` when no lesion of a known kind is found there.
+        """
+        scene = self.model.scene
+        if scene is None or scene.judge is None:
+            return
+        if kept is not None and kept.exists():
+            load_part(scene.judge, read_weights(kept), kept)
+            return
+        rows, kinds = [], []
+        for number in tqdm(range(min(_JUDGED, len(self.cases))), desc="lesions of known kind", mininterval=10):
+            encoded = self._encode(number, 0)
+            assert encoded.facts is not None
+            known = [1 + scene.scene.kinds.index(finding.kind) for finding in self.cases[number].findings]
+            for slot in torch.nonzero(encoded.facts.lesions[0, :, 0] > 0)[:, 0].tolist():
+                rows.append(encoded.facts.lesions[0, slot])
+                kinds.append(max((k for k, on in zip(known, encoded.found[slot], strict=True) if on), default=0))
+        if not any(kinds):
+            raise DataError(f"no lesion was found in {min(_JUDGED, len(self.cases))} cases; train the scene for longer")
+        scene.judge.fit(torch.stack(rows), torch.tensor(kinds, device=rows[0].device))
+        if kept is not None and Ranks.join(self.config.device).first:
+            write_tensors(kept, model_state(scene.judge))
+
+    @torch.no_grad()
     def _encode(self, number: int, window: int) -> EncodedCase:
         """What the frozen encoder says of a case; encoded anew, with other noise, in every window of steps."""
         key = (number, window)
@@ -252,6 +281,7 @@ def train_language(
         raise DataError("the language phase got no case; generate or load at least one")
     torch.manual_seed(config.seed)
     stage = LanguageTrainer(model, config, cases, surveyed).to(config.device)
+    stage.fit_judge(None if run is None else run / "judge.safetensors")
     trainer = TrainerConfig(
         steps=config.steps, warmup=config.warmup, seed=config.seed, device=config.device,
         precision="auto" if config.bfloat16 else "float32", accumulate=config.accumulate,
@@ -267,7 +297,8 @@ def load_scene(model: VisionLanguage, path: Path) -> None:
 
     Raises :class:`CheckpointError` when the file belongs to another configuration.
     """
-    tokens = ("scene.slots", "scene.organ_token.", "scene.lesion_token.")  # trained by the language phase
+    # Trained or fitted by the language phase:
+    tokens = ("scene.slots", "scene.organ_token.", "scene.lesion_token.", "scene.judge.")
     own = {
         k: v for k, v in model.state_dict().items() if k.startswith(("vision.", "scene.")) and not k.startswith(tokens)
     }
@@ -283,7 +314,7 @@ def load_language(model: VisionLanguage, checkpoint: Path) -> None:
 
     Raises :class:`CheckpointError` when it belongs to another configuration.
     """
-    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.")
+    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.", optional=("scene.judge.",))
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -302,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
     parser.add_argument("--learning-rate", type=float, default=LanguagePhaseConfig.learning_rate)
+    parser.add_argument("--blind", type=float, default=LanguagePhaseConfig.blind_chance, help="share without projector")
     parser.add_argument("--steps", type=int, default=0, help="instead of what --minutes allow")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -330,9 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         tokenizer = Tokenizer.load(options.start / "tokenizer.json")
     tokenizer.save(options.out / "tokenizer.json")
-    config = LanguagePhaseConfig(seed=options.seed, device=options.device, learning_rate=options.learning_rate).within(
-        options.minutes
-    )
+    config = LanguagePhaseConfig(
+        seed=options.seed, device=options.device, learning_rate=options.learning_rate, blind_chance=options.blind
+    ).within(options.minutes)
     if options.steps:
         config = replace(config, steps=options.steps)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")

@@ -120,7 +120,7 @@ class ScenePhase(Stage):
         """
         weights = read_weights(source)
         if any(name.startswith("language.scene.") for name in weights):
-            load_part(self.learner, weights, source, "language.", ("vision.", "scene."))
+            load_part(self.learner, weights, source, "language.", ("vision.", "scene."), ("scene.judge.",))
         else:
             load_encoder(self.learner.vision, source)
 

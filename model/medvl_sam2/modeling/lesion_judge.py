@@ -1,0 +1,76 @@
+"""Second opinion on the lesions of a scene: nothing, or which kind, from all that was measured of a lesion.
+
+The dense map's own shares of the kinds mistake cysts for solid lesions where a lesion is a few cells wide; its
+attenuation tells them apart. One linear layer, fitted to the measured lesions of the training cases,
+joins the two, and also weighs what speaks against a lesion at all.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medvl_sam2.modeling.scene_facts import LESION_FEATURES, LESION_KINDS_AT
+
+_LEAST_CHANCE = 1e-4
+_DECAY = 1e-2
+_ITERATIONS = 300
+
+
+class LesionJudge(nn.Module):
+    """Measured lesions (B, slots, G) in, the same with the shares of the kinds replaced by chances out."""
+
+    def __init__(self, organs: int, kinds: int) -> None:
+        super().__init__()
+        self.kinds = slice(LESION_KINDS_AT, LESION_KINDS_AT + kinds)
+        features = LESION_FEATURES + organs
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.linear = nn.Linear(features, 1 + kinds)
+
+    def chances(self, lesions: Tensor) -> Tensor:
+        """Chances (..., 1 + kinds) that a measured lesion (..., G) is nothing, or of each kind."""
+        return torch.softmax(self.linear(self._standardised(lesions)), dim=-1)
+
+    def forward(self, lesions: Tensor) -> Tensor:
+        """Facts with the judged kinds; their chances sum to that of a lesion being there. Empty slots stay empty."""
+        judged = lesions.clone()
+        judged[..., self.kinds] = self.chances(lesions)[..., 1:].to(lesions.dtype)
+        return torch.where(lesions[..., :1] > 0, judged, lesions)
+
+    def fit(self, lesions: Tensor, kinds: Tensor) -> None:
+        """Fit to measured lesions (N, G) of known ``kinds`` (N,): 0 for nothing, then the kinds; deterministic."""
+        inputs = self._inputs(lesions)
+        with torch.no_grad():
+            cast(Tensor, self.mean).copy_(inputs.mean(dim=0))
+            cast(Tensor, self.scale).copy_(inputs.std(dim=0).clamp_min(1e-3))
+        standardised = self._standardised(lesions)
+        weight = torch.zeros_like(self.linear.weight, requires_grad=True)
+        bias = torch.zeros_like(self.linear.bias, requires_grad=True)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            error = functional.cross_entropy(functional.linear(standardised, weight, bias), kinds)
+            total = error + _DECAY * weight.square().sum()
+            total.backward()
+            return total
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+        with torch.no_grad():
+            self.linear.weight.copy_(weight)
+            self.linear.bias.copy_(bias)
+
+    def _inputs(self, lesions: Tensor) -> Tensor:
+        """Shares of the kinds as log-odds, everything else as measured."""
+        shares = lesions[..., self.kinds].clamp(_LEAST_CHANCE, 1 - _LEAST_CHANCE)
+        inputs = lesions.clone()
+        inputs[..., self.kinds] = torch.logit(shares)
+        return inputs
+
+    def _standardised(self, lesions: Tensor) -> Tensor:
+        return (self._inputs(lesions) - cast(Tensor, self.mean)) / cast(Tensor, self.scale)
