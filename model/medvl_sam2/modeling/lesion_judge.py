@@ -16,7 +16,7 @@ from torch.nn import functional
 from medvl_sam2.modeling.scene_facts import LESION_FEATURES, LESION_KINDS_AT
 
 _LEAST_CHANCE = 1e-4
-_DECAY = 1e-2
+_DECAY = 3e-4
 _ITERATIONS = 300
 
 
