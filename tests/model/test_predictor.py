@@ -103,9 +103,7 @@ def test_an_earlier_mask_is_taken_over_and_only_corrected_where_clicked(
 ) -> None:
     volume, truth = study
     session = predictor.open(volume)
-    taken = predictor.segment_prompt(session, Prompt(mask=truth)).mask > 0
-    overlap = 2 * (taken & truth).sum() / (taken.sum() + truth.sum())
-    assert overlap > 0.85  # resampled to the decoder's grid and back
+    assert np.array_equal(predictor.segment_prompt(session, Prompt(mask=truth)).mask > 0, truth)
     corrected = predictor.segment_prompt(session, replace(clicks((15, 20, 9, 0)), mask=truth)).mask > 0
     assert not corrected[15, 20, 9]
 

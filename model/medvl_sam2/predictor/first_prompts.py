@@ -128,6 +128,7 @@ class FirstPrompts:
         planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
         soft = small.sample(planes)[:, 0]
         state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
+        state.keep(mask)
         return state
 
     def _window(self, corners_yx: np.ndarray, spacing: tuple[float, float, float]) -> SliceCrop:

@@ -29,6 +29,29 @@ class CanonicalClick:
         return round(self.position[0])
 
 
+@dataclass(frozen=True, eq=False)
+class KeptMask:
+    """A mask at full resolution that stands until the logits change sign.
+
+    The logits' cells are coarser than the image: a mask painted from them anew loses what was finer, as a thin rib in a
+    window that had to grow, or a stroke that follows an edge. ``mask`` and ``drawn`` bool (n, rows, columns) from slice
+    ``low`` on in the plane's ``window`` (y0, y1, x0, x1): what the mask was, and what the logits alone drew then.
+    """
+
+    low: int
+    window: tuple[int, int, int, int]
+    mask: np.ndarray
+    drawn: np.ndarray
+
+    def merged(self, drawn: np.ndarray, low: int) -> np.ndarray:
+        """The mask of logits that now draw ``drawn`` (m, rows, columns) from slice ``low`` on, in the same window."""
+        first, last = max(low, self.low), min(low + len(drawn), self.low + len(self.mask))
+        here, there = slice(first - low, last - low), slice(first - self.low, last - self.low)
+        merged = drawn.copy()
+        merged[here] = np.where(drawn[here] == self.drawn[there], self.mask[there], drawn[here])
+        return merged
+
+
 @dataclass
 class ObjectState:
     """``logits`` (h, h) by canonical z inside ``stack.crop``; the object lies within ``low``..``high``."""
@@ -50,6 +73,7 @@ class ObjectState:
     start: int = 0
     """The slice the propagation started from."""
     score: float = 0.0
+    kept: KeptMask | None = None
 
     def logits_at(self, z: int) -> Tensor:
         """Logits (h, h) of slice ``z``: decoded, interpolated, or all outside."""
@@ -63,16 +87,30 @@ class ObjectState:
         shape = self.stack.image.shape
         result = np.zeros(shape, dtype=bool)
         if self.logits:
-            stacked = interpolate_logits(self.logits, self.low, self.high)
-            values, (y0, y1, x0, x1) = self.stack.crop.paste_region(stacked, self.stack.plane)
-            result[self.low : self.high + 1, y0:y1, x0:x1] = values.numpy() > 0
+            drawn, (y0, y1, x0, x1) = self._drawn()
+            result[self.low : self.high + 1, y0:y1, x0:x1] = self.kept.merged(drawn, self.low) if self.kept else drawn
         for click in self.clicks:
             z, y, x = (int(np.clip(round(c), 0, n - 1)) for c, n in zip(click.position, shape, strict=True))
             result[z, y, x] = bool(click.label)
         return result
 
+    def keep(self, mask: np.ndarray) -> None:
+        """Let the canonical ``mask`` (Z, Y, X) stand for the present logits, inside the window and the range."""
+        drawn, window = self._drawn()
+        y0, y1, x0, x1 = window
+        self.kept = KeptMask(self.low, window, mask[self.low : self.high + 1, y0:y1, x0:x1].copy(), drawn)
+
+    def _drawn(self) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """What the logits draw on the slices of the range, bool (n, rows, columns), and where in the plane."""
+        stacked = interpolate_logits(self.logits, self.low, self.high)
+        values, window = self.stack.crop.paste_region(stacked, self.stack.plane)
+        return values.numpy() > 0, window
+
     def moved(self, crop: SliceCrop) -> ObjectState:
-        """The same object seen through another window: logits resampled, memories dropped (they are window-bound)."""
+        """The same object seen through another window: logits resampled, memories dropped (they are window-bound).
+
+        The mask stays as it is where the new window shows it.
+        """
         old = self.stack
         stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
         logits: dict[int, Tensor] = {}
@@ -82,7 +120,10 @@ class ObjectState:
             size = old.segmenter.mask_size
             seen = replace(crop, size=size).sample(pasted, pad=OUTSIDE)[:, 0]
             logits = dict(zip(order, seen, strict=True))
-        return replace(self, stack=stack, logits=logits, rough={}, memory=ObjectMemory())
+        moved = replace(self, stack=stack, logits=logits, rough={}, memory=ObjectMemory(), kept=None)
+        if logits:
+            moved.keep(self.mask())
+        return moved
 
     def extent_yx(self) -> np.ndarray | None:
         """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""
