@@ -43,8 +43,8 @@ from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESIO
 _WORDINGS = 6
 _SURVEYED = 400
 """So many cases, from the first seed on, are read through for the tokenizer's corpus and the list of facts."""
-_JUDGED = 400
-"""So many cases, from the first on, give the lesions that the scene's judge is fitted to."""
+_JUDGED = 1000
+"""At most so many cases, spread over all, give the lesions that the scene's judge is fitted to."""
 _SECONDS_PER_STEP = 0.95
 
 
@@ -188,7 +188,7 @@ class LanguageTrainer(nn.Module, Stage):
 
     @torch.no_grad()
     def fit_judge(self, kept: Path | None) -> None:
-        """Fit the scene's judge of lesions to what the frozen map finds in the first cases, or take the ``kept`` one.
+        """Fit the scene's judge of lesions to what the frozen map finds in the cases, or take the ``kept`` one.
 
         Raises :class:`DataError` when no lesion of a known kind is found there.
         """
@@ -199,7 +199,8 @@ class LanguageTrainer(nn.Module, Stage):
             load_part(scene.judge, read_weights(kept), kept)
             return
         rows, kinds = [], []
-        for number in tqdm(range(min(_JUDGED, len(self.cases))), desc="lesions of known kind", mininterval=10):
+        numbers = np.unique(np.linspace(0, len(self.cases) - 1, _JUDGED).astype(int)).tolist()
+        for number in tqdm(numbers, desc="lesions of known kind", mininterval=10):
             encoded = self._encode(number, 0)
             assert encoded.facts is not None
             known = [1 + scene.scene.kinds.index(finding.kind) for finding in self.cases[number].findings]
@@ -207,7 +208,7 @@ class LanguageTrainer(nn.Module, Stage):
                 rows.append(encoded.facts.lesions[0, slot])
                 kinds.append(max((k for k, on in zip(known, encoded.found[slot], strict=True) if on), default=0))
         if not any(kinds):
-            raise DataError(f"no lesion was found in {min(_JUDGED, len(self.cases))} cases; train the scene for longer")
+            raise DataError(f"no lesion was found in {len(numbers)} cases; train the scene for longer")
         scene.judge.fit(torch.stack(rows), torch.tensor(kinds, device=rows[0].device))
         if kept is not None and Ranks.join(self.config.device).first:
             write_tensors(kept, model_state(scene.judge))
