@@ -87,8 +87,8 @@ class SceneConfig:
     eager: on 40 held-out cases 0.5 found 30 of 45 lesions and invented 24, 0.7 without specks found 27 and invented
     11."""
     judge: bool = False
-    """Judge the kind of a lesion from all its measurements instead of the map's shares alone; checkpoints before
-    demo-4 have no judge."""
+    """Judge the kind of a lesion from all its measurements instead of the map's shares alone, and say kind and organ in
+    the language model's own words; checkpoints before demo-4 do neither."""
 
 
 @dataclass(frozen=True)

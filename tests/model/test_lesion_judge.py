@@ -12,14 +12,15 @@ from torch import Tensor
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
 from medvl_sam2.config import ModelConfig, SceneConfig
 from medvl_sam2.errors import CheckpointError, DataError
-from medvl_sam2.modeling.lesion_judge import LesionJudge
+from medvl_sam2.modeling.lesion_judge import LesionJudge, LesionWords
 from medvl_sam2.modeling.scene_facts import LESION_FEATURES, LESION_KINDS_AT
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.training import language_phase
 from medvl_sam2.training.language_data import CaseStore, LanguageCase
-from medvl_sam2.training.language_phase import LanguagePhaseConfig, LanguageTrainer, load_language
+from medvl_sam2.training.language_phase import LanguagePhaseConfig, LanguageTrainer
+from medvl_sam2.training.language_weights import load_language
 from small_model import SMALL
 
 ORGANS, KINDS = 3, 2
@@ -136,3 +137,25 @@ def test_the_language_phase_fits_once_and_keeps_the_judge(
     second.fit_judge(kept)
     assert torch.equal(judge_of(first).linear.weight, judge_of(second).linear.weight)
     assert torch.equal(judge_of(first).mean, judge_of(second).mean)
+
+
+def test_a_lesion_is_said_in_the_words_of_its_kind_and_organ() -> None:
+    words = LesionWords(ORGANS, KINDS, 4)
+    lesions = torch.zeros(1, 2, LESION_FEATURES + ORGANS)
+    assert words(lesions).abs().sum() == 0
+    spoken = {"cyst": 1.0, "nodule": 2.0, "liver": 3.0, "spleen": 4.0, "lung": 5.0}
+    directions = torch.eye(5, 4) + 0.1
+
+    def embedding(name: str) -> Tensor:
+        return directions[list(spoken).index(name)] * spoken[name]
+
+    words.learn(embedding, ("cyst", "nodule"), ("liver", "spleen", "lung"))
+    lesions[0, 0, words.first_kind + 1] = 1.0  # surely a nodule
+    lesions[0, 0, LESION_FEATURES + 2] = 0.7  # in the lung
+    said = words(lesions)
+    assert torch.allclose(said[0, 0], words.kinds[1] + words.organs[2], atol=1e-4)
+    assert said[0, 1].abs().sum() == 0
+    assert torch.allclose(words.kinds.square().mean(dim=1), torch.full((2,), 0.25**2))
+    before = words.kinds.clone()
+    words.learn(lambda name: torch.ones(4), ("cyst", "nodule"), ("liver", "spleen", "lung"))
+    assert torch.equal(words.kinds, before)  # learned words are not begun again

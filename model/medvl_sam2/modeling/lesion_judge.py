@@ -2,11 +2,14 @@
 
 The dense map's own shares of the kinds mistake cysts for solid lesions where a lesion is a few cells wide; its
 attenuation tells them apart. One linear layer, fitted to the measured lesions of the training cases,
-joins the two, and also weighs what speaks against a lesion at all.
+joins the two, and also weighs what speaks against a lesion at all. :class:`LesionWords` then says kind and organ in the
+language model's own words, which it only has to copy: from numbers alone it named the organ of one lesion in five wrong
+that the map had right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +21,8 @@ from medvl_sam2.modeling.scene_facts import LESION_FEATURES, LESION_KINDS_AT
 _LEAST_CHANCE = 1e-4
 _DECAY = 3e-4
 _ITERATIONS = 300
+_WORD_SCALE = 0.25
+"""Root mean square of a word, about that of the slots it is added to."""
 
 
 class LesionJudge(nn.Module):
@@ -74,3 +79,29 @@ class LesionJudge(nn.Module):
 
     def _standardised(self, lesions: Tensor) -> Tensor:
         return (self._inputs(lesions) - cast(Tensor, self.mean)) / cast(Tensor, self.scale)
+
+
+class LesionWords(nn.Module):
+    """What is added to the tokens of judged lesions: the words of their kind and organ, weighted by their chances."""
+
+    def __init__(self, organs: int, kinds: int, hidden: int) -> None:
+        super().__init__()
+        self.first_kind = LESION_KINDS_AT
+        self.kinds = nn.Parameter(torch.zeros(kinds, hidden))
+        self.organs = nn.Parameter(torch.zeros(organs, hidden))
+
+    def forward(self, lesions: Tensor) -> Tensor:
+        """Judged facts (B, slots, G) to (B, slots, hidden); nothing for an empty slot."""
+        kinds = lesions[..., self.first_kind : self.first_kind + len(self.kinds)]
+        hosts = lesions[..., LESION_FEATURES:].square()  # the organ with most of the lesion stands out
+        hosts = hosts / hosts.sum(dim=-1, keepdim=True).clamp_min(1e-3)
+        return kinds @ self.kinds + hosts @ self.organs
+
+    @torch.no_grad()
+    def learn(self, embedding: Callable[[str], Tensor], kinds: Sequence[str], organs: Sequence[str]) -> None:
+        """Begin with the language model's ``embedding`` (hidden,) of every name, unless words are learned already."""
+        if bool(self.kinds.any()) or bool(self.organs.any()):
+            return
+        for rows, names in ((self.kinds, kinds), (self.organs, organs)):
+            words = torch.stack([embedding(name) for name in names])
+            rows.copy_(words * _WORD_SCALE / words.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6))

@@ -45,9 +45,7 @@ class InteractiveEngine:
         delta = self._local_change(state, click, before, output.logits[0, 0])
         self._spread(state, z, delta, spacing)
         if painted is not None:
-            mask = np.where(painted, bool(click.label), state.mask())
             self._paint(state, painted, click.label, spacing)
-            state.keep(mask)  # the stroke itself, not its cells
         before_edit = before > 0
         presence = output.presence.new_full((1,), 10.0 if bool((state.logits[z] > 0).any()) else -10.0)
         state.memory.conditioning[z] = self.segmenter.remember(

@@ -34,8 +34,8 @@ class KeptMask:
     """A mask at full resolution that stands until the logits change sign.
 
     The logits' cells are coarser than the image: a mask painted from them anew loses what was finer, as a thin rib in a
-    window that had to grow, or a stroke that follows an edge. ``mask`` and ``drawn`` bool (n, rows, columns) from slice
-    ``low`` on in the plane's ``window`` (y0, y1, x0, x1): what the mask was, and what the logits alone drew then.
+    window that had to grow, or an earlier mask that was taken over. ``mask`` and ``drawn`` bool (n, rows, columns) from
+    slice ``low`` on in the plane's ``window`` (y0, y1, x0, x1): what the mask was, and what the logits alone drew then.
     """
 
     low: int

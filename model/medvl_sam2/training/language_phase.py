@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.errors import CheckpointError, DataError
+from medvl_sam2.errors import DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -33,12 +31,14 @@ from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
+from medvl_sam2.training.language_weights import load_language, load_scene, model_state
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
+from medvl_sam2.vocabulary import spoken
 
 _WORDINGS = 6
 _SURVEYED = 400
@@ -190,11 +190,15 @@ class LanguageTrainer(nn.Module, Stage):
     def fit_judge(self, kept: Path | None) -> None:
         """Fit the scene's judge of lesions to what the frozen map finds in the cases, or take the ``kept`` one.
 
+        A model that has no words for lesions yet begins with those of its language model.
+
         Raises :class:`DataError` when no lesion of a known kind is found there.
         """
         scene = self.model.scene
-        if scene is None or scene.judge is None:
+        if scene is None or scene.judge is None or scene.words is None:
             return
+        organs = [spoken(name) for name in self.model.config.scene_organs]
+        scene.words.learn(self.model.word_embedding, scene.scene.kinds, organs)
         if kept is not None and kept.exists():
             load_part(scene.judge, read_weights(kept), kept)
             return
@@ -291,36 +295,6 @@ def train_language(
     run_of = Trainer(stage, trainer, run, report_progress)
     run_of.run()
     return LanguageResult(model.eval(), run_of.history)
-
-
-def load_scene(model: VisionLanguage, path: Path) -> None:
-    """Take encoder and scene map from ``scene.safetensors`` of a scene phase.
-
-    Raises :class:`CheckpointError` when the file belongs to another configuration.
-    """
-    # Trained or fitted by the language phase:
-    tokens = ("scene.slots", "scene.organ_token.", "scene.lesion_token.", "scene.judge.")
-    own = {
-        k: v for k, v in model.state_dict().items() if k.startswith(("vision.", "scene.")) and not k.startswith(tokens)
-    }
-    found = {k: v for k, v in load_file(path).items() if k in own}
-    odd = [k for k, v in own.items() if k not in found or found[k].shape != v.shape]
-    if odd:
-        raise CheckpointError(f"{path} does not fit this model at {odd[0]!r}; run the scene phase with this preset")
-    model.load_state_dict(found, strict=False)
-
-
-def load_language(model: VisionLanguage, checkpoint: Path) -> None:
-    """Take everything of a checkpoint folder that is not of the segmenter.
-
-    Raises :class:`CheckpointError` when it belongs to another configuration.
-    """
-    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.", optional=("scene.judge.",))
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict without the tied output embedding, contiguous, as safetensors stores it."""
-    return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name != "lm.lm_head.weight"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
