@@ -151,8 +151,8 @@ class HttpEngine:
         """The server knows the volume by its id."""
         return self.study.id
 
-    def segment(self, opened: str, prompt: Prompt) -> np.ndarray:
-        """One request; bool mask (I, J, K)."""
+    def segment(self, opened: str, prompt: Prompt, name: str = "object") -> np.ndarray:
+        """One request; bool mask (I, J, K). The server is told the structure's own name."""
         points = np.rint(prompt.points).astype(int)
         request: dict[str, Any] = {
             "label": self.structure,

@@ -6,6 +6,8 @@ mask value). STORE holds published versions, the fixed hold-out and the runs; th
 Settings come from a YAML file (training/stages/finetune.yaml explains them); what is given here wins over it.
 
 Example: scripts/finetune.py studies/demo --store apps/medvl_sam2/model --minutes 10 --json result.json
+
+Under torchrun all processes train together, and torchrun calls every exit status but 0 a failure.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from medvl_sam2.checkpoint import read_published, shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.training.finetune import run_finetune
-from medvl_sam2.training.finetune_learner import default_backend
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
 from medvl_sam2.training.finetune_samples import samples_from_folder
+from medvl_sam2.training.finetune_stage import default_backend
+from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.stage_config import read_stage_config
 
 
@@ -50,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-labels", action="store_true", default=None, help="publish although the labels look implausible"
     )
+    parser.add_argument("--device", help="such as cuda")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with all figures")
     return parser.parse_args(arguments)
@@ -70,25 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     # The first interrupt ends after the step in progress, so that the run can be resumed; the second one kills.
     signal.signal(signal.SIGINT, lambda *_: (stop.set(), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    bar = tqdm(desc="finetuning", unit="epoch")
-
-    def show(progress: FinetuneProgress) -> None:
-        bar.update(progress.epoch - bar.n)
-        figures = {"loss": progress.loss, "hold-out": progress.best_metric}
-        bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if v is not None}, refresh=False)
-        bar.set_description(progress.message or progress.stage)
-
     try:
         config = settings(options)
-        bar.total = config.epochs
         base = options.base or read_published(options.store) or shipped_checkpoint()
         samples = samples_from_folder(options.folder)
-        result = run_finetune(config, samples, base, options.store, show, stop.is_set, default_backend())
+        result = run_finetune(config, samples, base, options.store, _show, stop.is_set, default_backend())
     except (MedVLError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        bar.close()
+    if not Ranks.join(config.device).first:
+        return 130 if result.stopped else 0
     for line in result.skipped:
         print(f"left out: {line}")
     for gate in result.gates:
@@ -101,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result.stopped:
         return 130
     return 0 if result.published is not None else 3
+
+
+def _show(progress: FinetuneProgress) -> None:
+    """A line a measurement and an epoch; the trainer's bar counts steps."""
+    figures = {"loss": progress.loss, "hold-out": progress.best_metric}
+    said = [progress.message, *(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)]
+    print(f"{progress.stage}, epoch {progress.epoch} of {progress.total_epochs}: {', '.join(filter(None, said))}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.partial_weights import load_part
 from medvl_sam2.training import language_phase, scene_phase, segmentation_phase
-from medvl_sam2.training.finetune_learner import LanguageTokens
+from medvl_sam2.training.finetune_stage import LanguageTokens
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.volume_sources import UNSEEN_SEED, SourceConfig, training_volumes

@@ -1,27 +1,26 @@
 """A finetuning without a network: studies whose anatomy is readable from the voxel values, and a one-number model.
 
-The model is its ``skill`` in [0, 1]: of every structure it segments that share, lowest slices first. Its learner raises
+The model is its ``skill`` in [0, 1]: of every structure it segments that share, lowest slices first. Its stage raises
 the skill by a fixed amount a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.files import write_json_atomically
 from medvl_sam2.synthesis.records import Case
-from medvl_sam2.training.finetune import FinetuneBackend
+from medvl_sam2.training.finetune import FinetuneBackend, FinetuneData, FinetuneStage
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneSample
-from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.trainer import Draw, ParameterGroup, Trainer
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.types import Modality, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES
@@ -124,54 +123,54 @@ class FakePredictor:
         return Segmentation(mask, volume.geometry, names)
 
 
-@dataclass
-class FakeLearner:
+class FakeStage(FinetuneStage):
     """Raises the skill by ``gain`` a step and changes the one on generated cases by ``drift``."""
 
-    base: Path
-    gain: float = 0.01
-    drift: float = 0.0
-    fail_at: int | None = None
-    seen: list[tuple[list[LabelledVolume], list[float]]] = field(default_factory=list)
-    steps: int = 0
+    def __init__(self, base: Path, config: FinetuneConfig, data: FinetuneData, habits: FakeBackend) -> None:
+        super().__init__(config, data)
+        self.base, self.habits, self.steps, self.validations = base, habits, 0, 0
+        self.skill = nn.Module()
+        self.skill.register_buffer("values", load_checkpoint(base).state["skill"].float())
+        self.skill.register_parameter("idle", nn.Parameter(torch.zeros(1)))
 
-    def __post_init__(self) -> None:
-        self.skill = load_checkpoint(self.base).state["skill"].tolist()
+    @property
+    def module(self) -> nn.Module:
+        return self.skill
 
-    def begin(self, volumes: Sequence[LabelledVolume], weights: Sequence[float], seed: int) -> None:
-        self.seen.append((list(volumes), list(weights)))
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(list(self.skill.parameters()), self.config.learning_rate)]
 
-    def step(self) -> float:
+    def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         self.steps += 1
-        if self.steps == self.fail_at:
+        if self.steps == self.habits.fail_at:
             raise KeyboardInterrupt
-        self.skill = [min(1.0, self.skill[0] + self.gain), min(1.0, self.skill[1] + self.drift)]
-        return 1.0 - self.skill[0]
+        values = self.skill.get_buffer("values")
+        values.add_(torch.tensor([self.habits.gain, self.habits.drift])).clamp_(max=1.0)
+        loss = 1 - values[0] + 0 * self.skill.get_parameter("idle").sum()
+        return loss * (float("nan") if self.steps == self.habits.broken_at else 1.0), {}
 
-    def save_state(self, folder: Path) -> None:
-        write_json_atomically(folder / "skill.json", self.skill)
+    def validate(self, trainer: Trainer) -> dict[str, float]:
+        self.validations += 1
+        return {"held_out_loss": 1 - self.skill.get_buffer("values")[0].item()}
 
-    def load_state(self, folder: Path) -> None:
-        import json
-
-        self.skill = json.loads((folder / "skill.json").read_text())
-
-    def export(self, directory: Path, meta: CheckpointMeta) -> None:
+    def export(self, directory: Path, meta: CheckpointMeta, weights: Mapping[str, Tensor]) -> None:
         checkpoint = load_checkpoint(self.base)
-        state = {"skill": torch.tensor(self.skill)}
+        state = {"skill": weights["values"]}
         save_checkpoint(directory, state, checkpoint.config, checkpoint.tokenizer_path, meta, overwrite=True)
 
 
 class FakeBackend:
-    """Makes fake learners of given habits and remembers them."""
+    """Makes fake stages of given habits and remembers them; the loss of step ``broken_at`` is not a number."""
 
-    def __init__(self, gain: float = 0.01, drift: float = 0.0, fail_at: int | None = None) -> None:
-        self.gain, self.drift, self.fail_at = gain, drift, fail_at
-        self.learners: list[FakeLearner] = []
+    def __init__(
+        self, gain: float = 0.01, drift: float = 0.0, fail_at: int | None = None, broken_at: int | None = None
+    ) -> None:
+        self.gain, self.drift, self.fail_at, self.broken_at = gain, drift, fail_at, broken_at
+        self.stages: list[FakeStage] = []
 
-    def learner(self, base: Path, config: FinetuneConfig) -> FakeLearner:
-        self.learners.append(FakeLearner(base, self.gain, self.drift, self.fail_at))
-        return self.learners[-1]
+    def stage(self, base: Path, config: FinetuneConfig, data: FinetuneData) -> FakeStage:
+        self.stages.append(FakeStage(base, config, data, self))
+        return self.stages[-1]
 
     def backend(self) -> FinetuneBackend:
-        return FinetuneBackend(self.learner, FakePredictor, make_case, from_case)
+        return FinetuneBackend(self.stage, FakePredictor, make_case, from_case)

@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from medvl_sam2.errors import DataError
+from medvl_sam2.training import clicks
 from medvl_sam2.training.clicks import box_prompt, box_prompt_2d, middle_slice, next_click, next_click_2d
 
 
@@ -75,6 +76,36 @@ def test_the_crop_changes_nothing(seed: int) -> None:
     depth = ndimage.distance_transform_edt(np.pad(largest, 1))[1:-1, 1:-1, 1:-1]
     assert depth[click.position] == pytest.approx(depth.max())
     assert click.label == int(truth[click.position])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_errors_are_measured_in_blocks_of_two(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol's short cut, written out on the protocol's own padded crop."""
+    rng = np.random.default_rng(seed)
+    truth = np.zeros((31, 50, 44), dtype=bool)
+    low, high = rng.integers(1, 8, 3), np.array([31, 50, 44]) - rng.integers(1, 8, 3)
+    field = ndimage.gaussian_filter(rng.standard_normal(tuple(high - low)), 4)
+    inner = truth[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    inner |= field > np.quantile(field, 0.6)
+    monkeypatch.setattr(clicks, "LARGE_CROP_VOXELS", 1000)
+    click = next_click(truth, None)
+    assert click is not None
+    labels, _ = ndimage.label(truth, np.ones((3, 3, 3)))
+    where = np.argwhere(labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]))
+    size = np.ptp(where, axis=0) + 1
+    margin = np.maximum((size * 0.25).astype(int), 1)
+    crop = np.zeros(size + 2 * margin, dtype=bool)
+    crop[tuple((where - where.min(0) + margin).T)] = True
+    whole = np.zeros(crop.shape + np.array(crop.shape) % 2, dtype=bool)
+    whole[tuple(slice(0, n) for n in crop.shape)] = crop
+    halves = np.zeros(np.array(whole.shape) // 2, dtype=bool)
+    for corner in np.ndindex(2, 2, 2):
+        halves |= whole[tuple(slice(start, None, 2) for start in corner)]
+    coarse = ndimage.distance_transform_edt(halves)
+    places = np.argwhere(crop)
+    depth = coarse[tuple((places // 2).T)]
+    deepest = places[depth == depth.max()] - margin + where.min(0)
+    assert list(click.position) == deepest[np.random.RandomState(42).choice(len(deepest))].tolist()
 
 
 def test_ties_are_drawn_the_same_way_every_time() -> None:

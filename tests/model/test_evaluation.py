@@ -14,6 +14,7 @@ from medvl_sam2.evaluation import metrics
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl, ShapeRule
 from medvl_sam2.evaluation.pictures import draw
 from medvl_sam2.evaluation.protocol import Setting, run_object
+from medvl_sam2.evaluation.surface import surface_dice
 from medvl_sam2.region_grow import GrowRule, ball, ellipsoid, grow
 from medvl_sam2.types import Geometry, Modality, Prompt, Volume
 
@@ -47,13 +48,13 @@ def test_surface_dice_counts_millimetres_not_voxels() -> None:
     truth = np.zeros((20, 30, 30), dtype=bool)
     truth[5:15, 8:20, 8:20] = True
     moved = np.roll(truth, 1, axis=0)
-    assert metrics.surface_dice(truth, truth, (1.0, 1.0, 1.0)) == pytest.approx(1.0)
-    assert metrics.surface_dice(truth, moved, (1.0, 1.0, 1.0)) == pytest.approx(1.0)
-    coarse = metrics.surface_dice(truth, moved, (5.0, 1.0, 1.0))
+    assert surface_dice(truth, truth, (1.0, 1.0, 1.0)) == pytest.approx(1.0)
+    assert surface_dice(truth, moved, (1.0, 1.0, 1.0)) == pytest.approx(1.0)
+    coarse = surface_dice(truth, moved, (5.0, 1.0, 1.0))
     assert coarse is not None
     assert coarse < 0.9
-    assert metrics.surface_dice(truth, np.zeros_like(truth), (1.0, 1.0, 1.0)) == 0.0
-    assert metrics.surface_dice(np.zeros_like(truth), np.zeros_like(truth), (1.0, 1.0, 1.0)) is None
+    assert surface_dice(truth, np.zeros_like(truth), (1.0, 1.0, 1.0)) == 0.0
+    assert surface_dice(np.zeros_like(truth), np.zeros_like(truth), (1.0, 1.0, 1.0)) is None
 
 
 def test_ratio_and_mean_of_kinds_by_hand() -> None:
@@ -178,7 +179,7 @@ class Painter:
     def open(self, volume: Volume) -> str:
         return "opened"
 
-    def segment(self, opened: str, prompt: Prompt) -> np.ndarray:
+    def segment(self, opened: str, prompt: Prompt, name: str = "object") -> np.ndarray:
         assert opened == "opened"
         share = self.shares[len(self.prompts)]
         self.prompts.append(prompt)

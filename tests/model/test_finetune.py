@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from finetune_fakes import AFFINE, ORGANS, SHAPE, FakeBackend, make_samples, write_model
 from medvl_sam2.checkpoint import load_checkpoint, publish, read_published
-from medvl_sam2.errors import ConfigError, DataError
+from medvl_sam2.errors import ConfigError, DataError, TrainingError
 from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
 from medvl_sam2.training.finetune_samples import label_names, samples_from_folder
@@ -62,9 +62,11 @@ def test_a_better_model_is_published_and_the_run_documents_itself(tmp_path: Path
     record = json.loads((result.run / "config.json").read_text())
     assert {entry["side"] for entry in record["inputs"]} == {"train", "holdout"}
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
+    assert all(line["held_out_loss"] <= line["loss"] for line in lines if "loss" in line)
+    assert [line["measured"] for line in lines if "measured" in line] == ["served", "candidate"]
     assert json.loads((result.run / "result.json").read_text())["published"] == "1"
-    assert not list(result.run.glob("state-*"))
+    assert not list(result.run.glob("*.safetensors"))
 
 
 def test_training_never_sees_a_held_out_patient_and_replays_half(tmp_path: Path) -> None:
@@ -72,11 +74,13 @@ def test_training_never_sees_a_held_out_patient_and_replays_half(tmp_path: Path)
     samples = make_samples(tmp_path, 6)
     run(tmp_path, samples, fake)
     split = assign_patients(tmp_path / "store" / "holdout.json", [sample.patient for sample in samples])
-    volumes, weights = fake.learners[0].seen[0]
+    data = fake.stages[0].data
+    volumes, weights = data.volumes, data.weights
     patients = {volume.patient for volume in volumes}
     assert split.holdout
     assert not patients & set(split.holdout)
     assert set(split.train) <= patients
+    assert {volume.patient for volume in data.held_out} == set(split.holdout)
     replayed = sum(w for v, w in zip(volumes, weights, strict=True) if v.patient.startswith("generated"))
     assert replayed == pytest.approx(QUICK.replay_share)
     assert sum(weights) == pytest.approx(1.0)
@@ -124,7 +128,7 @@ def test_poisoned_labels_are_trained_on_and_not_published(
     fake = FakeBackend(gain=0.02)
     samples = make_samples(tmp_path, 5, dict.fromkeys(range(5), spoil))
     result = run(tmp_path, samples, fake)
-    assert fake.learners[0].steps == 12
+    assert fake.stages[0].steps == 12
     assert result.published is None
     assert gates(result)[gate] is False
     assert read_published(tmp_path / "store") is None
@@ -145,21 +149,32 @@ def test_a_killed_run_goes_on_after_its_last_finished_epoch(tmp_path: Path) -> N
     result = run(tmp_path, samples, whole)
     assert result.resumed
     assert result.epochs == 3
-    assert whole.learners[0].steps == 4, "two of three epochs were already done"
+    assert whole.stages[0].steps == 4, "two of three epochs were already done"
     assert len(list((tmp_path / "store" / "runs").iterdir())) == 1
     assert result.published is not None
     assert load_checkpoint(result.published).state["skill"][0] == pytest.approx(0.6 + 12 * 0.02, abs=1e-3)
 
 
-def test_a_stop_is_obeyed_between_steps_and_resumed(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_at_once(tmp_path: Path) -> None:
+    samples = make_samples(tmp_path, 5)
+    with pytest.raises(TrainingError, match=r"not finite in step 6; lower the learning rate"):
+        run(tmp_path, samples, FakeBackend(gain=0.02, broken_at=6))
+    whole = FakeBackend(gain=0.02)
+    assert run(tmp_path, samples, whole).published is not None
+    assert whole.stages[0].steps == 8, "the state is the one before the broken step"
+
+
+def test_a_stop_is_obeyed_after_the_step_and_resumed_there(tmp_path: Path) -> None:
     samples = make_samples(tmp_path, 5)
     fake = FakeBackend(gain=0.02)
-    result = run(tmp_path, samples, fake, should_stop=lambda: bool(fake.learners) and fake.learners[0].steps >= 6)
+    result = run(tmp_path, samples, fake, should_stop=lambda: bool(fake.stages) and fake.stages[0].steps >= 6)
     assert result.stopped
     assert result.published is None
-    assert result.epochs == 1
+    assert result.epochs == 2
     assert not (result.run / "result.json").exists()
-    again = run(tmp_path, samples, FakeBackend(gain=0.02))
+    rest = FakeBackend(gain=0.02)
+    again = run(tmp_path, samples, rest)
+    assert fake.stages[0].steps + rest.stages[0].steps == 12
     assert again.resumed
     assert again.run == result.run
     assert again.published is not None
@@ -176,7 +191,8 @@ def test_the_time_budget_ends_training_after_the_step_that_passes_it(tmp_path: P
     config = FinetuneConfig(**{**QUICK.__dict__, "minutes": 1e-9})
     fake = FakeBackend()
     assert run(tmp_path, make_samples(tmp_path, 3), fake, config).epochs == 1
-    assert fake.learners[0].steps == 1
+    assert fake.stages[0].steps == 1
+    assert fake.stages[0].validations == 1
 
 
 def test_a_model_published_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
@@ -185,7 +201,7 @@ def test_a_model_published_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     done: list[Path] = []
 
     def publish_in_between() -> bool:
-        if fake.learners and not done:
+        if fake.stages and not done:
             done.append(publish(tmp_path / "store", other))
         return False
 

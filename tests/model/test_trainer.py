@@ -112,19 +112,33 @@ def test_a_listener_that_stops_the_run_finds_its_state_saved(tmp_path: Path) -> 
     config = replace(TOY, save_steps=1000, save_seconds=1000.0)
     lines: list[tuple[float, str]] = []
 
-    def stop_at_six(share: float, line: str) -> None:
+    def stop_at_five(share: float, line: str) -> None:
         lines.append((share, line))
-        if line.startswith("toy stage, step 6 "):
+        if line.startswith("toy stage, step 5 "):
             raise _StoppedError
 
     with pytest.raises(_StoppedError):
-        Trainer(Toy(), config, tmp_path, stop_at_six).run()
-    assert lines == [(3 / 20, "toy stage, step 3 of 20"), (6 / 20, "toy stage, step 6 of 20")]
+        Trainer(Toy(), config, tmp_path, stop_at_five).run()
+    assert lines == [(step / 20, f"toy stage, step {step} of 20") for step in range(1, 6)]
     toy = Toy()
     again = Trainer(toy, config, tmp_path)
-    assert again.progress.step == 6
+    assert again.progress.step == 5
     again.run()
     assert same(trained(config), toy)
+
+
+def test_validation_at_given_steps_and_at_the_end_changes_nothing(tmp_path: Path) -> None:
+    class Validated(Toy):
+        def validate(self, trainer: Trainer) -> dict[str, float]:
+            return {"held_out": trainer.measure(Draw(1, 10_000))["loss"]}
+
+    stage = Validated(noise=0.1)
+    run = Trainer(stage, replace(TOY, steps=10, log_steps=4, validate_steps=4), tmp_path)
+    run.run()
+    assert [line["step"] for line in run.history if "held_out" in line] == [4, 8, 10]
+    assert run.history[-1]["held_out"] == Trainer(stage, TOY).measure(Draw(1, 10_000))["loss"]
+    assert run.history[-1]["held_out"] != run.history[0]["held_out"]
+    assert same(stage, trained(replace(TOY, steps=10), noise=0.1))
 
 
 def test_a_result_that_was_not_written_is_written_by_the_next_start(tmp_path: Path) -> None:
@@ -170,6 +184,8 @@ def test_broken_losses_are_skipped_counted_and_end_the_run_when_they_do_not_end(
     assert once.history[-1]["skipped"] == 2
     with pytest.raises(TrainingError, match=r"3 steps on end, up to step 10; lower the learning rate"):
         Trainer(Toy(broken=range(7, 20)), replace(TOY, most_skips=3), tmp_path / "for good").run()
+    with pytest.raises(TrainingError, match=r"not finite in step 8; lower the learning rate"):
+        Trainer(Toy(broken=[7]), replace(TOY, most_skips=1), tmp_path / "first").run()
 
 
 def test_states_of_other_modules_and_releases_are_refused(tmp_path: Path) -> None:

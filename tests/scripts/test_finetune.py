@@ -32,8 +32,8 @@ def test_the_shipped_file_states_every_default(script: ModuleType) -> None:
 def test_the_command_line_wins_over_the_file(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\nmargin: 0.02\nreplay_cases: 5\ntrust_labels: true\n")
-    options = script.parse([*NEEDED, "--config", str(file), "--epochs", "4", "--minutes", "0"])
-    wanted = FinetuneConfig(epochs=4, minutes=0.0, margin=0.02, replay_cases=5, trust_labels=True)
+    options = script.parse([*NEEDED, "--config", str(file), "--epochs", "4", "--minutes", "0", "--device", "cuda"])
+    wanted = FinetuneConfig(epochs=4, minutes=0.0, device="cuda", margin=0.02, replay_cases=5, trust_labels=True)
     assert script.settings(options) == wanted
     assert script.settings(script.parse([*NEEDED, "--trust-labels"])) == replace(FinetuneConfig(), trust_labels=True)
 

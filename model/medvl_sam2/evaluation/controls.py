@@ -73,8 +73,8 @@ class _Control(ABC):
         transform = CanonicalTransform(volume.geometry)
         return Opened(transform.forward_array(volume.array), transform)
 
-    def segment(self, opened: Opened, prompt: Prompt) -> np.ndarray:
-        """Bool mask (I, J, K) on the stored grid for a cumulative prompt of stored voxels."""
+    def segment(self, opened: Opened, prompt: Prompt, name: str = "object") -> np.ndarray:
+        """Bool mask (I, J, K) on the stored grid for a cumulative prompt of stored voxels; ``name`` changes nothing."""
         transform = opened.transform
         points = transform.forward_points(np.asarray(prompt.points, dtype=np.float64).reshape(-1, 3))
         box = None if prompt.box is None else transform.forward_box(np.asarray(prompt.box, dtype=np.float64))

@@ -1,19 +1,17 @@
-"""Our own scores: overlap, surface agreement, curves over clicks, bootstrap intervals, findings and answers.
+"""Our own scores: overlap, curves over clicks, bootstrap intervals, findings and answers.
 
-The relatives' variants of the same scores stand in :mod:`medvl_sam2.evaluation.relatives`.
+The relatives' variants of the same scores stand in :mod:`medvl_sam2.evaluation.relatives`, surface Dice in
+:mod:`medvl_sam2.evaluation.surface`.
 """
 
 from __future__ import annotations
 
 import re
 import string
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from monai.metrics.surface_dice import compute_surface_dice
 
 from medvl_sam2.errors import DataError
 
@@ -47,33 +45,6 @@ def overlap(truth: np.ndarray, prediction: np.ndarray) -> Overlap:
 def dice(truth: np.ndarray, prediction: np.ndarray) -> float | None:
     """Dice of two bool arrays of one shape; None when both are empty, 0 when one is."""
     return overlap(truth, prediction).dice
-
-
-def surface_dice(
-    truth: np.ndarray, prediction: np.ndarray, spacing: tuple[float, float, float], tolerance_mm: float = 2.0
-) -> float | None:
-    """Normalised surface Dice of bool (Z, Y, X) arrays at a tolerance in mm; None when both are empty.
-
-    MONAI's implementation with sub-voxel surface areas (Nikolov et al., arXiv 1809.04430), on the common crop.
-    """
-    if truth.shape != prediction.shape:
-        raise DataError(f"prediction of shape {prediction.shape} does not fit the truth of shape {truth.shape}")
-    both = truth.astype(bool) | prediction.astype(bool)
-    if not both.any():
-        return None
-    if not truth.any() or not prediction.any():
-        return 0.0
-    where = np.argwhere(both)
-    crop = tuple(slice(int(low), int(high) + 1) for low, high in zip(where.min(0), where.max(0), strict=True))
-    # One voxel of background all round, so that a surface at the border of the crop stays a surface.
-    pair = [torch.from_numpy(np.pad(mask[crop].astype(np.uint8), 2))[None, None] for mask in (prediction, truth)]
-    with warnings.catch_warnings():
-        # MONAI 1.5 calls a function of its own with an argument it has deprecated.
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        value = compute_surface_dice(
-            pair[0], pair[1], [tolerance_mm], include_background=True, spacing=list(spacing), use_subvoxels=True
-        )
-    return float(value[0, 0])
 
 
 def area_under_clicks(dice_after_clicks: Sequence[float]) -> float:

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation.metrics import CLICKS_IN_AUC, area_under_clicks, dice, surface_dice
+from medvl_sam2.evaluation.metrics import CLICKS_IN_AUC, area_under_clicks, dice
+from medvl_sam2.evaluation.surface import surface_dice
 from medvl_sam2.geometry import CanonicalTransform
-from medvl_sam2.training.clicks import box_prompt, next_click
+from medvl_sam2.training.clicks import Click, box_prompt, next_click
 from medvl_sam2.types import Prompt, Segmentation, Volume
 
 
@@ -40,8 +41,8 @@ class Interactive(Protocol):
     def open(self, volume: Volume) -> Any:
         """A handle for one volume, shared by its objects."""
 
-    def segment(self, opened: Any, prompt: Prompt) -> np.ndarray:
-        """Bool mask (I, J, K) on the stored grid."""
+    def segment(self, opened: Any, prompt: Prompt, name: str = "object") -> np.ndarray:
+        """Bool mask (I, J, K) on the stored grid; ``name`` tells apart objects that are worked on in turn."""
 
 
 class PromptPredictor(Protocol):
@@ -65,9 +66,47 @@ class PredictorEngine:
         """A predictor session."""
         return self.predictor.open(volume)
 
-    def segment(self, opened: Any, prompt: Prompt) -> np.ndarray:
+    def segment(self, opened: Any, prompt: Prompt, name: str = "object") -> np.ndarray:
         """Bool mask (I, J, K)."""
-        return self.predictor.segment_prompt(opened, prompt).mask > 0
+        return self.predictor.segment_prompt(opened, prompt, name).mask > 0
+
+
+HUMAN_CORE = 0.5
+"""A human-like click lies anywhere at least this share of the error's greatest depth inside it."""
+
+
+class Annotator:
+    """Simulated annotator of one object: what it should be, and the prompts given so far.
+
+    ``target`` bool (Z, Y, X) and ``box`` (2, 3) are canonical; ``transform`` makes stored voxels of them. With
+    ``human`` a click is drawn from the deep half of the error instead of being put at its deepest voxel.
+    """
+
+    def __init__(
+        self,
+        target: np.ndarray,
+        transform: CanonicalTransform,
+        box: np.ndarray | None,
+        human: np.random.Generator | None = None,
+    ) -> None:
+        self.target = target
+        self.clicks: list[Click] = []
+        self._transform = transform
+        self._box = None if box is None else transform.inverse_box(box.astype(np.float64))
+        self._human = human
+
+    def correct(self, mask: np.ndarray | None) -> bool:
+        """Click into the largest error of a canonical mask (None: empty); False where nothing is left to correct."""
+        click = next_click(self.target, mask, self._human, 1.0 if self._human is None else HUMAN_CORE)
+        if click is not None:
+            self.clicks.append(click)
+        return click is not None
+
+    def prompt(self) -> Prompt:
+        """Everything said so far, in stored voxels."""
+        points = np.array([click.position for click in self.clicks], dtype=np.float64)
+        labels = np.array([click.label for click in self.clicks], dtype=np.int64)
+        return Prompt(self._transform.inverse_points(points), labels, self._box)
 
 
 @dataclass(frozen=True)
@@ -126,21 +165,15 @@ def run_object(
     target = np.ascontiguousarray(transform.forward_array(truth.astype(bool, copy=False)))
     if not target.any():
         raise DataError(f"structure {structure!r} is empty; choose structures that are present")
-    box = transform.inverse_box(box_prompt(target).astype(np.float64)) if setting is Setting.BOX else None
-    points: list[np.ndarray] = []
-    labels: list[int] = []
+    annotator = Annotator(target, transform, box_prompt(target) if setting is Setting.BOX else None)
     steps: list[Step] = []
     mask = None
     for placed in range(0 if setting is Setting.BOX else 1, clicks + 1):
-        if placed > 0:
-            click = next_click(target, mask)
-            if click is None:
-                # Nothing to correct: further clicks cannot be placed, so the score stands.
-                steps.append(Step(placed, steps[-1].dice, steps[-1].nsd, None))
-                continue
-            points.append(transform.inverse_points(np.array([click.position], dtype=np.float64))[0])
-            labels.append(click.label)
-        prompt = Prompt(np.array(points).reshape(-1, 3), np.array(labels, dtype=np.int64), box)
+        if placed > 0 and not annotator.correct(mask):
+            # Nothing to correct: further clicks cannot be placed, so the score stands.
+            steps.append(Step(placed, steps[-1].dice, steps[-1].nsd, None))
+            continue
+        prompt = annotator.prompt()
         started = time.perf_counter()
         stored = np.asarray(engine.segment(opened, prompt))
         seconds = time.perf_counter() - started

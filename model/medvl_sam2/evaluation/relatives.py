@@ -1,8 +1,8 @@
 """Mask scores as the relatives' published scripts compute them: for comparing with their tables, not for judging.
 
-Our own scores are hard Dice and surface Dice at 2 mm on the stored grid (:mod:`medvl_sam2.evaluation.metrics`). The
-variants differ from them in smoothing, in what an empty truth counts, and in the surface tolerance. Rules, read from
-the scripts named:
+Our own scores are hard Dice (:mod:`medvl_sam2.evaluation.metrics`) and surface Dice at 2 mm
+(:mod:`medvl_sam2.evaluation.surface`) on the stored grid. The variants differ from them in smoothing, in what an empty
+truth counts, and in the surface tolerance. Rules, read from the scripts named:
 
 * M3D (BAAI-DCAI/M3D ``Bench/eval/metrics.py``): soft Dice of probabilities, 1 added to the denominator only, so an
   empty truth scores 0 whatever is predicted. M3D computes it on a grid of 32x256x256.
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from medvl_sam2.errors import DataError
-from medvl_sam2.evaluation.metrics import Overlap, overlap, surface_dice
+from medvl_sam2.evaluation.metrics import Overlap, overlap
+from medvl_sam2.evaluation.surface import surface_dice
 
 TOTALSEGMENTATOR_TOLERANCE_MM = 3.0
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from medvl_sam2.evaluation.boxes import BoxScore, box_of, score_box
 from medvl_sam2.evaluation.cases import EvaluationCase
-from medvl_sam2.evaluation.metrics import Overlap, overlap, surface_dice
+from medvl_sam2.evaluation.metrics import Overlap, overlap
 from medvl_sam2.evaluation.relatives import totalsegmentator_surface_dice
+from medvl_sam2.evaluation.surface import surface_dice
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.synthesis.records import Referring
 from medvl_sam2.types import Segmentation, Volume

@@ -2,11 +2,14 @@
 
 1. Read the labels; patients go to training or hold-out, for ever (:mod:`~medvl_sam2.training.holdout`).
 2. Measure the served model on the hold-out and on generated cases.
-3. Train on the corrected labels, at least half of every batch on generated cases; save a state after each epoch.
+3. Train on the corrected labels, at least half of every batch on generated cases; an epoch ends with a saved state
+   and the loss on the hold-out.
 4. Measure the candidate in the same way; publish it if every gate lets it pass
    (:mod:`~medvl_sam2.training.finetune_gates`).
 
-What a gradient step is belongs to the :class:`Learner`; this file only decides what it sees and what becomes of it.
+What a gradient step is belongs to the :class:`FinetuneStage`, the loop to the
+:class:`~medvl_sam2.training.trainer.Trainer`; this file only decides what the stage sees and what becomes of it. Under
+``torchrun`` all processes train; the first one alone measures, tells and publishes.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from medvl_sam2.checkpoint import CheckpointMeta, publish, published_version, verify_checkpoint
 from medvl_sam2.errors import Cancelled, CheckpointError, DataError
@@ -33,12 +38,22 @@ from medvl_sam2.training.finetune_gates import (
     naming_gate,
     verdict,
 )
-from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample, Gate
-from medvl_sam2.training.finetune_run import FinetuneRun, RunState, fingerprint
+from medvl_sam2.training.finetune_records import (
+    FREE_SETTINGS,
+    FinetuneConfig,
+    FinetuneProgress,
+    FinetuneResult,
+    FinetuneSample,
+    Gate,
+)
+from medvl_sam2.training.finetune_run import FinetuneRun, fingerprint
 from medvl_sam2.training.finetune_samples import LoadedSample, load_samples
 from medvl_sam2.training.holdout import HoldoutSplit, assign_patients
 from medvl_sam2.training.measure import LabelledCase, Measurement, ServedPredictor, measure
-from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.run_settings import plain_settings
+from medvl_sam2.training.samples import LabelledVolume, volumes_digest
+from medvl_sam2.training.trainer import Stage, Trainer, TrainerConfig
 from medvl_sam2.vocabulary import CLASSES
 
 logger = logging.getLogger(__name__)
@@ -49,37 +64,49 @@ GATE_SEED = 1_900_000
 """Generated cases that forgetting is measured on start here; never trained on."""
 
 
-class Learner(Protocol):
-    """A model under training."""
+_WARMUP = 10
+"""Steps over which the learning rate rises."""
 
-    def begin(self, volumes: Sequence[LabelledVolume], weights: Sequence[float], seed: int) -> None:
-        """Draw from ``volumes`` with these sampling weights from now on; called once an epoch."""
 
-    def step(self) -> float:
-        """One gradient step; its loss."""
+@dataclass(frozen=True, eq=False)
+class FinetuneData:
+    """Volumes to train on with their sampling weights, and volumes of held-out patients to validate on."""
 
-    def save_state(self, folder: Path) -> None:
-        """Write all that :meth:`load_state` needs into an empty folder."""
+    volumes: Sequence[LabelledVolume]
+    weights: Sequence[float]
+    held_out: Sequence[LabelledVolume] = ()
 
-    def load_state(self, folder: Path) -> None:
-        """Go on from :meth:`save_state`."""
 
-    def export(self, directory: Path, meta: CheckpointMeta) -> None:
-        """Write the model as a checkpoint directory, replacing an earlier one."""
+class FinetuneStage(Stage):
+    """A model under finetuning."""
+
+    name, key = "finetuning", "finetune"
+
+    def __init__(self, config: FinetuneConfig, data: FinetuneData) -> None:
+        self.config, self.data = config, data
+
+    @abstractmethod
+    def export(self, directory: Path, meta: CheckpointMeta, weights: Mapping[str, Tensor]) -> None:
+        """Write the model with these :meth:`Trainer.weights` as a checkpoint directory, replacing an earlier one."""
+
+    def settings(self) -> dict[str, Any]:
+        """The finetuning's numbers and its volumes."""
+        plain = plain_settings(self.config, FREE_SETTINGS)
+        return {**plain, "volumes": volumes_digest(self.data.volumes, self.data.weights)}
 
 
 @dataclass(frozen=True)
 class FinetuneBackend:
     """The model code a finetuning runs on."""
 
-    learner: Callable[[Path, FinetuneConfig], Learner]
-    """From the base checkpoint and the settings."""
+    stage: Callable[[Path, FinetuneConfig, FinetuneData], FinetuneStage]
+    """From the base checkpoint, the settings and the data."""
     predictor: Callable[[Path], ServedPredictor]
     """From a checkpoint directory."""
     generate: Callable[[int], Case]
     """Generated case of a seed."""
     replay_volume: Callable[[Case], LabelledVolume]
-    """A generated case as the learner sees it."""
+    """A generated case as the stage sees it."""
 
 
 def run_finetune(
@@ -93,21 +120,31 @@ def run_finetune(
 ) -> FinetuneResult:
     """Finetune the served checkpoint ``base`` and publish the outcome into ``store`` if it is better.
 
-    ``should_stop`` is asked between steps; a stopped or killed run is resumed by the next call on the same inputs.
+    ``should_stop`` is asked between steps; a stopped run goes on after its last step, a killed one after its last saved
+    state, by the next call on the same inputs.
 
     Raises:
         DataError: no label can be used, or another finetuning runs in this store.
-        CheckpointError: ``base`` is damaged.
+        CheckpointError: ``base`` is damaged, or the run to go on with was begun otherwise.
+        TrainingError: the loss is not finite.
     """
     store = Path(store)
     store.mkdir(parents=True, exist_ok=True)
+    with _alone(store, Ranks.join(config.device)):
+        return _Finetuning(config, samples, Path(base), store, progress, should_stop, backend).run()
+
+
+@contextmanager
+def _alone(store: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other finetunings out of ``store``; the first process does so for all."""
     lock = FileLock(store / "finetune.lock")
     try:
-        lock.acquire(timeout=0)
+        if ranks.first:
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise DataError(f"a finetuning is running in {store} already; wait for it or stop it first") from error
     try:
-        return _Finetuning(config, samples, Path(base), store, progress, should_stop, backend).run()
+        yield
     finally:
         lock.release()
 
@@ -128,6 +165,7 @@ class _Finetuning:
         self.config, self.base, self.store, self.backend = config, base, store, backend
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
+        self.ranks = Ranks.join(config.device)
         self.meta = verify_checkpoint(base)
         self.version = published_version(store)
         loaded, self.skipped = load_samples(samples)
@@ -135,18 +173,27 @@ class _Finetuning:
         self.split = assign_patients(store / "holdout.json", patients, config.holdout_fraction)
         self.train, self.holdout = self._sides(loaded, self.split)
         mark, record = fingerprint(config, loaded, self.split, self.meta.sha256)
+        if not self.ranks.first:
+            self.ranks.wait()  # for the folder that the first process makes
         self.run_folder = FinetuneRun.open(store, mark, record)
-        self.resumed = self.run_folder.resumed
+        if self.ranks.first:
+            self.ranks.wait()
+        self.trainer: Trainer | None = None
+        self.resumed = False
         self._best: float | None = None
 
     def run(self) -> FinetuneResult:
         """All steps; a stop in between ends in a result that says so."""
         try:
-            served_holdout, served_generated = self._measure_served()
-            learner = self._train()
-            self._check()
+            stage, trainer = self._prepare()
+            if self.ranks.first:
+                served_holdout, served_generated = self._measure_served()
+            trainer.run()
+            weights = trainer.weights()
+            if not self.ranks.first:
+                return self._result("trained along with the first process, which measures and publishes")
             candidate = self.run_folder.path / "candidate"
-            learner.export(candidate, self._candidate_meta())
+            stage.export(candidate, self._candidate_meta(), weights)
             holdout, generated = self._measure(candidate, "candidate")
         except Cancelled as stop:
             return self._result(str(stop), stopped=True)
@@ -164,7 +211,7 @@ class _Finetuning:
             self._result(verdict(gates)), published=published, gates=tuple(gates), served=before, candidate=after
         )
         self.run_folder.finish(result)
-        self._tell("done", self.run_folder.state().epoch, message=result.reason)
+        self._tell("done", message=result.reason)
         return result
 
     def _sides(
@@ -198,7 +245,7 @@ class _Finetuning:
 
     def _measure(self, checkpoint: Path, who: str) -> tuple[Measurement | None, Measurement]:
         """Scores on the hold-out (None without one) and on generated cases."""
-        self._tell("measure", self.run_folder.state().epoch, message=f"measuring the {who} model")
+        self._tell("measure", message=f"measuring the {who} model")
         predictor = self.backend.predictor(checkpoint)
         holdout = self._score(predictor, [one.case for one in self.holdout]) if self.holdout else None
         cases = [generated_case(self.backend.generate(GATE_SEED + n)) for n in range(self.config.gate_cases)]
@@ -235,42 +282,29 @@ class _Finetuning:
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def _train(self) -> Learner:
-        """Train from wherever the last attempt stopped; returns the trained learner."""
-        config, run = self.config, self.run_folder
-        learner = self.backend.learner(self.base, config)
-        state = run.state()
-        if state.folder is not None:
-            learner.load_state(run.path / state.folder)
-        volumes, weights = self._training_set()
-        while state.epoch < config.epochs and not self._over(state.seconds):
-            begun = time.monotonic()
-            learner.begin(volumes, weights, config.seed * 1000 + state.epoch)
-            losses = []
-            for _ in range(config.steps_per_epoch):
-                self._check()
-                losses.append(float(learner.step()))
-                if self._over(state.seconds + time.monotonic() - begun):
-                    break
-            loss = float(np.mean(losses))
-            if not np.isfinite(loss):
-                raise DataError(
-                    f"the loss is {loss} in epoch {state.epoch + 1}; lower learning_rate or check the labels"
-                )
-            epoch = state.epoch + 1
-            folder = run.new_state_folder(epoch)
-            learner.save_state(folder)
-            seconds = state.seconds + time.monotonic() - begun
-            state = RunState(epoch, folder.name, seconds, (*state.losses, loss))
-            run.commit(state)
-            run.log(epoch=epoch, loss=loss, seconds=seconds)
-            self._tell("train", epoch, loss=loss)
-        return learner
+    def _prepare(self) -> tuple[FinetuneStage, Trainer]:
+        """The stage and its loop, at wherever the last attempt stopped."""
+        config = self.config
+        stage = self.backend.stage(self.base, config, self._data())
+        loop = TrainerConfig(
+            steps=config.epochs * config.steps_per_epoch, minutes=config.minutes, schedule="constant", warmup=_WARMUP,
+            accumulate=config.accumulate, betas=(0.9, 0.999), precision=config.precision,
+            checkpointing=config.checkpointing, save_steps=config.steps_per_epoch, log_steps=config.steps_per_epoch,
+            validate_steps=config.steps_per_epoch, most_skips=1, parallel=config.parallel, device=config.device,
+            seed=config.seed, tensorboard=config.tensorboard, mlflow=config.mlflow,
+        )  # fmt: skip
+        self.trainer = Trainer(stage, loop, self.run_folder.path, self._watch, log=self.run_folder.METRICS)
+        self.resumed = self.trainer.progress.step > 0
+        return stage, self.trainer
 
-    def _over(self, seconds: float) -> bool:
-        return self.config.minutes > 0 and seconds >= self.config.minutes * 60
+    def _watch(self, share: float, line: str) -> None:
+        """Called by the trainer after every step."""
+        assert self.trainer is not None
+        if self.trainer.over or self.trainer.progress.step % self.config.steps_per_epoch == 0:
+            self._tell("train", loss=self._loss)
+        self._check()
 
-    def _training_set(self) -> tuple[list[LabelledVolume], list[float]]:
+    def _data(self) -> FinetuneData:
         """Corrected volumes and replayed generated ones, with sampling weights that keep the replay share."""
         share, count = self.config.replay_share, self.config.replay_cases
         corrected = [one.volume() for one in self.train]
@@ -279,19 +313,18 @@ class _Finetuning:
             self._check()
             replay.append(self.backend.replay_volume(self.backend.generate(REPLAY_SEED + number)))
         weights = [(1 - share) / len(corrected)] * len(corrected) + [share / count] * count
-        return [*corrected, *replay], weights
+        return FinetuneData([*corrected, *replay], weights, [one.volume() for one in self.holdout])
 
     # --- telling ------------------------------------------------------------------------------------------------------
 
     def _candidate_meta(self) -> CheckpointMeta:
         patients = len({one.sample.patient for one in self.train})
-        state = self.run_folder.state()
         note = f" Finetuned on corrected labels of {len(self.train)} images of {patients} patients."
         return CheckpointMeta(
             name=self.meta.name,
             version=f"candidate-{self.run_folder.path.name}",
             notice=self.meta.notice.split(" Finetuned on corrected labels")[0] + note,
-            metrics={"epochs": float(state.epoch), "loss": state.losses[-1] if state.losses else 0.0},
+            metrics={"epochs": float(self._epoch), "loss": self._loss or 0.0},
             parent=self.meta.version,
         )
 
@@ -301,19 +334,29 @@ class _Finetuning:
             reason=reason,
             stopped=stopped,
             resumed=self.resumed,
-            epochs=self.run_folder.state().epoch,
+            epochs=self._epoch,
             skipped=tuple(self.skipped),
             seconds=time.monotonic() - self._started,
         )
 
-    def _tell(self, stage: str, epoch: int, loss: float | None = None, message: str = "") -> None:
-        seconds = time.monotonic() - self._started
-        logger.info("%s: epoch %d of %d, loss %s %s", stage, epoch, self.config.epochs, loss, message)
-        self._progress(FinetuneProgress(stage, epoch, self.config.epochs, loss, self._best, seconds, message))
+    @property
+    def _epoch(self) -> int:
+        """Epochs begun."""
+        return 0 if self.trainer is None else -(-self.trainer.progress.step // self.config.steps_per_epoch)
+
+    @property
+    def _loss(self) -> float | None:
+        """Mean loss of the last epoch in the log."""
+        return self.trainer.history[-1]["loss"] if self.trainer is not None and self.trainer.history else None
+
+    def _tell(self, stage: str, loss: float | None = None, message: str = "") -> None:
+        epoch, epochs, seconds = self._epoch, self.config.epochs, time.monotonic() - self._started
+        logger.info("%s: epoch %d of %d, loss %s %s", stage, epoch, epochs, loss, message)
+        self._progress(FinetuneProgress(stage, epoch, epochs, loss, self._best, seconds, message))
 
     def _check(self) -> None:
         if self._should_stop():
-            raise Cancelled("stopped; the next finetuning on the same labels goes on after the last finished epoch")
+            raise Cancelled("stopped; the next finetuning on the same labels goes on after the last step")
 
 
 def generated_case(case: Case) -> LabelledCase:

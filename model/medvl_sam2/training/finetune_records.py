@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.training.precision import Precision
+from medvl_sam2.training.ranks import Parallel
+
+FREE_SETTINGS = ("accumulate", "checkpointing", "parallel", "device", "tensorboard", "mlflow")
+"""How a finetuning is shared, computed and watched; an interrupted one may go on with others.
+
+Micro-batches of all processes together must stay as many.
+"""
 
 
 @dataclass(frozen=True)
@@ -16,8 +24,21 @@ class FinetuneConfig:
     epochs: int = 8
     steps_per_epoch: int = 30
     minutes: float = 10.0
-    """Wall minutes of training (measuring not counted); the step that passes it is the last. 0: no limit."""
+    """Wall minutes of training, those of interrupted attempts too, measuring not; the step that passes it is the last.
+
+    0: no limit.
+    """
     learning_rate: float = 1e-4
+    accumulate: int = 1
+    """Micro-batches per step and process."""
+    precision: Precision = "auto"
+    checkpointing: bool = False
+    """Compute the language model's activations again in the backward pass: less memory, more time."""
+    parallel: Parallel = "ddp"
+    device: str = "cpu"
+    tensorboard: bool = False
+    mlflow: str = ""
+    """Tracking URI, such as ``sqlite:///mlflow.db``; empty: none."""
     replay_share: float = 0.5
     """Share of training rows drawn from generated cases against forgetting; at least 0.5."""
     replay_cases: int = 12
@@ -41,8 +62,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict themselves."""
-        least = {"epochs": 1, "steps_per_epoch": 1, "replay_cases": 1, "clicks": 0, "objects": 1, "gate_cases": 1}
-        for name, low in least.items():
+        counts = ("epochs", "steps_per_epoch", "accumulate", "replay_cases", "objects", "gate_cases")
+        for name, low in {**dict.fromkeys(counts, 1), "clicks": 0}.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least {low}")
         if not 0.5 <= self.replay_share < 1.0:
@@ -71,7 +92,10 @@ class FinetuneSample:
 
 @dataclass(frozen=True)
 class FinetuneProgress:
-    """Where a finetuning stands. ``best_metric``: best hold-out score so far, 0..1, of what is or would be served."""
+    """Where a finetuning stands. ``epoch``: how many were begun.
+
+    ``best_metric``: best hold-out score so far, 0..1, of what is or would be served.
+    """
 
     stage: str
     """``measure``, ``train`` or ``done``."""

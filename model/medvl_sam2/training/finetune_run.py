@@ -1,13 +1,12 @@
-"""The folder of one finetuning: its settings, figures and a state to resume from.
+"""The folder of one finetuning: its settings, figures and what an interrupted one goes on from.
 
 ::
 
     <store>/runs/<time>-<fingerprint>/
         config.json      settings, inputs, versions
-        metrics.jsonl    one line an epoch, one a measurement
+        metrics.jsonl    the trainer's log, one line an epoch, and one line a measurement
         served.json      scores of the served model (not measured twice when resumed)
-        state.json       finished epochs and the name of the state folder that belongs to them
-        state-<epoch>/   whatever the learner needs to go on
+        finetune_resume.safetensors    the trainer's state
         candidate/       the checkpoint that was trained
         result.json      how it ended; a run without it was interrupted
 
@@ -20,35 +19,25 @@ import dataclasses
 import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medvl_sam2.errors import DataError
 from medvl_sam2.files import file_sha256, write_json_atomically
-from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneResult
+from medvl_sam2.training.finetune_records import FREE_SETTINGS, FinetuneConfig, FinetuneResult
 from medvl_sam2.training.finetune_samples import LoadedSample
 from medvl_sam2.training.holdout import HoldoutSplit
 from medvl_sam2.training.measure import Measurement, Naming, Score
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Finished epochs, the state folder written after the last of them, and training seconds so far."""
-
-    epoch: int = 0
-    folder: str | None = None
-    seconds: float = 0.0
-    losses: tuple[float, ...] = ()
+from medvl_sam2.training.run_settings import plain_settings
 
 
 class FinetuneRun:
     """Reads and writes one run folder. Everything is on disk before it is relied upon."""
+
+    METRICS = "metrics.jsonl"
 
     def __init__(self, path: Path) -> None:
         """Use :meth:`open`, which finds or makes the folder."""
@@ -71,42 +60,9 @@ class FinetuneRun:
         write_json_atomically(path / "config.json", {**record, "fingerprint": fingerprint, "versions": versions})
         return cls(path)
 
-    @property
-    def resumed(self) -> bool:
-        """True when an earlier, interrupted attempt left something to go on from."""
-        return self.state().epoch > 0
-
-    def state(self) -> RunState:
-        """The last complete state; :class:`DataError` when its files are damaged."""
-        path = self.path / "state.json"
-        if not path.exists():
-            return RunState()
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            state = RunState(int(data["epoch"]), data["folder"], float(data["seconds"]), tuple(data["losses"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is damaged ({error!r}); delete the run folder {self.path} to begin anew"
-            ) from error
-        return state
-
-    def new_state_folder(self, epoch: int) -> Path:
-        """An empty folder for the learner's state after ``epoch``; it counts only after :meth:`commit`."""
-        folder = self.path / f"state-{epoch}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder
-
-    def commit(self, state: RunState) -> None:
-        """Make ``state`` the one to resume from and drop older folders."""
-        write_json_atomically(self.path / "state.json", dataclasses.asdict(state))
-        for folder in self.path.glob("state-*"):
-            if folder.name != state.folder:
-                shutil.rmtree(folder, ignore_errors=True)
-
     def log(self, **figures: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.path / self.METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
     def served(self) -> tuple[Measurement | None, Measurement] | None:
@@ -129,8 +85,8 @@ class FinetuneRun:
         plain["run"] = result.run.name
         plain["published"] = None if result.published is None else result.published.name
         write_json_atomically(self.path / "result.json", plain)
-        for folder in self.path.glob("state-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for state in self.path.glob("*_resume.safetensors"):
+            state.unlink()
 
 
 def fingerprint(
@@ -147,8 +103,9 @@ def fingerprint(
         }
         for one in sorted(loaded, key=lambda one: one.sample.id)
     ]
-    record = {"config": dataclasses.asdict(config), "inputs": inputs, "base_sha256": base_sha256}
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest(), record
+    decided = {"config": plain_settings(config, FREE_SETTINGS), "inputs": inputs, "base_sha256": base_sha256}
+    mark = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+    return mark, {**decided, "config": plain_settings(config)}
 
 
 def _content(path: Path) -> str:

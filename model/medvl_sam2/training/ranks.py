@@ -9,6 +9,7 @@ import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, cast
 
 import torch
@@ -19,6 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 Parallel = Literal["ddp", "fsdp"]
+
+_PATIENCE = timedelta(hours=12)
+"""How long processes wait for the first one, which measures alone; ``torchrun`` ends them when one has died."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Ranks:
             cuda = torch.device(device).type == "cuda"
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
             atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
@@ -75,9 +79,11 @@ class Ranks:
             return module
         if parallel == "ddp":
             return DistributedDataParallel(module, find_unused_parameters=True)
+        # FSDP cannot cut a single number; one that is trained it refuses, as processes would part company.
+        numbers = {p for p in module.parameters() if p.dim() == 0 and not p.requires_grad}
         for part in shards:
-            fully_shard(part)
-        fully_shard(module)
+            fully_shard(part, ignored_params=numbers)
+        fully_shard(module, ignored_params=numbers)
         return module
 
 

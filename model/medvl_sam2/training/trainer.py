@@ -34,7 +34,7 @@ _BINDING = ("schedule", "warmup", "clip", "betas", "precision", "seed")
 """Settings of the loop that a run keeps when it goes on; budget, device, sharing and logs may change."""
 
 ReportProgress = Callable[[float, str], None]
-"""Receives the share done and a line of text; may raise to stop, the state is saved first."""
+"""Receives the share done and a line of text after every step; may raise to stop, the state is saved first."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class TrainerConfig:
     """Save every so many steps; 0: by the clock only."""
     save_seconds: float = 120.0
     log_steps: int = 25
+    validate_steps: int = 0
+    """Ask for :meth:`Stage.validate` every so many steps and at the end; 0: never."""
     most_skips: int = 5
-    """So many steps on end whose loss is not finite end the training."""
+    """So many steps on end whose loss is not finite end the training; 1: the first one does."""
     parallel: Parallel = "ddp"
     device: str = "cpu"
     seed: int = 0
@@ -134,6 +136,10 @@ class Stage(ABC):
     def shards(self) -> Sequence[nn.Module]:
         """Parts that are only used through their forward pass, which FSDP gathers one at a time."""
         return ()
+
+    def validate(self, trainer: Trainer) -> Mapping[str, float]:
+        """Figures of held-out data for the log, by :meth:`Trainer.measure`; called in every process."""
+        return {}
 
     def saved(self, trainer: Trainer) -> None:  # noqa: B027 - most stages have nothing else to write
         """Called in every process after each save; writes what others read."""
@@ -214,14 +220,21 @@ class Trainer:
             while not self.over:
                 self._step()
                 bar.update(self._shown() - bar.n)
-                logged = self.progress.step % self.config.log_steps == 0 or self.over
-                if logged:
+                if self._at(self.config.validate_steps):
+                    for name, value in self.stage.validate(self).items():
+                        self._count(name, value)
+                if self._at(self.config.log_steps):
                     bar.set_postfix({name: f"{value:.3f}" for name, value in self._write_figures().items()})
                 if self.over or self._due():
                     self.save()
-                if logged:
-                    self._report()
+                self._report()
         return self.progress
+
+    @torch.no_grad()
+    def measure(self, draw: Draw) -> dict[str, float]:
+        """Loss and figures of ``draw``, which nothing is learned from; under FSDP every process must ask for them."""
+        loss, figures = self._forward(draw)
+        return {"loss": loss.item(), **figures}
 
     def weights(self) -> dict[str, Tensor]:
         """The stage's whole state dict on the CPU; under FSDP every process must ask for it."""
@@ -263,9 +276,10 @@ class Trainer:
         progress.step += 1
         progress.seconds += self.ranks.from_first(time.monotonic() - begun)
         if progress.skipped_on_end >= config.most_skips:
+            before = f"{progress.skipped_on_end} steps on end, up to " if config.most_skips > 1 else ""
             raise TrainingError(
-                f"{self.stage.name}: loss or gradient was not finite in {progress.skipped_on_end} steps on end, up to "
-                f"step {progress.step}; lower the learning rate, compute in float32, or look for broken cases"
+                f"{self.stage.name}: loss or gradient was not finite in {before}step {progress.step}; "
+                "lower the learning rate, compute in float32, or look for broken cases"
             )
 
     def _micro_batch(self, number: int) -> float:
@@ -278,14 +292,18 @@ class Trainer:
             config.accumulate * ranks.world,
             self.share,
         )
-        torch.manual_seed(int(draw.rng(purpose=1).integers(2**62)))
         with self._summing(last=number == config.accumulate - 1):
-            with autocast(config.device, config.precision):
-                loss, figures = self._shared(draw)
+            loss, figures = self._forward(draw)
             (loss / config.accumulate).backward()
         for name, value in figures.items():
             self._count(name, value)
         return loss.item() / config.accumulate
+
+    def _forward(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        torch.manual_seed(int(draw.rng(purpose=1).integers(2**62)))
+        with autocast(self.config.device, self.config.precision):
+            loss, figures = self._shared(draw)
+        return loss, figures
 
     def _summing(self, last: bool) -> AbstractContextManager[Any]:
         """Only the last micro-batch of a step is shared between processes (FSDP shares each: its sums are sharded)."""
@@ -306,14 +324,17 @@ class Trainer:
         self.log.write(self.progress.step, figures)
         return figures
 
+    def _at(self, every: int) -> bool:
+        """Whether something that is done ``every`` so many steps (0: never) and at the end is done now."""
+        return every > 0 and (self.progress.step % every == 0 or self.over)
+
     def _due(self) -> bool:
-        steps = self.config.save_steps
-        return bool(steps and self.progress.step % steps == 0) or (
+        return self._at(self.config.save_steps) or (
             self.progress.seconds - self._saved_seconds >= self.config.save_seconds
         )
 
     def _report(self) -> None:
-        """Tell how far the training is. If the listener stops it, every process saves and stops."""
+        """Tell how far the training is, after every step. If the listener stops it, every process saves and stops."""
         listener = self._report_progress if self.ranks.first else None
         stopped = listener is not None
         try:

@@ -1,7 +1,7 @@
 """The train task ``medvl_sam2``: a request becomes a finetuning, its progress what both clients show.
 
 Runs in a process of its own. MONAI Label stops it by killing it; the next training on the same labels goes on after
-the last finished epoch.
+the last saved state.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class FinetuneTask(TrainTask):
 
 def load_backend() -> FinetuneBackend:
     """The model code to train with."""
-    from medvl_sam2.training.finetune_learner import default_backend  # loads the language model's library
+    from medvl_sam2.training.finetune_stage import default_backend  # loads the language model's library
 
     return default_backend()
 
