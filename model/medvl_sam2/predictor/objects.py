@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -50,6 +51,20 @@ class ObjectState:
     start: int = 0
     """The slice the propagation started from."""
     score: float = 0.0
+    before: ObjectState | None = field(default=None, repr=False, compare=False)
+    """The state before the last click, so that taking it back costs nothing. It shares every slice left as it was."""
+
+    def fork(self) -> ObjectState:
+        """A state to change by one click, which leaves this one as it is."""
+        memory = ObjectMemory(dict(self.memory.conditioning))
+        return replace(self, logits=dict(self.logits), memory=memory, clicks=list(self.clicks), before=self)
+
+    def history(self) -> Iterator[ObjectState]:
+        """This state and all before it, newest first."""
+        state: ObjectState | None = self
+        while state is not None:
+            yield state
+            state = state.before
 
     def logits_at(self, z: int) -> Tensor:
         """Logits (h, h) of slice ``z``: decoded, interpolated, or all outside."""

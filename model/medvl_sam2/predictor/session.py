@@ -52,9 +52,13 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Approximate memory held: image, encoded slices, image tokens and the scene's maps."""
-        stacks = [s.stack for s in self.objects.values()] + ([self.whole] if self.whole is not None else [])
-        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks)
+        """Approximate memory held: image, encoded and decoded slices, image tokens and the scene's maps."""
+        states = [state for newest in self.objects.values() for state in newest.history()]
+        stacks = {
+            id(stack): stack for stack in [s.stack for s in states] + ([self.whole] if self.whole is not None else [])
+        }
+        logits = {id(values): values.nbytes for state in states for values in state.logits.values()}
+        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values()) + sum(logits.values())
         if self.look is not None:
             held += self.look.tokens.nbytes
             held += self.look.elements.maps.nbytes if self.look.elements is not None else 0
