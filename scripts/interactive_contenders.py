@@ -210,7 +210,6 @@ def measure(name: str, folder: Path, image: Path, clicks: Clicks, image_size: in
 
     Meant for a process of its own. ``folder`` is the contender's, with what :func:`fair_weights` wrote.
     """
-    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(threads)
     contender = CONTENDERS[name](folder, image, image_size, seed)
     out = folder / "mask.nii.gz"

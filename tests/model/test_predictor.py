@@ -81,6 +81,8 @@ def test_going_back_needs_no_network_and_going_forth_again_is_bit_equal(
     placed = ((15, 20, 9, 1), (18, 22, 11, 1), (4, 30, 8, 0), (16, 19, 9, 0), (38, 2, 3, 1))  # the last widens
     session = predictor.open(study[0])
     masks = [predictor.segment_prompt(session, clicks(*placed[:n])).mask for n in range(1, 6)]
+    for state in session.objects["object"].history():
+        assert np.array_equal(state.mask(), replace(state, pasted={}).mask())  # what is not pasted anew is as good
     held = session.bytes
     with monkeypatch.context() as no_network:
         no_network.setattr(predictor.model.segmenter, "encode", None)

@@ -58,7 +58,9 @@ class Session:
             id(stack): stack for stack in [s.stack for s in states] + ([self.whole] if self.whole is not None else [])
         }
         logits = {id(values): values.nbytes for state in states for values in state.logits.values()}
-        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values()) + sum(logits.values())
+        pasted = {id(plane): plane.inside.nbytes for state in states for plane in state.pasted.values()}
+        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values())
+        held += sum(logits.values()) + sum(pasted.values())
         if self.look is not None:
             held += self.look.tokens.nbytes
             held += self.look.elements.maps.nbytes if self.look.elements is not None else 0
