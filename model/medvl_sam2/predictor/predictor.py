@@ -110,10 +110,9 @@ class Predictor:
         with self._lock:
             state = self._interactive_state(session, prompt, name)
             session.objects[name] = state
+            # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
             mask = session.transform.inverse_array(state.mask()).astype(np.uint8)
-        return Segmentation(
-            np.ascontiguousarray(mask), session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))}
-        )
+        return Segmentation(mask, session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
 
     def _interactive_state(self, session: Session, prompt: Prompt, name: str) -> ObjectState:
         clicks = _canonical_clicks(session, prompt)
