@@ -86,6 +86,9 @@ class SceneConfig:
     """Probability above which a cell belongs to a lesion. The map is trained with heavy positives, so half is too
     eager: on 40 held-out cases 0.5 found 30 of 45 lesions and invented 24, 0.7 without specks found 27 and invented
     11."""
+    judge: bool = False
+    """Judge the kind of a lesion from all its measurements instead of the map's shares alone, and say kind and organ in
+    the language model's own words; checkpoints before demo-4 do neither."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class ModelConfig:
         """The shipped preset with the shipped vocabulary."""
         from medvl_sam2.vocabulary import CLASSES
 
-        return cls(classes=CLASSES)
+        return cls(scene=SceneConfig(judge=True), classes=CLASSES)
 
     def to_json(self) -> str:
         """Serialise by field name."""

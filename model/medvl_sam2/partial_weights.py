@@ -38,12 +38,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_part(
-    module: nn.Module, weights: Mapping[str, Tensor], source: Path, prefix: str = "", parts: Sequence[str] = ("",)
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    prefix: str = "",
+    parts: Sequence[str] = ("",),
+    optional: Sequence[str] = (),
 ) -> None:
     """Copy the ``weights`` called ``prefix`` and a name of ``module`` into it; ``source`` names them in messages.
 
-    ``parts``: beginnings of the own names that are wanted; all others stay. Of weights that share memory, as a tied
-    output layer, one name is enough.
+    ``parts``: beginnings of the own names that are wanted; all others stay. ``optional``: beginnings of names that stay
+    where the source has none of that beginning. Of weights that share memory, as a tied output layer, one name is
+    enough.
 
     Raises:
         CheckpointError: a wanted weight is missing or of another shape, or one of these parts is unknown here. Nothing
@@ -54,7 +60,9 @@ def load_part(
     needed = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
     found = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     found = {name: tensor for name, tensor in found.items() if name.startswith(chosen)}
-    odd = sorted((needed & set(own)) - set(found)) + sorted(set(found) - set(own))
+    absent = tuple(beginning for beginning in optional if not any(name.startswith(beginning) for name in found))
+    missing = {name for name in needed & set(own) if not name.startswith(absent)} - set(found)
+    odd = sorted(missing) + sorted(set(found) - set(own))
     odd += [name for name in own if name in found and own[name].shape != found[name].shape]
     if odd:
         raise CheckpointError(f"{source} does not fit this model at {odd[0]!r}; start from weights of this preset")

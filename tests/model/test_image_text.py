@@ -26,7 +26,7 @@ from medvl_sam2.modeling.unified import language_view
 from medvl_sam2.partial_weights import load_encoder, load_image_text, load_part, read_weights
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.synthesis import generate_case
-from medvl_sam2.training.language_phase import load_language
+from medvl_sam2.training.language_weights import load_language
 from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import from_case

@@ -24,9 +24,9 @@ from medvl_sam2.training.language_metrics import closed_correct, language_scores
 from medvl_sam2.training.language_phase import (
     LanguagePhaseConfig,
     LanguageTrainer,
-    model_state,
     train_language,
 )
+from medvl_sam2.training.language_weights import model_state
 from medvl_sam2.training.volume_sources import LESION_RICH
 from medvl_sam2.vocabulary import CLASSES
 

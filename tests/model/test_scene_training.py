@@ -19,7 +19,7 @@ from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.language_heads import cell_loss
-from medvl_sam2.training.language_phase import load_language, load_scene
+from medvl_sam2.training.language_weights import load_language, load_scene
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig, scene_scores
 from medvl_sam2.training.scene_samples import SceneSampler, ViewConfig

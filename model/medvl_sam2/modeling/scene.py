@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.lesion_judge import LesionJudge, LesionWords
 from medvl_sam2.modeling.scene_facts import LESION_FEATURES, ORGAN_FEATURES, SceneFacts, measure_scene
 
 _CELL_CHANNELS = 3
@@ -71,6 +72,8 @@ class SceneReader(nn.Module):
         for last in (self.organ_head[-1], self.lesion_head[-1]):
             nn.init.constant_(cast(Tensor, last.bias), -3.0)
         self.register_buffer("position", _positions(self.grids[0]), persistent=False)
+        self.judge = LesionJudge(self.organs, len(scene.kinds)) if scene.judge else None
+        self.words = LesionWords(self.organs, len(scene.kinds), hidden) if scene.judge else None
         self.organ_token = _embedding(ORGAN_FEATURES, hidden)
         self.lesion_token = _embedding(LESION_FEATURES + self.organs, hidden)
         self.slots = nn.Parameter(torch.randn(self.organs + scene.lesions, hidden) * _SLOT_SCALE)
@@ -137,8 +140,9 @@ class SceneReader(nn.Module):
         return near[:, :, wanted.start - around.start : wanted.stop - around.start]
 
     def map_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the dense map, without the token embeddings."""
-        tokens = {id(p) for part in (self.organ_token, self.lesion_token) for p in part.parameters()}
+        """Parameters of the dense map and of the judge, which is fitted, not trained; not the token embeddings."""
+        embedders = [part for part in (self.organ_token, self.lesion_token, self.words) if part is not None]
+        tokens = {id(p) for part in embedders for p in part.parameters()}
         return [p for p in self.parameters() if id(p) not in tokens and p is not self.slots]
 
     @torch.no_grad()
@@ -149,8 +153,11 @@ class SceneReader(nn.Module):
 
     def embed(self, facts: SceneFacts) -> Tensor:
         """Image tokens (B, organs + lesions, hidden)."""
-        tokens = torch.cat([self.organ_token(facts.organs), self.lesion_token(facts.lesions)], dim=1)
-        return tokens + self.slots
+        lesions = facts.lesions if self.judge is None else self.judge(facts.lesions)
+        lesion_tokens = self.lesion_token(lesions)
+        if self.words is not None:
+            lesion_tokens = lesion_tokens + self.words(lesions)
+        return torch.cat([self.organ_token(facts.organs), lesion_tokens], dim=1) + self.slots
 
 
 def _conv(inputs: int, outputs: int) -> nn.Sequential:

@@ -12,6 +12,8 @@ from torch import Tensor
 ORGAN_FEATURES = 14
 LESION_FEATURES = 20
 """Without the shares of the host organs, which follow."""
+LESION_KINDS_AT = 14
+"""Column of a lesion's first kind."""
 _REFERENCE_MM = 300.0
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 _LEAST_CELLS = 3.0

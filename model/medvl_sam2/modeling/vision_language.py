@@ -111,6 +111,11 @@ class VisionLanguage(nn.Module):
         """Reply and end mark as ids."""
         return [*self.tokenizer.encode_reply(self.config.language.reply_start + reply), self.tokenizer.eos_id]
 
+    def word_embedding(self, text: str) -> Tensor:
+        """Mean input embedding (hidden,) of a text as it stands within a sentence."""
+        ids = torch.tensor(self.tokenizer.encode(" " + text), device=self.lm.device)
+        return cast(Tensor, self.lm.get_input_embeddings()(ids).mean(dim=0))
+
     def embed(self, image_tokens: Tensor, input_ids: Tensor) -> Tensor:
         """Input embeddings (B, L, hidden) with the ``<im_patch>`` slots replaced.
 

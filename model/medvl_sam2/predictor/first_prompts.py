@@ -20,7 +20,7 @@ from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
 from medvl_sam2.predictor.places import MatchRule, Part, agreement, element_in_box, elements_at, place_on_slices
 from medvl_sam2.predictor.propagation import propagate
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
-from medvl_sam2.region_assist import IntensityRule, grown_at_click, grown_in_box
+from medvl_sam2.region_assist import GROW_BRUSH, IntensityRule, grown_at_click, grown_in_box
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class InteractiveConfig:
     scene_weight: float = 0.25
     """Share of the scene's map in the first logits, where the first prompt means an element of the scene."""
     match: MatchRule = field(default_factory=MatchRule)
-    assist_rule: IntensityRule = field(default_factory=IntensityRule)
+    assist_rule: IntensityRule = field(
+        default_factory=lambda: IntensityRule(brush=replace(GROW_BRUSH, depth_share=1.0))
+    )
 
 
 class FirstPrompts:
@@ -128,6 +130,7 @@ class FirstPrompts:
         planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
         soft = small.sample(planes)[:, 0]
         state.logits = {int(low[0]) + n: plane * 12 - 6 for n, plane in enumerate(soft)}
+        state.keep(mask)
         return state
 
     def _window(self, corners_yx: np.ndarray, spacing: tuple[float, float, float]) -> SliceCrop:

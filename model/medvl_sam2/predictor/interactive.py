@@ -31,8 +31,8 @@ class InteractiveEngine:
         self.first = FirstPrompts(segmenter, self.config)
 
     def click(self, state: ObjectState, spacing: tuple[float, float, float], click: CanonicalClick) -> ObjectState:
-        """Apply one corrective click and return the state (a new one when the window had to grow)."""
-        state = self._widened(state, spacing, click)
+        """The state after one corrective click; the given one stays as it was, to go back to."""
+        state = self._widened(state.fork(), spacing, click)
         z = int(np.clip(click.z, 0, state.stack.image.shape[0] - 1))
         painted = self._stroke(state, spacing, click) if self.config.assist else None
         state.clicks.append(click)

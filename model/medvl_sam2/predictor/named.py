@@ -213,7 +213,7 @@ class NamedEngine:
         reach = max(1, round(_REACH_MM / (stack.crop.extent_mm / part.shape[-1])))
         own = torch.from_numpy(ndimage.binary_dilation(part, np.ones((1, 3, 3)), iterations=reach))
         evidence = torch.where(own, coarse, coarse.clamp(max=-2.0))
-        rough = interpolate_logits(dict(zip(searched, evidence, strict=True)), low, high)
+        rough = interpolate_logits(dict(zip(searched, evidence, strict=True)), range(low, high + 1))
         small = replace(crop, size=self.segmenter.mask_size)
         pasted = stack.crop.paste(rough[[z - low for z in plan]], stack.plane, -6.0)
         prompts = small.sample(pasted, pad=-6.0).clamp(-8, 8)
@@ -227,7 +227,7 @@ class NamedEngine:
         )
         output = self.segmenter.decode(window.features(plan), prompt)
         logits = output.logits[:, 0]
-        full = interpolate_logits(dict(zip(plan, logits, strict=True)), low, high)
+        full = interpolate_logits(dict(zip(plan, logits, strict=True)), range(low, high + 1))
         share = self._place_share(located, crop)
         painted = np.zeros(high + 1 - low, dtype=bool)
         for first in range(low, high + 1, _SLICES_AT_ONCE):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +31,32 @@ class CanonicalClick:
         return round(self.position[0])
 
 
+@dataclass(frozen=True, eq=False)
+class KeptSlice:
+    """A slice's mask at full resolution, which stands until the logits change sign.
+
+    The logits' cells are coarser than the image: a mask pasted from them anew loses what was finer, as a thin rib in a
+    window that had to grow, or an earlier mask that was taken over. ``mask`` and ``drawn`` bool (y1 - y0, x1 - x0) over
+    the window: what the mask was, and what the logits alone drew then.
+    """
+
+    mask: np.ndarray
+    drawn: np.ndarray
+
+    def merged(self, drawn: np.ndarray) -> np.ndarray:
+        """The mask now that the logits draw ``drawn``."""
+        return np.where(drawn == self.drawn, self.mask, drawn)
+
+
+@dataclass(frozen=True)
+class PastedSlice:
+    """The mask of one canonical slice (y1 - y0, x1 - x0) bool over the window, and the logits it was made from."""
+
+    below: Tensor
+    above: Tensor
+    inside: np.ndarray
+
+
 @dataclass
 class ObjectState:
     """``logits`` (h, h) by canonical z inside ``stack.crop``; the object lies within ``low``..``high``."""
@@ -50,29 +78,83 @@ class ObjectState:
     start: int = 0
     """The slice the propagation started from."""
     score: float = 0.0
+    kept: dict[int, KeptSlice] = field(default_factory=dict, repr=False, compare=False)
+    """Slices by z whose mask is finer than their logits, in this window."""
+    pasted: dict[int, PastedSlice] = field(default_factory=dict, repr=False, compare=False)
+    """Slices on the canonical grid by z; a click pastes only those whose logits it changed."""
+    before: ObjectState | None = field(default=None, repr=False, compare=False)
+    """The state before the last click, so that taking it back costs nothing. It shares every slice left as it was."""
+
+    def fork(self) -> ObjectState:
+        """A state to change by one click, which leaves this one as it is."""
+        memory = ObjectMemory(dict(self.memory.conditioning))
+        return replace(
+            self,
+            logits=dict(self.logits),
+            memory=memory,
+            clicks=list(self.clicks),
+            pasted=dict(self.pasted),
+            before=self,
+        )
+
+    def history(self) -> Iterator[ObjectState]:
+        """This state and all before it, newest first."""
+        state: ObjectState | None = self
+        while state is not None:
+            yield state
+            state = state.before
 
     def logits_at(self, z: int) -> Tensor:
         """Logits (h, h) of slice ``z``: decoded, interpolated, or all outside."""
         size = self.stack.segmenter.mask_size
         if not self.logits or z < self.low or z > self.high:
             return torch.full((size, size), OUTSIDE)
-        return self.logits[z] if z in self.logits else interpolate_logits(self.logits, z, z)[0]
+        return self.logits[z] if z in self.logits else interpolate_logits(self.logits, [z])[0]
 
     def mask(self) -> np.ndarray:
         """Canonical mask (Z, Y, X) bool; it holds every foreground click's voxel and no background click's."""
         shape = self.stack.image.shape
         result = np.zeros(shape, dtype=bool)
         if self.logits:
-            stacked = interpolate_logits(self.logits, self.low, self.high)
-            values, (y0, y1, x0, x1) = self.stack.crop.paste_region(stacked, self.stack.plane)
-            result[self.low : self.high + 1, y0:y1, x0:x1] = values.numpy() > 0
+            self._paste_changed()
+            y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
+            for z in range(self.low, self.high + 1):
+                drawn = self.pasted[z].inside
+                result[z, y0:y1, x0:x1] = self.kept[z].merged(drawn) if z in self.kept else drawn
         for click in self.clicks:
             z, y, x = (int(np.clip(round(c), 0, n - 1)) for c, n in zip(click.position, shape, strict=True))
             result[z, y, x] = bool(click.label)
         return result
 
+    def keep(self, mask: np.ndarray) -> None:
+        """Let the canonical ``mask`` (Z, Y, X) stand for the present logits, inside the window and the range."""
+        self._paste_changed()
+        y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
+        slices = range(self.low, self.high + 1)
+        self.kept = {z: KeptSlice(mask[z, y0:y1, x0:x1].copy(), self.pasted[z].inside) for z in slices}
+
+    def _paste_changed(self) -> None:
+        """Bring ``pasted`` up to date for every slice low..high."""
+        known = sorted(self.logits)
+        stale: dict[int, tuple[Tensor, Tensor]] = {}
+        for z in range(self.low, self.high + 1):
+            above = min(bisect_left(known, z), len(known) - 1)
+            below = above if known[above] <= z else max(above - 1, 0)
+            source = (self.logits[known[below]], self.logits[known[above]])
+            old = self.pasted.get(z)
+            if old is None or old.below is not source[0] or old.above is not source[1]:
+                stale[z] = source
+        if stale:
+            logits = interpolate_logits(self.logits, list(stale))
+            values, _ = self.stack.crop.paste_region(logits, self.stack.plane)
+            for (z, source), inside in zip(stale.items(), values.numpy() > 0, strict=True):
+                self.pasted[z] = PastedSlice(*source, inside.copy())
+
     def moved(self, crop: SliceCrop) -> ObjectState:
-        """The same object seen through another window: logits resampled, memories dropped (they are window-bound)."""
+        """The same object seen through another window: logits resampled, memories dropped (they are window-bound).
+
+        The mask stays as it is where the new window shows it.
+        """
         old = self.stack
         stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
         logits: dict[int, Tensor] = {}
@@ -82,7 +164,10 @@ class ObjectState:
             size = old.segmenter.mask_size
             seen = replace(crop, size=size).sample(pasted, pad=OUTSIDE)[:, 0]
             logits = dict(zip(order, seen, strict=True))
-        return replace(self, stack=stack, logits=logits, rough={}, memory=ObjectMemory())
+        moved = replace(self, stack=stack, logits=logits, rough={}, memory=ObjectMemory(), pasted={}, kept={})
+        if logits:
+            moved.keep(self.mask())
+        return moved
 
     def extent_yx(self) -> np.ndarray | None:
         """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""

@@ -99,8 +99,9 @@ class Predictor:
     def segment_prompt(self, session: Session, prompt: Prompt, name: str = "object") -> Segmentation:
         """Segment one object from all its prompts so far (cumulative).
 
-        Clicks that were already applied are recognised; only new ones cost time. When a prompt was taken back or the
-        box changed, the object is built again from the remaining prompts.
+        Clicks that were already applied are recognised; only new ones cost time. When clicks were taken back, the
+        object goes back to its state before the first of them, bit by bit, and the clicks after it are applied again.
+        When the first prompt was taken back or the box changed, the object is built again.
 
         Raises:
             PromptError: a prompt lies outside the volume, or nothing says where the object is.
@@ -109,16 +110,15 @@ class Predictor:
         with self._lock:
             state = self._interactive_state(session, prompt, name)
             session.objects[name] = state
+            # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
             mask = session.transform.inverse_array(state.mask()).astype(np.uint8)
-        return Segmentation(
-            np.ascontiguousarray(mask), session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))}
-        )
+        return Segmentation(mask, session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
 
     def _interactive_state(self, session: Session, prompt: Prompt, name: str) -> ObjectState:
         clicks = _canonical_clicks(session, prompt)
         box = None if prompt.box is None else session.transform.forward_box(prompt.box)
-        state = session.objects.get(name)
-        if state is None or not _continues(state, clicks, box) or prompt.mask is not None:
+        state = _latest_within(session.objects.get(name), clicks, box)
+        if state is None or prompt.mask is not None:
             state, clicks = self._first_state(session, prompt, clicks, box)
         else:
             done = {(c.position, c.label) for c in state.clicks}
@@ -332,6 +332,13 @@ def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
         CanonicalClick((float(p[0]), float(p[1]), float(p[2])), int(label))
         for p, label in zip(points, prompt.labels, strict=True)
     ]
+
+
+def _latest_within(
+    state: ObjectState | None, clicks: list[CanonicalClick], box: np.ndarray | None
+) -> ObjectState | None:
+    """The newest state of an object in which everything applied is still asked for; None where there is none."""
+    return None if state is None else next((s for s in state.history() if _continues(s, clicks, box)), None)
 
 
 def _continues(state: ObjectState, clicks: list[CanonicalClick], box: np.ndarray | None) -> bool:

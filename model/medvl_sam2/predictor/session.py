@@ -52,9 +52,16 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Approximate memory held: image, encoded slices, image tokens and the scene's maps."""
-        stacks = [s.stack for s in self.objects.values()] + ([self.whole] if self.whole is not None else [])
-        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks)
+        """Approximate memory held: image, encoded and decoded slices, image tokens and the scene's maps."""
+        states = [state for newest in self.objects.values() for state in newest.history()]
+        stacks = {
+            id(stack): stack for stack in [s.stack for s in states] + ([self.whole] if self.whole is not None else [])
+        }
+        logits = {id(values): values.nbytes for state in states for values in state.logits.values()}
+        pasted = {id(plane): plane.inside.nbytes for state in states for plane in state.pasted.values()}
+        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values())
+        kept = {id(plane): plane.mask.nbytes for state in states for plane in state.kept.values()}
+        held += sum(logits.values()) + sum(pasted.values()) + sum(kept.values())
         if self.look is not None:
             held += self.look.tokens.nbytes
             held += self.look.elements.maps.nbytes if self.look.elements is not None else 0

@@ -5,7 +5,7 @@ Axis order is canonical (z, y, x). Decoded masks stay on the decoder's low-resol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -78,11 +78,10 @@ def planned_slices(low: int, high: int, start: int, spacing: float, target_mm: f
     return sorted({low, high, *below, *above})
 
 
-def interpolate_logits(logits: dict[int, Tensor], low: int, high: int) -> Tensor:
-    """Logits (n, h, h) of every slice low..high, linear between decoded slices, nearest beyond the last ones."""
+def interpolate_logits(logits: dict[int, Tensor], wanted: Sequence[int]) -> Tensor:
+    """Logits (n, h, h) of the slices ``wanted``, linear between decoded slices, nearest beyond the last ones."""
     known = sorted(logits)
     stacked = torch.stack([logits[z] for z in known])
-    wanted = np.arange(low, high + 1)
     position = np.interp(wanted, known, np.arange(len(known)))
     left = np.floor(position).astype(int)
     right = np.minimum(left + 1, len(known) - 1)

@@ -16,32 +16,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
-from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.errors import CheckpointError, DataError
+from medvl_sam2.errors import DataError
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
-from medvl_sam2.partial_weights import load_part
+from medvl_sam2.partial_weights import load_part, read_weights
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
 from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
+from medvl_sam2.training.language_weights import load_language, load_scene, model_state
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
+from medvl_sam2.vocabulary import spoken
 
 _WORDINGS = 6
 _SURVEYED = 400
 """So many cases, from the first seed on, are read through for the tokenizer's corpus and the list of facts."""
+_JUDGED = 1000
+"""At most so many cases, spread over all, give the lesions that the scene's judge is fitted to."""
 _SECONDS_PER_STEP = 0.95
 
 
@@ -184,6 +187,37 @@ class LanguageTrainer(nn.Module, Stage):
         return wanted_elements(target.name, self.model.config.scene_organs, slots)
 
     @torch.no_grad()
+    def fit_judge(self, kept: Path | None) -> None:
+        """Fit the scene's judge of lesions to what the frozen map finds in the cases, or take the ``kept`` one.
+
+        A model that has no words for lesions yet begins with those of its language model.
+
+        Raises :class:`DataError` when no lesion of a known kind is found there.
+        """
+        scene = self.model.scene
+        if scene is None or scene.judge is None or scene.words is None:
+            return
+        organs = [spoken(name) for name in self.model.config.scene_organs]
+        scene.words.learn(self.model.word_embedding, scene.scene.kinds, organs)
+        if kept is not None and kept.exists():
+            load_part(scene.judge, read_weights(kept), kept)
+            return
+        rows, kinds = [], []
+        numbers = np.unique(np.linspace(0, len(self.cases) - 1, _JUDGED).astype(int)).tolist()
+        for number in tqdm(numbers, desc="lesions of known kind", mininterval=10):
+            encoded = self._encode(number, 0)
+            assert encoded.facts is not None
+            known = [1 + scene.scene.kinds.index(finding.kind) for finding in self.cases[number].findings]
+            for slot in torch.nonzero(encoded.facts.lesions[0, :, 0] > 0)[:, 0].tolist():
+                rows.append(encoded.facts.lesions[0, slot])
+                kinds.append(max((k for k, on in zip(known, encoded.found[slot], strict=True) if on), default=0))
+        if not any(kinds):
+            raise DataError(f"no lesion was found in {len(numbers)} cases; train the scene for longer")
+        scene.judge.fit(torch.stack(rows), torch.tensor(kinds, device=rows[0].device))
+        if kept is not None and Ranks.join(self.config.device).first:
+            write_tensors(kept, model_state(scene.judge))
+
+    @torch.no_grad()
     def _encode(self, number: int, window: int) -> EncodedCase:
         """What the frozen encoder says of a case; encoded anew, with other noise, in every window of steps."""
         key = (number, window)
@@ -252,6 +286,7 @@ def train_language(
         raise DataError("the language phase got no case; generate or load at least one")
     torch.manual_seed(config.seed)
     stage = LanguageTrainer(model, config, cases, surveyed).to(config.device)
+    stage.fit_judge(None if run is None else run / "judge.safetensors")
     trainer = TrainerConfig(
         steps=config.steps, warmup=config.warmup, seed=config.seed, device=config.device,
         precision="auto" if config.bfloat16 else "float32", accumulate=config.accumulate,
@@ -260,35 +295,6 @@ def train_language(
     run_of = Trainer(stage, trainer, run, report_progress)
     run_of.run()
     return LanguageResult(model.eval(), run_of.history)
-
-
-def load_scene(model: VisionLanguage, path: Path) -> None:
-    """Take encoder and scene map from ``scene.safetensors`` of a scene phase.
-
-    Raises :class:`CheckpointError` when the file belongs to another configuration.
-    """
-    tokens = ("scene.slots", "scene.organ_token.", "scene.lesion_token.")  # trained by the language phase
-    own = {
-        k: v for k, v in model.state_dict().items() if k.startswith(("vision.", "scene.")) and not k.startswith(tokens)
-    }
-    found = {k: v for k, v in load_file(path).items() if k in own}
-    odd = [k for k, v in own.items() if k not in found or found[k].shape != v.shape]
-    if odd:
-        raise CheckpointError(f"{path} does not fit this model at {odd[0]!r}; run the scene phase with this preset")
-    model.load_state_dict(found, strict=False)
-
-
-def load_language(model: VisionLanguage, checkpoint: Path) -> None:
-    """Take everything of a checkpoint folder that is not of the segmenter.
-
-    Raises :class:`CheckpointError` when it belongs to another configuration.
-    """
-    load_part(model, load_checkpoint(checkpoint).state, checkpoint, "language.")
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict without the tied output embedding, contiguous, as safetensors stores it."""
-    return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name != "lm.lm_head.weight"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -302,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
     parser.add_argument("--learning-rate", type=float, default=LanguagePhaseConfig.learning_rate)
+    parser.add_argument("--blind", type=float, default=LanguagePhaseConfig.blind_chance, help="share without projector")
     parser.add_argument("--steps", type=int, default=0, help="instead of what --minutes allow")
     parser.add_argument("--minutes", type=float, default=40.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -330,9 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         tokenizer = Tokenizer.load(options.start / "tokenizer.json")
     tokenizer.save(options.out / "tokenizer.json")
-    config = LanguagePhaseConfig(seed=options.seed, device=options.device, learning_rate=options.learning_rate).within(
-        options.minutes
-    )
+    config = LanguagePhaseConfig(
+        seed=options.seed, device=options.device, learning_rate=options.learning_rate, blind_chance=options.blind
+    ).within(options.minutes)
     if options.steps:
         config = replace(config, steps=options.steps)
     (options.out / "config.json").write_text(model_config.to_json(), encoding="utf-8")

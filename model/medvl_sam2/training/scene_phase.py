@@ -25,6 +25,7 @@ from medvl_sam2.modeling.scene import SceneReader
 from medvl_sam2.modeling.scene_facts import lesion_parts
 from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
 from medvl_sam2.training.language_heads import DenseHeads, cell_loss, dense_loss
+from medvl_sam2.training.language_weights import LESION_PARTS
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
@@ -120,7 +121,7 @@ class ScenePhase(Stage):
         """
         weights = read_weights(source)
         if any(name.startswith("language.scene.") for name in weights):
-            load_part(self.learner, weights, source, "language.", ("vision.", "scene."))
+            load_part(self.learner, weights, source, "language.", ("vision.", "scene."), LESION_PARTS)
         else:
             load_encoder(self.learner.vision, source)
 
