@@ -57,8 +57,9 @@ def test_the_same_lesions_give_the_same_judge() -> None:
 
 def test_only_the_kinds_of_lesions_change() -> None:
     judge = LesionJudge(ORGANS, KINDS)
-    judge.fit(*measured(80, 3))
     lesions = measured(4, 4)[0].reshape(2, 2, -1)
+    assert torch.equal(judge(lesions), lesions)  # not fitted yet
+    judge.fit(*measured(80, 3))
     lesions[1, 1] = 0  # an empty slot
     judged = judge(lesions)
     assert judged[1, 1].abs().sum() == 0

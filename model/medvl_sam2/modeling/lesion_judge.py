@@ -26,14 +26,17 @@ _WORD_SCALE = 0.25
 
 
 class LesionJudge(nn.Module):
-    """Measured lesions (B, slots, G) in, the same with the shares of the kinds replaced by chances out."""
+    """Measured lesions (B, slots, G) in, the same with the shares of the kinds replaced by chances out.
+
+    Before it is fitted it leaves the shares as the map says.
+    """
 
     def __init__(self, organs: int, kinds: int) -> None:
         super().__init__()
         self.kinds = slice(LESION_KINDS_AT, LESION_KINDS_AT + kinds)
         features = LESION_FEATURES + organs
         self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("scale", torch.ones(features))
+        self.register_buffer("scale", torch.zeros(features))  # zero: not fitted
         self.linear = nn.Linear(features, 1 + kinds)
 
     def chances(self, lesions: Tensor) -> Tensor:
@@ -42,6 +45,8 @@ class LesionJudge(nn.Module):
 
     def forward(self, lesions: Tensor) -> Tensor:
         """Facts with the judged kinds; their chances sum to that of a lesion being there. Empty slots stay empty."""
+        if not bool(cast(Tensor, self.scale).any()):
+            return lesions
         judged = lesions.clone()
         judged[..., self.kinds] = self.chances(lesions)[..., 1:].to(lesions.dtype)
         return torch.where(lesions[..., :1] > 0, judged, lesions)

@@ -174,7 +174,7 @@ class JointStage(Stage):
         language, segmenter = self.model.language, self.model.segmenter
         parts: list[nn.Module | None] = [language.projector, language.extent]
         if language.scene is not None:
-            parts += [language.scene.organ_token, language.scene.lesion_token]
+            parts += [language.scene.organ_token, language.scene.lesion_token, language.scene.words]
             yield language.scene.slots
         if self.config.phase == "joint":
             parts += [language.seg_projector, language.pointer, segmenter.scorer, segmenter.height_token]

@@ -16,6 +16,7 @@ from medvl_sam2.converters.parts import config_from_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
+from medvl_sam2.training.language_weights import LESION_PARTS
 
 
 def start_config(base: ModelConfig, starts: Sequence[Path]) -> ModelConfig:
@@ -40,11 +41,11 @@ def load_starts(model: UnifiedModel, starts: Sequence[Path]) -> None:
             continue
         weights = read_weights(path)
         if _is_whole(path):
-            load_part(model, weights, path)
+            load_part(model, weights, path, optional=[f"language.{part}" for part in LESION_PARTS])
         elif any(name.startswith("lm.") for name in weights):
-            load_part(model.language, weights, path)
+            load_part(model.language, weights, path, optional=LESION_PARTS)
         elif any(name.startswith("scene.") for name in weights):
-            load_part(model.language, weights, path, "", ("vision.", "scene."))
+            load_part(model.language, weights, path, "", ("vision.", "scene."), LESION_PARTS)
         else:
             load_encoder(model.language.vision, path)
 
