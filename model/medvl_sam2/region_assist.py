@@ -22,7 +22,7 @@ class BrushRule:
 
     ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
     ``depth_share`` above 0 holds a foreground ball below that share of the mask's own depth: a part that is missing far
-    from the mask is not thicker than the rest.
+    from the mask is hardly thicker than the rest.
     """
 
     share: float = 1.3

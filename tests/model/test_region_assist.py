@@ -36,7 +36,7 @@ def test_a_far_foreground_stroke_is_no_thicker_than_the_object(rod: np.ndarray) 
     held = stroke(image, SPACING, rod, POINT, 1, 0.0, InteractiveConfig().assist_rule)
     assert held[tuple(POINT.astype(int))]
     assert np.ptp(np.argwhere(free)[:, 1]) > 40
-    assert np.ptp(np.argwhere(held)[:, 1]) <= 14
+    assert np.ptp(np.argwhere(held)[:, 1]) <= 18
 
 
 def test_background_strokes_and_empty_masks_are_not_held(rod: np.ndarray) -> None:

@@ -46,7 +46,7 @@ class InteractiveConfig:
     """Share of the scene's map in the first logits, where the first prompt means an element of the scene."""
     match: MatchRule = field(default_factory=MatchRule)
     assist_rule: IntensityRule = field(
-        default_factory=lambda: IntensityRule(brush=replace(GROW_BRUSH, depth_share=1.0))
+        default_factory=lambda: IntensityRule(brush=replace(GROW_BRUSH, depth_share=1.5))
     )
 
 
