@@ -24,7 +24,7 @@ from medvl_sam2.errors import ConfigError, MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.html_report import About, html_report
 from medvl_sam2.evaluation.peers.benchmark import figures, score, text
-from medvl_sam2.evaluation.peers.contenders import SHIPPED, Conditions, contenders
+from medvl_sam2.evaluation.peers.contenders import OWN, SHIPPED, Conditions, contenders
 from medvl_sam2.evaluation.peers.view_peers import ViewConfig
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.files import write_json_atomically
@@ -100,7 +100,7 @@ def benchmark(options: argparse.Namespace) -> None:
     with tqdm([c for c in everyone if c.key in wanted], unit="contender", desc="peers") as bar:
         for contender in bar:
             entries.append(score(contender, options.out, plan, cases, bar.set_postfix_str))
-    numbers = figures(entries, SHIPPED) | about(options, conditions)
+    numbers = figures(entries, OWN, SHIPPED) | about(options, conditions)
     print(text(numbers))
     if options.json is not None:
         write_json_atomically(options.json, numbers)

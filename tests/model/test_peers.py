@@ -45,6 +45,13 @@ class Echo(nn.Module):
         return torch.cat([classes, x[:, 1:2] - x[:, 2:3] - 0.5], dim=1)
 
 
+class Blind(Echo):
+    """Never finds an object."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(super().forward(x), -1.0)
+
+
 def echo() -> ViewPeer:
     return ViewPeer("echo", Echo(), replace(MICRO, grid=(32, 36, 40)), clicks=True)
 
@@ -242,7 +249,7 @@ def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:
         score(Contender("sam2", "SAM2", "", (), lambda out: Trained(None), NEEDS_GPU), tmp_path, PLAN, one_case),
         score(Contender("controls", "controls", "none", ("interactive",), grown), tmp_path, PLAN, one_case),
     ]
-    numbers = figures(entries, "Echo")
+    numbers = figures(entries, "Echo", "none")
     assert {r["setting"]: r["best_control"] for r in numbers["interactive"]} == dict.fromkeys(
         ("box", "clicks"), "grow control"
     )
@@ -254,6 +261,25 @@ def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:
     assert set(table["SAM2 (skipped)"]) == {"-"}
     assert table["grow control"][:3] == ["-", "-", "-"]
     assert f"SAM2: skipped, {NEEDS_GPU}" in text(numbers)
+
+
+def test_the_margin_is_of_the_one_trained_for_equal_time(tmp_path: Path) -> None:
+    """The reference scores best and is in no margin, neither as ours nor as a rival."""
+    cells = replace(MICRO, grid=(32, 36, 40))
+    seeing, blind = Trained(echo()), Trained(ViewPeer("blind", Blind(), cells, clicks=True))
+    everyone = [("reference", seeing), ("ours", blind), ("peer", blind)]
+    entries = [
+        score(Contender(name, name, "", ("interactive",), lambda out, t=trained: t), tmp_path, PLAN, one_case)  # type: ignore[misc]
+        for name, trained in everyone
+    ]
+    numbers = figures(entries, "ours", "reference")
+    for record in numbers["interactive"]:
+        last = {name: list(engine["steps"].values())[-1]["dice"]["mean"] for name, engine in record["engines"].items()}
+        assert last["reference"] > last["ours"] == last["peer"]
+        assert (record["margin_of"], record["best_control"]) == ("ours", "peer")
+        assert record["margin"]["mean"] == 0
+    assert "ours minus the best other one of equal training (peer) +0.000" in text(numbers)
+    assert "margin" not in figures(entries[:1], "ours", "reference")["interactive"][0]
 
 
 def test_contenders_without_their_means_say_so() -> None:

@@ -114,13 +114,14 @@ def _curve(plain: dict[str, Any]) -> ScoredCurve:
     )
 
 
-def figures(entries: Sequence[Scores], ours: str) -> dict[str, Any]:
+def figures(entries: Sequence[Scores], ours: str, reference: str) -> dict[str, Any]:
     """All figures as JSON values: ``interactive`` with every contender as an engine, ``semantic`` by contender.
 
     ``margin`` of an interactive record is the contender titled ``ours`` minus the best other one, controls included.
+    The contender titled ``reference``, which was trained for another time than the rest, is in no margin.
     """
     curves = [curve for entry in entries for curve in entry.curves]
-    rivals = sorted({curve.curve.engine for curve in curves} - {ours})
+    rivals = sorted({curve.curve.engine for curve in curves} - {ours, reference})
     semantic = [
         record | {"contender": entry.title}
         for entry in entries
@@ -183,8 +184,8 @@ def text(numbers: dict[str, Any]) -> str:
         if record.get("margin"):
             margin = record["margin"]
             parts.append(
-                f"{record['split']}, {record['setting']}, last prompt: ours minus the best other one "
-                f"({record['best_control']}) {margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
+                f"{record['split']}, {record['setting']}, last prompt: {record['margin_of']} minus the best other one "
+                f"of equal training ({record['best_control']}) {margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
             )
     for fact in numbers["contenders"]:
         parts.append(f"{fact['title']}: {'skipped, ' + fact['skipped'] if fact['skipped'] else fact['note']}")

@@ -25,7 +25,10 @@ from medvl_sam2.training.segmentation_phase import SegmentationPhase, Segmentati
 from medvl_sam2.training.trainer import Stage, Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
-SHIPPED = "MedVL-SAM2, shipped"
+SHIPPED = "MedVL-SAM2, shipped (trained longer)"
+"""A reference, not a rival: it had more minutes and more volumes than anyone trained here."""
+OWN = "its segmenter, same minutes"
+"""What of ours is compared under equal conditions. It knows no names, so by name nothing of ours is."""
 NEEDS_GPU = "needs --gpu and a CUDA device"
 NEEDS_WEIGHTS = "needs --sam2 DIR, made by scripts/convert_weights.py --kind sam2.1_tiny"
 _MEMORY_SHARE = 0.25
@@ -70,7 +73,7 @@ def contenders(conditions: Conditions) -> list[Contender]:
         Contender("shipped", SHIPPED, _shipped_note(), ("interactive", "semantic"), _shipped),
         Contender(
             "own",
-            "its segmenter, same minutes",
+            OWN,
             "random start, same cases and minutes; no scene, no language, so nothing by name; clicks and boxes start "
             "from an intensity-grown region as in the shipped predictor",
             ("interactive",),
@@ -124,7 +127,10 @@ def _record() -> tuple[float, int]:
 
 def _shipped_note() -> str:
     minutes = _record()[0] / 60
-    return f"trained {minutes:.0f} minutes before, on more volumes; its steps leave out those of the language phase"
+    return (
+        f"a reference in no margin: trained {minutes:.0f} minutes before, on more volumes; its steps leave out those of "
+        "the language phase"
+    )
 
 
 def _shipped(out: Path) -> Trained:
