@@ -185,7 +185,8 @@ def text(numbers: dict[str, Any]) -> str:
             margin = record["margin"]
             parts.append(
                 f"{record['split']}, {record['setting']}, last prompt: {record['margin_of']} minus the best other one "
-                f"of equal training ({record['best_control']}) {margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
+                f"of equal training ({record['best_control']}) "
+                f"{margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
             )
     for fact in numbers["contenders"]:
         parts.append(f"{fact['title']}: {'skipped, ' + fact['skipped'] if fact['skipped'] else fact['note']}")

@@ -128,8 +128,8 @@ def _record() -> tuple[float, int]:
 def _shipped_note() -> str:
     minutes = _record()[0] / 60
     return (
-        f"a reference in no margin: trained {minutes:.0f} minutes before, on more volumes; its steps leave out those of "
-        "the language phase"
+        f"a reference in no margin: trained {minutes:.0f} minutes before, on more volumes; its steps leave out those "
+        "of the language phase"
     )
 
 
