@@ -21,7 +21,7 @@ from medvl_sam2.evaluation.peers import slice_peers
 from medvl_sam2.evaluation.peers.benchmark import Contender, Trained, figures, rows, score, text
 from medvl_sam2.evaluation.peers.contenders import NEEDS_GPU, NEEDS_WEIGHTS, Conditions, contenders
 from medvl_sam2.evaluation.peers.view import Opened, guidance
-from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage
+from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage, turned
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape
@@ -141,6 +141,32 @@ def test_classes_a_volume_does_not_decide_are_not_trained() -> None:
         ViewStage(MICRO, [replace(labelled(), known=frozenset({"femur"}))], [1.0], clicks=False)
 
 
+def test_turns_are_the_eight_of_a_square_and_the_four_of_an_oblong() -> None:
+    square, oblong = torch.arange(18.0).reshape(2, 3, 3), torch.arange(24.0).reshape(2, 3, 4)
+    assert len({tuple(turned(square, turn).flatten().tolist()) for turn in range(8)}) == 8
+    assert len({tuple(turned(oblong, turn).flatten().tolist()) for turn in range(8)}) == 4
+    assert torch.equal(turned(square, 5), torch.rot90(square, -1, dims=(-2, -1)))
+    assert all(turned(oblong, turn).shape == oblong.shape for turn in range(8))
+
+
+def test_clicked_volumes_turn_and_named_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume of which only the left half is bright: what the network sees of it, over many draws."""
+    volume = labelled()
+    image = np.full_like(volume.image, -1000)
+    image[:, :, : image.shape[2] // 2] = 1000
+    stage = ViewStage(MICRO, [replace(volume, image=image)], [1.0], clicks=True)
+    seen: dict[str, set[bool]] = {"clicked": set(), "named": set()}
+    monkeypatch.setattr(
+        stage, "_forward", lambda image, channels: sides.append(image) or torch.zeros(len(CLASSES) + 1, *MICRO.grid)
+    )
+    monkeypatch.setattr(stage, "_loss", lambda logits, truth: torch.zeros(()))
+    for step in range(40):
+        sides: list[Tensor] = []
+        kind = next(iter(stage.loss(Draw(3, step))[1]))
+        seen[kind].add(bool(sides[0][..., 0].mean() > sides[0][..., -1].mean()))
+    assert seen == {"clicked": {True, False}, "named": {True}}
+
+
 @pytest.mark.slow
 def test_deepedit_learns_from_clicks_every_second_time() -> None:
     stage = ViewStage(replace(MICRO, learning_rate=5e-3), [labelled()], [1.0], clicks=True)
@@ -240,7 +266,7 @@ def test_scores_are_kept_and_belong_to_their_weights(tmp_path: Path) -> None:
     again = score(contender(replace(trained, predictor=broken)), tmp_path, PLAN, one_case)
     assert again == first
     with pytest.raises(AssertionError, match="scored again"):
-        score(contender(replace(trained, predictor=broken, steps=13)), tmp_path, PLAN, one_case)
+        score(contender(replace(trained, predictor=broken, weights="others")), tmp_path, PLAN, one_case)
 
 
 def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from medvl_sam2.files import write_json_atomically
 class Trained:
     """A contender ready to be scored; ``seconds`` in optimiser steps, ``parameters`` of the network that answers.
 
-    ``predictor`` is None for controls, which are scored as ``engines``; ``weights`` names those not trained here.
+    ``predictor`` is None for controls, which are scored as ``engines``; ``weights`` is a digest of those that answer.
     """
 
     predictor: FullPredictor | None
@@ -80,7 +80,7 @@ def score(
     trained = contender.train(folder)
     scores.seconds, scores.steps, scores.parameters = trained.seconds, trained.steps, trained.parameters
     plan = replace(plan, tasks=tuple(task for task in plan.tasks if task in contender.tasks))
-    stamp = f"{plan} {trained.steps} steps in {trained.seconds} s, weights {trained.weights}"
+    stamp = f"{contender.title}, {plan}, weights {trained.weights}"
     for case in cases():
         path = folder / "scores" / f"{case.name}.json"
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
