@@ -28,10 +28,10 @@ from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, load_into, re
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
+from medvl_sam2.partial_weights import load_part
 from medvl_sam2.training import language_phase, scene_phase, segmentation_phase
 from medvl_sam2.training.finetune_learner import LanguageTokens
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, SpokenVolume, spoken_case
-from medvl_sam2.training.language_phase import load_model_state
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.volume_sources import UNSEEN_SEED, SourceConfig, training_volumes
 
@@ -93,7 +93,8 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
     """Join the halves, train the seam and save the checkpoint."""
     config = ModelConfig.tiny()
     model = UnifiedModel(config, Tokenizer.load(language / "tokenizer.json"))
-    load_model_state(model.language, load_file(language / "vision_language.safetensors"))
+    weights = language / "vision_language.safetensors"
+    load_part(model.language, load_file(weights), weights)
     first = options.seed + UNSEEN_SEED
     seeds = range(first, first + options.joint_cases)
     cases = [spoken_case(seed) for seed in tqdm(seeds, desc="spoken cases")]
