@@ -145,7 +145,7 @@ def test_turns_are_the_eight_of_a_square_and_the_four_of_an_oblong() -> None:
     square, oblong = torch.arange(18.0).reshape(2, 3, 3), torch.arange(24.0).reshape(2, 3, 4)
     assert len({tuple(turned(square, turn).flatten().tolist()) for turn in range(8)}) == 8
     assert len({tuple(turned(oblong, turn).flatten().tolist()) for turn in range(8)}) == 4
-    assert torch.equal(turned(square, 5), torch.rot90(square, -1, dims=(-2, -1)))
+    assert torch.equal(turned(square, 5), torch.rot90(square, 1, dims=(-2, -1)))
     assert all(turned(oblong, turn).shape == oblong.shape for turn in range(8))
 
 

@@ -164,7 +164,7 @@ def labelled(name: str = "liver") -> LabelledVolume:
 
 
 def test_a_phase_is_refused_on_other_volumes_and_rates(tmp_path: Path) -> None:
-    config = ScenePhaseConfig(batch=1)
+    config = ScenePhaseConfig(batch=2)
 
     def trainer(volume: LabelledVolume, config: ScenePhaseConfig) -> Trainer:
         return Trainer(ScenePhase(config, [volume], [1.0], SMALL, tmp_path), replace(TOY, steps=1), tmp_path)

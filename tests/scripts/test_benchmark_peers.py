@@ -32,7 +32,7 @@ def test_a_peer_and_the_controls_fill_one_table(
     deepedit = written["contenders"][0]
     assert deepedit["steps"] >= 1
     assert deepedit["seconds"] >= 0.6
-    assert written["machine"].endswith("trained on cpu")
+    assert "trained on cpu (" in written["machine"]
     assert "MONAI DeepEdit" in page.read_text(encoding="utf-8")
     assert script.main(arguments) == 0
     assert capsys.readouterr().out == first
