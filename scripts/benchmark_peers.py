@@ -13,7 +13,6 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from medvl_sam2.errors import ConfigError, MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.html_report import About, html_report
 from medvl_sam2.evaluation.peers.benchmark import figures, score, text
-from medvl_sam2.evaluation.peers.contenders import SHIPPED, Conditions, contenders
+from medvl_sam2.evaluation.peers.contenders import OWN, SHIPPED, Conditions, contenders, processor_name
 from medvl_sam2.evaluation.peers.view_peers import ViewConfig
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.training.run_settings import require_same
 from medvl_sam2.training.volume_sources import SourceConfig
 
 
@@ -59,7 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def conditions_of(options: argparse.Namespace) -> Conditions:
-    """What is equal for all."""
+    """What is equal for all; :class:`ConfigError` for a GPU that is not there."""
+    if options.gpu and not torch.cuda.is_available():
+        raise ConfigError("--gpu was given, but torch finds no CUDA device; leave it out to train on the processor")
     copies = options.real_copies
     source = SourceConfig(
         generated=options.training_cases, real=options.real, real_copies=copies, label_copies=copies,
@@ -67,16 +69,20 @@ def conditions_of(options: argparse.Namespace) -> Conditions:
     )  # fmt: skip
     z, y, x = (int(edge) for edge in options.grid.split(","))
     view = ViewConfig((z, y, x), tuple(int(count) for count in options.filters.split(",")))
-    device = "cuda" if options.gpu and torch.cuda.is_available() else "cpu"
-    return Conditions(source, options.minutes, device, view, options.sam2)
+    device = "cuda" if options.gpu else "cpu"
+    return Conditions(
+        source, options.minutes, device, view, options.sam2, threads=options.threads, processor=processor_name(device)
+    )
 
 
 def claim(out: Path, conditions: Conditions) -> None:
-    """Write down what the trainings in ``out`` have in common; other conditions than those there are refused."""
-    path = out / "conditions.json"
-    own = json.loads(json.dumps(asdict(conditions), default=str))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != own:
-        raise ConfigError(f"{path} says that {out} was begun under other conditions; give an empty folder")
+    """Write down what the trainings in ``out`` have in common.
+
+    Raises :class:`CheckpointError` naming what differs from the conditions that stand there.
+    """
+    path, own = out / "conditions.json", conditions.shared()
+    if path.exists():
+        require_same(path, json.loads(path.read_text(encoding="utf-8")), own)
     write_json_atomically(path, own)
 
 
@@ -100,7 +106,7 @@ def benchmark(options: argparse.Namespace) -> None:
     with tqdm([c for c in everyone if c.key in wanted], unit="contender", desc="peers") as bar:
         for contender in bar:
             entries.append(score(contender, options.out, plan, cases, bar.set_postfix_str))
-    numbers = figures(entries, SHIPPED) | about(options, conditions)
+    numbers = figures(entries, OWN, SHIPPED) | about(options, conditions)
     print(text(numbers))
     if options.json is not None:
         write_json_atomically(options.json, numbers)
@@ -114,7 +120,7 @@ def about(options: argparse.Namespace, conditions: Conditions) -> dict[str, Any]
     machine = f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
     return {
         "options": {name: str(value) for name, value in vars(options).items()},
-        "machine": f"{machine}, trained on {conditions.device}",
+        "machine": f"{machine}, trained on {conditions.device} ({conditions.processor})",
     }
 
 

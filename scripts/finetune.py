@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from medvl_sam2.checkpoint import read_published, shipped_checkpoint
+from medvl_sam2.checkpoint import shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.publishing import read_published
 from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
 from medvl_sam2.training.finetune_samples import samples_from_folder

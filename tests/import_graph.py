@@ -15,7 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "presets"}),
     frozenset({"dicom_io", "geometry", "intensity", "region_assist", "region_grow", "volume_io"}),
     frozenset({"datasets", "synthesis"}),
-    frozenset({"modeling", "checkpoint", "partial_weights"}),
+    frozenset({"modeling", "checkpoint", "publishing", "partial_weights"}),
     frozenset({"converters"}),
     frozenset({"predictor"}),
     frozenset({"training"}),

@@ -1,19 +1,10 @@
-"""Checkpoint directories, and a store that publishes them atomically.
+"""Checkpoint directories: written whole or not at all, verified when read.
 
 A checkpoint is a directory of four files: ``model.safetensors`` (floating parameters as fp16), ``config.json``,
 ``tokenizer.json`` and ``meta.json`` (provenance and the SHA-256 of the weights). Nothing is ever unpickled.
 
 A checkpoint may carry a folder ``alignment``: the image-text model of the alignment stage, in the same four files.
-
-A store is a directory::
-
-    store/versions/<n>/     immutable checkpoint directories, n = 1, 2, ...
-    store/published.json    which version is served; 0 means the weights shipped with the package
-    store/publish.lock      held by whoever publishes or rolls back
-
-Concurrency: writers take ``publish.lock``; readers take no lock. A version directory is complete and on disk before
-it gets its final name, and the pointer is replaced in one step after that, so a reader sees the old or the new model,
-never a torn one.
+:mod:`medvl_sam2.publishing` serves checkpoints from a store.
 """
 
 from __future__ import annotations
@@ -30,25 +21,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, ConfigError
-from medvl_sam2.files import file_sha256, sync_path, write_json_atomically
+from medvl_sam2.files import file_sha256, sync_path
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 META_FILE = "meta.json"
-POINTER_FILE = "published.json"
 ALIGNMENT_FOLDER = "alignment"
-SHIPPED_VERSION = 0
-"""Version number that stands for the weights shipped with the package."""
 
 _FP16_MAX = torch.finfo(torch.float16).max
-_LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -96,11 +82,12 @@ def save_checkpoint(
     """Write a checkpoint directory that appears complete or not at all; return the meta as stored.
 
     Floating tensors are stored as fp16, others as they are; tensors that share memory (tied weights) are stored once.
-    ``alignment``: checkpoint folder of an image-text model to carry along, where there is one.
+    ``alignment``: checkpoint folder of an image-text model to carry along, where there is one; default: the one in the
+    ``directory`` that is overwritten.
 
     Raises:
-        CheckpointError: ``directory`` exists and ``overwrite`` is off, the tokenizer is missing, or a weight is not
-            finite or too large for fp16.
+        CheckpointError: ``directory`` exists and ``overwrite`` is off, the tokenizer is missing, a weight is not
+            finite or too large for fp16, or the image-text model is damaged.
     """
     directory = Path(directory)
     if directory.exists() and not overwrite:
@@ -119,9 +106,9 @@ def save_checkpoint(
             created=meta.created or datetime.now(UTC).isoformat(timespec="seconds"),
             sha256=file_sha256(staging / WEIGHTS_FILE),
         )
-        _write_meta(staging, stored)
-        _carry_alignment(alignment, staging)
-        _settle(staging, directory)
+        write_meta(staging, stored)
+        carry_alignment(alignment or directory / ALIGNMENT_FOLDER, staging)
+        settle(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return stored
@@ -130,7 +117,7 @@ def save_checkpoint(
 def read_meta(directory: Path) -> CheckpointMeta:
     """Read ``meta.json`` alone (cheap); :class:`CheckpointError` when missing or malformed."""
     path = Path(directory) / META_FILE
-    data = _read_json(path, "restore the checkpoint directory from a copy, or train again")
+    data = read_json(path, "restore the checkpoint directory from a copy, or train again")
     known = {f.name for f in dataclasses.fields(CheckpointMeta)}
     missing = {"name", "version", "notice", "sha256"} - set(data)
     unknown = set(data) - known
@@ -141,7 +128,10 @@ def read_meta(directory: Path) -> CheckpointMeta:
 
 
 def verify_checkpoint(directory: Path) -> CheckpointMeta:
-    """Check that all four files are there and that the weights have the recorded SHA-256; return the meta."""
+    """Check that all four files are there and that the weights have the recorded SHA-256; return the meta.
+
+    An image-text model in the folder ``alignment`` is checked in the same way, and that it is one.
+    """
     directory = Path(directory)
     for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE, META_FILE):
         if not (directory / name).is_file():
@@ -153,6 +143,11 @@ def verify_checkpoint(directory: Path) -> CheckpointMeta:
             f"{directory / WEIGHTS_FILE} has SHA-256 {actual[:12]}..., meta.json says {meta.sha256[:12]}...: "
             "the file is damaged or was replaced; copy the directory again as a whole"
         )
+    beside = directory / ALIGNMENT_FOLDER
+    if beside.is_dir():
+        verify_checkpoint(beside)
+        if _read_config(beside).alignment is None:
+            raise CheckpointError(f"{beside} holds no image-text model; put the folder of an alignment stage there")
     return meta
 
 
@@ -164,10 +159,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """
     directory = Path(directory)
     meta = verify_checkpoint(directory)
-    try:
-        config = ModelConfig.from_json((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{directory / CONFIG_FILE} does not fit this release: {error}") from error
+    config = _read_config(directory)
     state: dict[str, torch.Tensor] = {}
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt", device="cpu") as file:
@@ -210,138 +202,6 @@ def load_into(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Non
     module.load_state_dict(dict(state), strict=True)
 
 
-# --- store -----------------------------------------------------------------------------------------------------------
-
-
-def publish(store: Path, checkpoint: Path, *, expected_version: int | None = None) -> Path:
-    """Copy ``checkpoint`` into ``store`` as its next version and serve it; return the version's directory.
-
-    ``expected_version``: refuse when another version is served by now, because then the comparison that justified
-    this publication was made against a model nobody uses any more. None skips that check.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, the served version changed, or another writer holds the lock.
-    """
-    store = Path(store)
-    with _writer_lock(store):
-        pointer = _read_pointer(store)
-        if expected_version is not None and pointer.version != expected_version:
-            raise CheckpointError(
-                f"version {pointer.version} is served by now, but this checkpoint was compared with version "
-                f"{expected_version}; compare again before publishing"
-            )
-        meta = verify_checkpoint(checkpoint)
-        versions = store / "versions"
-        versions.mkdir(exist_ok=True)
-        number = max([pointer.last, *_version_numbers(versions)]) + 1
-        staging = Path(tempfile.mkdtemp(prefix=".publish.", dir=versions))
-        try:
-            for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
-                shutil.copyfile(Path(checkpoint) / name, staging / name)
-            _carry_alignment(Path(checkpoint) / ALIGNMENT_FOLDER, staging)
-            _write_meta(staging, dataclasses.replace(meta, version=str(number)))
-            verify_checkpoint(staging)
-            _settle(staging, versions / str(number))
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        _write_pointer(store, _Pointer(number, number, (*pointer.history, pointer.version)))
-    return versions / str(number)
-
-
-def published_version(store: Path) -> int:
-    """Number of the served version; :data:`SHIPPED_VERSION` when nothing is published."""
-    return _read_pointer(Path(store)).version
-
-
-def read_published(store: Path) -> Path | None:
-    """Directory of the served version, or None when the shipped weights are served.
-
-    Raises:
-        CheckpointError: the pointer is damaged or points at a version that is gone.
-    """
-    version = published_version(store)
-    if version == SHIPPED_VERSION:
-        return None
-    path = Path(store) / "versions" / str(version)
-    if not (path / META_FILE).is_file():
-        raise CheckpointError(f"published version {version} is missing from {path}; restore it or call rollback()")
-    return path
-
-
-def rollback(store: Path, version: int | None = None) -> Path | None:
-    """Serve an earlier version again (default: the one served before); return its directory, None for the shipped one.
-
-    Versions stay on disk, so a rollback can itself be undone by naming the newer version.
-
-    Raises:
-        CheckpointError: there is nothing to go back to, or ``version`` is not in the store.
-    """
-    store = Path(store)
-    with _writer_lock(store):
-        pointer = _read_pointer(store)
-        if version is None and not pointer.history:
-            raise CheckpointError(f"version {pointer.version} is the first one served; there is none to roll back to")
-        target = pointer.history[-1] if version is None else version
-        if target != SHIPPED_VERSION:
-            verify_checkpoint(store / "versions" / str(target))
-        history = pointer.history[:-1] if version is None else (*pointer.history, pointer.version)
-        _write_pointer(store, _Pointer(target, pointer.last, history))
-    return read_published(store)
-
-
-# --- inside -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pointer:
-    version: int = SHIPPED_VERSION
-    last: int = 0
-    """Highest number ever given out: a number is never reused, even when its directory was deleted."""
-    history: tuple[int, ...] = ()
-
-
-def _read_pointer(store: Path) -> _Pointer:
-    path = store / POINTER_FILE
-    if not path.exists():
-        return _Pointer()
-    data = _read_json(path, "delete it to serve the shipped weights, or call rollback() with a version number")
-    try:
-        return _Pointer(int(data["version"]), int(data["last"]), tuple(int(n) for n in data["history"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is no published pointer ({error!r}); delete it to serve the shipped weights"
-        ) from error
-
-
-def _write_pointer(store: Path, pointer: _Pointer) -> None:
-    write_json_atomically(store / POINTER_FILE, dataclasses.asdict(pointer))
-
-
-def _version_numbers(versions: Path) -> list[int]:
-    return [int(path.name) for path in versions.iterdir() if path.name.isdigit()]
-
-
-class _writer_lock:
-    """Exclusive writer of a store; waits up to a minute."""
-
-    def __init__(self, store: Path) -> None:
-        store.mkdir(parents=True, exist_ok=True)
-        self._store = store
-        self._lock = FileLock(store / "publish.lock", timeout=_LOCK_TIMEOUT_S)
-
-    def __enter__(self) -> None:
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise CheckpointError(
-                f"another process has been publishing to {self._store} for {_LOCK_TIMEOUT_S:.0f} s; "
-                "try again when it ends"
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 def _storable(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors to write, and alias -> stored name for those that are views of the same memory."""
     tensors: dict[str, torch.Tensor] = {}
@@ -364,19 +224,31 @@ def _storable(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return tensors, tied
 
 
-def _carry_alignment(folder: Path | None, staging: Path) -> None:
-    if folder is not None and folder.is_dir():
+def _read_config(directory: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_json((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE} does not fit this release: {error}") from error
+
+
+# --- what publishing shares -------------------------------------------------------------------------------------------
+
+
+def carry_alignment(folder: Path, staging: Path) -> None:
+    """Copy the image-text model in ``folder``, if there is one, into the checkpoint ``staging``; it is verified."""
+    if folder.is_dir():
         verify_checkpoint(folder)
         shutil.copytree(folder, staging / ALIGNMENT_FOLDER)
 
 
-def _write_meta(directory: Path, meta: CheckpointMeta) -> None:
+def write_meta(directory: Path, meta: CheckpointMeta) -> None:
+    """Write ``meta.json``."""
     data = dataclasses.asdict(meta)
     data["metrics"] = dict(meta.metrics)
     (directory / META_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _settle(staging: Path, final: Path) -> None:
+def settle(staging: Path, final: Path) -> None:
     """Flush ``staging`` to disk and give it its final name; an existing directory of that name is replaced."""
     os.chmod(staging, 0o755)
     for path in staging.rglob("*"):
@@ -398,7 +270,8 @@ def _settle(staging: Path, final: Path) -> None:
     sync_path(final.parent)
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object; :class:`CheckpointError` with the ``remedy`` when it is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

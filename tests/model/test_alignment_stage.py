@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medvl_sam2.config import AlignmentConfig
-from medvl_sam2.errors import ConfigError, DataError
+from medvl_sam2.errors import CheckpointError, ConfigError, DataError
 from medvl_sam2.modeling.siglip import SiglipHead
 from medvl_sam2.modeling.text_tower import text_batch
 from medvl_sam2.modeling.tokenizer import Tokenizer
@@ -31,11 +32,13 @@ from medvl_sam2.training.alignment_losses import Pairs, Reconstruction, RegionHe
 from medvl_sam2.training.alignment_metrics import alignment_scores
 from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedRecords, record_of
 from medvl_sam2.training.alignment_stage import (
+    AlignmentData,
     AlignmentLearner,
     AlignmentStage,
     AlignmentStageConfig,
 )
 from medvl_sam2.training.language_data import ORGANS, LanguageCase, prepare_case
+from medvl_sam2.training.run_settings import require_same
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.trainer import Draw, Trainer, TrainerConfig
 from small_model import SMALL
@@ -265,6 +268,16 @@ def test_stage_learns_pairs_by_heart_stops_and_goes_on(
     written = load_file(tmp_path / "alignment.safetensors")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in written.items())
     assert {name.split(".")[0] for name in written} == {"vision", "alignment"}
+
+
+def test_a_run_knows_how_many_of_its_records_had_a_report(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:
+    def settings(told: int) -> dict[str, Any]:
+        config = replace(CONFIG, data=AlignmentData(generated=told, without_report=4 - told))
+        return AlignmentStage(config, learner(), tokenizer, GeneratedRecords(cases, told)).settings()
+
+    require_same(Path("state"), settings(3), settings(3))
+    with pytest.raises(CheckpointError, match=r"data\.generated 3, this run has 2"):
+        require_same(Path("state"), settings(3), settings(2))
 
 
 def test_recall_is_the_share_of_own_texts_found(cases: list[LanguageCase], tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medvl_sam2 import checkpoint as ckpt
+from medvl_sam2 import publishing
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError
 
@@ -135,36 +136,36 @@ def test_a_pickle_is_not_executed(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_publish_counts_up_and_rollback_goes_back_to_the_shipped_weights(tmp_path: Path, tokenizer: Path) -> None:
     store = tmp_path / "store"
-    assert ckpt.read_published(store) is None
-    assert ckpt.published_version(store) == ckpt.SHIPPED_VERSION
-    first = ckpt.publish(store, make(tmp_path / "a", tokenizer, 1.0))
-    second = ckpt.publish(store, make(tmp_path / "b", tokenizer, 2.0), expected_version=1)
+    assert publishing.read_published(store) is None
+    assert publishing.published_version(store) == publishing.SHIPPED_VERSION
+    first = publishing.publish(store, make(tmp_path / "a", tokenizer, 1.0))
+    second = publishing.publish(store, make(tmp_path / "b", tokenizer, 2.0), expected_version=1)
     assert (first.name, second.name) == ("1", "2")
-    assert ckpt.read_published(store) == second
+    assert publishing.read_published(store) == second
     assert ckpt.load_checkpoint(second).meta.version == "2"
     assert float(ckpt.load_checkpoint(second).state["embed.weight"][0, 0]) == 2.0
-    assert ckpt.rollback(store) == first
-    assert ckpt.rollback(store) is None
+    assert publishing.rollback(store) == first
+    assert publishing.rollback(store) is None
     with pytest.raises(CheckpointError, match="none to roll back to"):
-        ckpt.rollback(store)
-    assert ckpt.rollback(store, 2) == second
-    third = ckpt.publish(store, make(tmp_path / "c", tokenizer))
+        publishing.rollback(store)
+    assert publishing.rollback(store, 2) == second
+    third = publishing.publish(store, make(tmp_path / "c", tokenizer))
     assert third.name == "3", "a version number is never reused"
 
 
 def test_publish_refuses_when_the_served_model_changed_meanwhile(tmp_path: Path, tokenizer: Path) -> None:
     store = tmp_path / "store"
-    ckpt.publish(store, make(tmp_path / "a", tokenizer))
+    publishing.publish(store, make(tmp_path / "a", tokenizer))
     with pytest.raises(CheckpointError, match="compare again"):
-        ckpt.publish(store, make(tmp_path / "b", tokenizer), expected_version=ckpt.SHIPPED_VERSION)
-    assert ckpt.published_version(store) == 1
+        publishing.publish(store, make(tmp_path / "b", tokenizer), expected_version=publishing.SHIPPED_VERSION)
+    assert publishing.published_version(store) == 1
 
 
 def test_an_interrupted_publish_is_never_visible(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
-    served = ckpt.publish(store, make(tmp_path / "a", tokenizer, 1.0))
+    served = publishing.publish(store, make(tmp_path / "a", tokenizer, 1.0))
     candidate = make(tmp_path / "b", tokenizer, 2.0)
 
     def stop_half_way(source: Path, target: Path) -> None:
@@ -172,40 +173,40 @@ def test_an_interrupted_publish_is_never_visible(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ckpt.shutil, "copyfile", stop_half_way)
+        patch.setattr(publishing.shutil, "copyfile", stop_half_way)
         with pytest.raises(OSError, match="disk full"):
-            ckpt.publish(store, candidate)
+            publishing.publish(store, candidate)
     with monkeypatch.context() as patch:
-        patch.setattr(ckpt, "_write_pointer", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(publishing, "_write_pointer", lambda *_: (_ for _ in ()).throw(OSError("killed")))
         with pytest.raises(OSError, match="killed"):
-            ckpt.publish(store, candidate)
-    assert ckpt.read_published(store) == served
+            publishing.publish(store, candidate)
+    assert publishing.read_published(store) == served
     ckpt.load_checkpoint(served)
-    assert ckpt.publish(store, candidate).name == "3"
+    assert publishing.publish(store, candidate).name == "3"
 
 
 def test_damaged_candidate_is_not_published(tmp_path: Path, tokenizer: Path) -> None:
     candidate = make(tmp_path / "a", tokenizer)
     (candidate / ckpt.WEIGHTS_FILE).write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="SHA-256"):
-        ckpt.publish(tmp_path / "store", candidate)
-    assert ckpt.read_published(tmp_path / "store") is None
+        publishing.publish(tmp_path / "store", candidate)
+    assert publishing.read_published(tmp_path / "store") is None
 
 
 def test_damaged_pointer_or_lost_version_says_what_to_do(tmp_path: Path, tokenizer: Path) -> None:
     store = tmp_path / "store"
-    path = ckpt.publish(store, make(tmp_path / "a", tokenizer))
+    path = publishing.publish(store, make(tmp_path / "a", tokenizer))
     (path / ckpt.META_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"rollback\(\)"):
-        ckpt.read_published(store)
-    (store / ckpt.POINTER_FILE).write_text('{"version": ')
+        publishing.read_published(store)
+    (store / publishing.POINTER_FILE).write_text('{"version": ')
     with pytest.raises(CheckpointError, match="serve the shipped weights"):
-        ckpt.read_published(store)
+        publishing.read_published(store)
 
 
 def _publish_many(store: str, candidate: str, times: int) -> None:
     for _ in range(times):
-        ckpt.publish(Path(store), Path(candidate))
+        publishing.publish(Path(store), Path(candidate))
 
 
 def test_concurrent_publishers_and_readers_see_only_complete_versions(tmp_path: Path, tokenizer: Path) -> None:
@@ -216,11 +217,11 @@ def test_concurrent_publishers_and_readers_see_only_complete_versions(tmp_path: 
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        served = ckpt.read_published(store)
+        served = publishing.read_published(store)
         if served is not None:
             assert ckpt.load_checkpoint(served).meta.version == served.name
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    assert ckpt.published_version(store) == 15
+    assert publishing.published_version(store) == 15
     assert sorted(int(path.name) for path in (store / "versions").iterdir()) == list(range(1, 16))

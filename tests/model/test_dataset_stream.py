@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import multiprocessing
@@ -187,7 +188,7 @@ def test_a_cache_that_may_only_be_read_still_serves(
     whole = file.read_bytes()
 
     def refuse(*_: object) -> None:
-        raise PermissionError("read-only")
+        raise OSError(errno.EROFS, "read-only")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", refuse)
@@ -197,7 +198,7 @@ def test_a_cache_that_may_only_be_read_still_serves(
     with monkeypatch.context() as patch:
         patch.setattr(case_cache, "FileLock", refuse)
         assert cache.read(record, manifest.root).record == record
-    assert "cannot be written (read-only); going on without it" in caplog.text
+    assert "cannot be written ([Errno 30] read-only); going on without it" in caplog.text
     assert file.read_bytes() == whole[:-40]  # nothing is removed without the lock
     cache.read(record, manifest.root)
     assert file.read_bytes() == whole

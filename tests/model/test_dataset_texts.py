@@ -368,6 +368,13 @@ def test_a_patient_stands_on_one_side_over_all_sources(tmp_path: Path) -> None:
     records, moved = settled([record for source in sources for record in source.records])
     assert [r.split for r in records if r.patient == "totalsegmentator/s0011"] == [Split.TEST, Split.TEST]
     assert moved == [Problem("m3d_refseg/train/s0011", "patient also in test: moved there from train", skipped=False)]
+    # A case that its source tests with and a standing manifest trains on is said in other words.
+    written = [dataclasses.replace(r, split=Split.TRAIN) for r in records if r.patient == "totalsegmentator/s0011"]
+    again, moved = settled(records, written)
+    assert {r.split for r in again if r.patient == "totalsegmentator/s0011"} == {Split.TRAIN}
+    assert [problem.reason for problem in moved] == [
+        "patient stands in train of a given manifest: moved there, away from test of its source"
+    ] * 2
 
 
 def test_patients_of_btcv_are_the_same_in_m3d_seg(tmp_path: Path) -> None:

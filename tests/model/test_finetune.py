@@ -12,8 +12,9 @@ import pytest
 from filelock import FileLock
 
 from finetune_fakes import AFFINE, ORGANS, SHAPE, FakeBackend, make_samples, write_model
-from medvl_sam2.checkpoint import load_checkpoint, publish, read_published
+from medvl_sam2.checkpoint import load_checkpoint
 from medvl_sam2.errors import ConfigError, DataError, TrainingError
+from medvl_sam2.publishing import publish, read_published
 from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
 from medvl_sam2.training.finetune_samples import label_names, samples_from_folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from medvl_sam2.checkpoint import (
     ALIGNMENT_FOLDER,
     CheckpointMeta,
-    publish,
     save_checkpoint,
     shipped_checkpoint,
 )
@@ -22,9 +22,10 @@ from medvl_sam2.errors import CheckpointError, ConfigError, PromptError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.siglip import ImageTextModel
-from medvl_sam2.modeling.unified import language_view
+from medvl_sam2.modeling.unified import UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_encoder, load_image_text, load_part, read_weights
 from medvl_sam2.predictor import Predictor
+from medvl_sam2.publishing import publish, read_published, rollback
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.language_weights import load_language
 from medvl_sam2.training.scene_phase import ScenePhase, ScenePhaseConfig
@@ -79,6 +80,9 @@ def test_volumes_and_texts_are_unit_vectors_of_the_image_text_model(both: Path) 
     assert found.shape == said.shape == (HEAD.width,)
     assert found.dtype == said.dtype == np.float32
     assert np.linalg.norm([found, said], axis=1) == pytest.approx([1, 1], abs=1e-5)
+    session = predictor.open(volume)
+    assert np.array_equal(predictor.embed_volume(session), found)
+    assert "image" in vars(session)  # the open session's own canonical image was used
     model = load_image_text(both / ALIGNMENT_FOLDER)
     transform = CanonicalTransform(volume.geometry)
     image = np.ascontiguousarray(transform.forward_array(volume.array))
@@ -104,6 +108,8 @@ def test_without_an_image_text_model_the_remedy_is_named(folders: tuple[Path, Pa
         ImageTextModel(SMALL, None)
     with pytest.raises(CheckpointError, match="holds no image-text model"):
         load_image_text(folders[0])
+    with pytest.raises(ConfigError, match="belongs to an image-text model"):
+        UnifiedModel(WITH_HEAD, small_model().language.tokenizer)
     with pytest.raises(CheckpointError, match="word pieces"):
         ImageTextModel(WITH_HEAD, None).embed_texts([REPORT])
 
@@ -118,6 +124,25 @@ def test_a_published_version_keeps_the_image_text_model(both: Path, tmp_path: Pa
         Predictor.load(version)
     with pytest.raises(CheckpointError, match="SHA-256"):
         publish(tmp_path / "store", version)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        rollback(tmp_path / "store", 1)
+
+
+def test_a_folder_that_is_no_image_text_model_is_not_published(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    candidate = tmp_path / "candidate"
+    shutil.copytree(folders[0], candidate)
+    shutil.copytree(folders[0], candidate / ALIGNMENT_FOLDER)
+    with pytest.raises(CheckpointError, match="alignment holds no image-text model"):
+        publish(tmp_path / "store", candidate)
+    assert read_published(tmp_path / "store") is None
+
+
+def test_overwritten_weights_keep_the_image_text_model(both: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(both, folder)
+    state = small_model(seed=4).state_dict()
+    save_checkpoint(folder, state, SMALL, both / "tokenizer.json", META, overwrite=True)
+    assert same(load_image_text(folder / ALIGNMENT_FOLDER), load_image_text(both / ALIGNMENT_FOLDER))
 
 
 def test_the_encoder_is_found_in_every_kind_of_result(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from medvl_sam2.evaluation.peers import slice_peers
 from medvl_sam2.evaluation.peers.benchmark import Contender, Trained, figures, rows, score, text
 from medvl_sam2.evaluation.peers.contenders import NEEDS_GPU, NEEDS_WEIGHTS, Conditions, contenders
 from medvl_sam2.evaluation.peers.view import Opened, guidance
-from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage
+from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage, turned
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape
@@ -43,6 +43,13 @@ class Echo(nn.Module):
         classes = x.new_full((1, len(CLASSES), *x.shape[2:]), -1.0)
         classes[:, CLASSES.index("liver")] = x[:, 0] - 0.5
         return torch.cat([classes, x[:, 1:2] - x[:, 2:3] - 0.5], dim=1)
+
+
+class Blind(Echo):
+    """Never finds an object."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(super().forward(x), -1.0)
 
 
 def echo() -> ViewPeer:
@@ -132,6 +139,32 @@ def test_classes_a_volume_does_not_decide_are_not_trained() -> None:
     assert set(named) == {"named"}
     with pytest.raises(ConfigError, match="no training volume decides"):
         ViewStage(MICRO, [replace(labelled(), known=frozenset({"femur"}))], [1.0], clicks=False)
+
+
+def test_turns_are_the_eight_of_a_square_and_the_four_of_an_oblong() -> None:
+    square, oblong = torch.arange(18.0).reshape(2, 3, 3), torch.arange(24.0).reshape(2, 3, 4)
+    assert len({tuple(turned(square, turn).flatten().tolist()) for turn in range(8)}) == 8
+    assert len({tuple(turned(oblong, turn).flatten().tolist()) for turn in range(8)}) == 4
+    assert torch.equal(turned(square, 5), torch.rot90(square, 1, dims=(-2, -1)))
+    assert all(turned(oblong, turn).shape == oblong.shape for turn in range(8))
+
+
+def test_clicked_volumes_turn_and_named_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume of which only the left half is bright: what the network sees of it, over many draws."""
+    volume = labelled()
+    image = np.full_like(volume.image, -1000)
+    image[:, :, : image.shape[2] // 2] = 1000
+    stage = ViewStage(MICRO, [replace(volume, image=image)], [1.0], clicks=True)
+    seen: dict[str, set[bool]] = {"clicked": set(), "named": set()}
+    monkeypatch.setattr(
+        stage, "_forward", lambda image, channels: sides.append(image) or torch.zeros(len(CLASSES) + 1, *MICRO.grid)
+    )
+    monkeypatch.setattr(stage, "_loss", lambda logits, truth: torch.zeros(()))
+    for step in range(40):
+        sides: list[Tensor] = []
+        kind = next(iter(stage.loss(Draw(3, step))[1]))
+        seen[kind].add(bool(sides[0][..., 0].mean() > sides[0][..., -1].mean()))
+    assert seen == {"clicked": {True, False}, "named": {True}}
 
 
 @pytest.mark.slow
@@ -233,7 +266,7 @@ def test_scores_are_kept_and_belong_to_their_weights(tmp_path: Path) -> None:
     again = score(contender(replace(trained, predictor=broken)), tmp_path, PLAN, one_case)
     assert again == first
     with pytest.raises(AssertionError, match="scored again"):
-        score(contender(replace(trained, predictor=broken, steps=13)), tmp_path, PLAN, one_case)
+        score(contender(replace(trained, predictor=broken, weights="others")), tmp_path, PLAN, one_case)
 
 
 def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:
@@ -242,7 +275,7 @@ def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:
         score(Contender("sam2", "SAM2", "", (), lambda out: Trained(None), NEEDS_GPU), tmp_path, PLAN, one_case),
         score(Contender("controls", "controls", "none", ("interactive",), grown), tmp_path, PLAN, one_case),
     ]
-    numbers = figures(entries, "Echo")
+    numbers = figures(entries, "Echo", "none")
     assert {r["setting"]: r["best_control"] for r in numbers["interactive"]} == dict.fromkeys(
         ("box", "clicks"), "grow control"
     )
@@ -254,6 +287,25 @@ def test_table_states_minutes_scores_and_reasons(tmp_path: Path) -> None:
     assert set(table["SAM2 (skipped)"]) == {"-"}
     assert table["grow control"][:3] == ["-", "-", "-"]
     assert f"SAM2: skipped, {NEEDS_GPU}" in text(numbers)
+
+
+def test_the_margin_is_of_the_one_trained_for_equal_time(tmp_path: Path) -> None:
+    """The reference scores best and is in no margin, neither as ours nor as a rival."""
+    cells = replace(MICRO, grid=(32, 36, 40))
+    seeing, blind = Trained(echo()), Trained(ViewPeer("blind", Blind(), cells, clicks=True))
+    everyone = [("reference", seeing), ("ours", blind), ("peer", blind)]
+    entries = [
+        score(Contender(name, name, "", ("interactive",), lambda out, t=trained: t), tmp_path, PLAN, one_case)  # type: ignore[misc]
+        for name, trained in everyone
+    ]
+    numbers = figures(entries, "ours", "reference")
+    for record in numbers["interactive"]:
+        last = {name: list(engine["steps"].values())[-1]["dice"]["mean"] for name, engine in record["engines"].items()}
+        assert last["reference"] > last["ours"] == last["peer"]
+        assert (record["margin_of"], record["best_control"]) == ("ours", "peer")
+        assert record["margin"]["mean"] == 0
+    assert "ours minus the best other one of equal training (peer) +0.000" in text(numbers)
+    assert "margin" not in figures(entries[:1], "ours", "reference")["interactive"][0]
 
 
 def test_contenders_without_their_means_say_so() -> None:

@@ -39,6 +39,12 @@ def test_ties_are_worth_their_share() -> None:
     assert hits(same, right, 2).tolist() == pytest.approx([1 - 2 / 4 * 1 / 3] * 4)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_similarity_that_is_no_number_is_no_hit(value: float) -> None:
+    with pytest.raises(DataError, match="not finite"):
+        hits(np.full((3, 3), value), np.eye(3, dtype=bool), 1)
+
+
 def test_an_encoder_that_sees_nothing_scores_chance() -> None:
     blind = np.ones((20, 3))
     for value in recalls(blind, blind, names(20), names(20)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from medvl_sam2.errors import CheckpointError
 from script_modules import load_script
 
 LITTLE = ["--minutes", "0.01", "--training-cases", "1", "--cases", "1", "--objects-per-case", "1", "--steps", "1"]
@@ -30,12 +32,36 @@ def test_a_peer_and_the_controls_fill_one_table(
     deepedit = written["contenders"][0]
     assert deepedit["steps"] >= 1
     assert deepedit["seconds"] >= 0.6
-    assert written["machine"].endswith("trained on cpu")
+    assert "trained on cpu (" in written["machine"]
     assert "MONAI DeepEdit" in page.read_text(encoding="utf-8")
     assert script.main(arguments) == 0
     assert capsys.readouterr().out == first
     assert script.main([*arguments, "--minutes", "0.02"]) == 2
-    assert "other conditions" in capsys.readouterr().err
+    assert "begun with minutes 0.01, this run has 0.02" in capsys.readouterr().err
+    assert script.main([*arguments, "--threads", "2"]) == 2
+    assert "begun with threads 1, this run has 2" in capsys.readouterr().err
+
+
+def test_where_cases_are_cached_changes_nothing_and_another_processor_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("benchmark_peers", monkeypatch)
+    here = script.conditions_of(script.parse(["--out", str(tmp_path)]))
+    assert here.processor
+    script.claim(tmp_path, here)
+    elsewhere = replace(here, source=replace(here.source, cache=Path("elsewhere")), sam2=Path("slices"))
+    script.claim(tmp_path, elsewhere)
+    with pytest.raises(CheckpointError, match="processor"):
+        script.claim(tmp_path, replace(here, processor="another"))
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("benchmark_peers", monkeypatch)
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
+    assert script.main(["--out", str(tmp_path), *LITTLE, "--gpu"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_bad_options_are_named(

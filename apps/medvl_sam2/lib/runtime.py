@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
-from medvl_sam2.checkpoint import read_published
 from medvl_sam2.errors import CheckpointError, MedVLError
+from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
 from medvl_sam2.volume_io import read_volume
 

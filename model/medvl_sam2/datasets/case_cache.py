@@ -95,7 +95,7 @@ class CaseCache:
 
 def _load(path: Path, record: CaseRecord, root: Path) -> LoadedCase | None:
     try:
-        with contextlib.suppress(PermissionError):  # a cache that may only be read
+        with contextlib.suppress(OSError):  # a cache that may only be read: EACCES, EPERM or EROFS
             os.utime(path)  # when it was last used
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

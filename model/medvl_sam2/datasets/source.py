@@ -50,8 +50,9 @@ def settled(
     """Records with every patient on one side: the one kept furthest from training of those its cases have.
 
     Use it on the records of all sources trained on together: M3D-Seg 0011 and M3D-RefSeg are TotalSegmentator cases.
-    ``written``: records of manifests that stand already; their patients stay on the side they have there. Raises
-    :class:`DataError` when those disagree among themselves.
+    ``written``: records of manifests that stand already; their patients stay on the side they have there, even where
+    that is training and the source tests with them: the message of those cases says so. Raises :class:`DataError` when
+    the manifests disagree among themselves.
     """
     divided = divided_patients(written)
     if divided:
@@ -60,12 +61,14 @@ def settled(
     for record in records:
         side[record.patient] = max(side.get(record.patient, Split.TRAIN), record.split, key=_ORDER.index)
     side |= {record.patient: record.split for record in written}
-    moved = [
-        Problem(r.id, f"patient also in {side[r.patient]}: moved there from {r.split}", skipped=False)
-        for r in records
-        if r.split is not side[r.patient]
-    ]
+    moved = [Problem(r.id, _move(r.split, side[r.patient]), False) for r in records if r.split is not side[r.patient]]
     return [dataclasses.replace(r, split=side[r.patient]) for r in records], moved
+
+
+def _move(source: Split, target: Split) -> str:
+    if _ORDER.index(target) < _ORDER.index(source):
+        return f"patient stands in {target} of a given manifest: moved there, away from {source} of its source"
+    return f"patient also in {target}: moved there from {source}"
 
 
 def missing(*paths: Path) -> str | None:

@@ -44,8 +44,8 @@ class ImageTextEncoder(Protocol):
     def embeds(self) -> bool:
         """Whether there is an image-text model."""
 
-    def embed_volume(self, volume: Volume) -> np.ndarray:
-        """A volume's embedding (D,), norm 1."""
+    def embed_volume(self, volume: Any) -> np.ndarray:
+        """Embedding (D,), norm 1, of a volume or of a session on one."""
 
     def embed_text(self, text: str) -> np.ndarray:
         """A report's embedding (D,), norm 1."""
@@ -61,12 +61,16 @@ class EmbeddedPair:
     text_embedding: np.ndarray
 
 
-def embedded_pair(encoder: ImageTextEncoder, case: EvaluationCase) -> EmbeddedPair | None:
-    """Embeddings of a generated case and its report; None for a real case (no report)."""
+def embedded_pair(encoder: ImageTextEncoder, case: EvaluationCase, session: Any = None) -> EmbeddedPair | None:
+    """Embeddings of a generated case and its report; None for a real case (no report).
+
+    ``session``: one that the predictor has open on the case's volume, if any.
+    """
     if case.generated is None:
         return None
     text = case.generated.report
-    return EmbeddedPair(case.patient, text, encoder.embed_volume(case.volume), encoder.embed_text(text))
+    seen = encoder.embed_volume(case.volume if session is None else session)
+    return EmbeddedPair(case.patient, text, seen, encoder.embed_text(text))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def interactive_figures(curves: Sequence[ScoredCurve], model: str, controls: Seq
     """One record a split and setting: every engine after every step, structures, and model minus best control.
 
     The best control is the one with the higher mean after the last click on the same objects. ``margin`` is the mean of
-    the paired differences with a bootstrap over patients.
+    the paired differences (``margin_of`` minus it) with a bootstrap over patients.
     """
     figures = []
     for split, setting in sorted({(item.split, item.curve.setting.value) for item in curves}):
@@ -62,6 +62,7 @@ def interactive_figures(curves: Sequence[ScoredCurve], model: str, controls: Seq
             best = max(rivals, key=lambda name: rivals[name])
             record["best_control"] = best
             if model in by_engine:
+                record["margin_of"] = model
                 record["margin"] = interval_figures(_margin(by_engine[model], by_engine[best]))
         figures.append(record)
     return figures

@@ -59,7 +59,8 @@ def recalls(
     """Recall of every direction and depth for each number of ``pairs`` there is data for, or for all there are.
 
     ``images`` and ``texts`` (N, D): row n of both is one pair; similarity is their product, so rows are given with
-    norm 1. ``wording``: the N texts; ``patients``: units of the bootstrap.
+    norm 1. ``wording``: the N texts; ``patients``: units of the bootstrap. Raises :class:`DataError` where the parts
+    do not fit together or are not finite.
     """
     count = len(wording)
     if images.shape != texts.shape or images.ndim != 2 or not len(images) == count == len(patients):
@@ -67,9 +68,8 @@ def recalls(
             f"images {images.shape}, texts {texts.shape}, {count} wordings, {len(patients)} patients; give one row "
             "and one name of each a pair"
         )
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
-        raise DataError("embeddings hold values that are not finite; repair the encoder before scoring it")
-    similarity = images.astype(np.float64) @ texts.astype(np.float64).T
+    with np.errstate(invalid="ignore"):  # hits() refuses what is not finite
+        similarity = images.astype(np.float64) @ texts.astype(np.float64).T
     equal = equal_texts(wording)
     found = []
     for size in [size for size in pairs if size <= count] or ([count] if count else []):

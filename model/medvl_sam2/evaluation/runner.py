@@ -139,11 +139,14 @@ class Runner:
         """Whether the plan asks for retrieval and the model can do it."""
         return "retrieval" in self.plan.tasks and _encoder(self.predictor) is not None
 
-    def run_retrieval(self, case: EvaluationCase) -> None:
-        """Add a case to the pool that volumes and reports are looked for in, if the plan and the model have that."""
+    def run_retrieval(self, case: EvaluationCase, session: Any = None) -> None:
+        """Add a case to the pool that volumes and reports are looked for in, if the plan and the model have that.
+
+        ``session``: one that is open on the case's volume, if any.
+        """
         encoder = _encoder(self.predictor)
         if encoder is not None and "retrieval" in self.plan.tasks:
-            pair = language_tasks.embedded_pair(encoder, case)
+            pair = language_tasks.embedded_pair(encoder, case, session)
             self.pairs += [] if pair is None else [pair]
 
     def _mask_tasks(
@@ -171,7 +174,7 @@ class Runner:
         if "region" in self.plan.tasks:
             limit = self.plan.sentences_per_case
             self.regions += language_tasks.regions(predictor, session, case, limit)
-        self.run_retrieval(case)
+        self.run_retrieval(case, session)
         score = language_tasks.report(predictor, session, case) if "report" in self.plan.tasks else None
         if score is None:
             return ""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.errors import ConfigError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import IntensityRange, global_channel
 from medvl_sam2.modeling.scene_pointer import SceneElements, lesions_within, pointed_place, scene_elements
@@ -75,7 +76,13 @@ class UnifiedModel(nn.Module):
     """MedVL-SAM2: :class:`VisionLanguage` and :class:`SliceSegmenter` under one roof."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Raises :class:`ConfigError` for the configuration of an image-text model, whose head this one lacks."""
         super().__init__()
+        if config.alignment is not None:
+            raise ConfigError(
+                f"configuration {config.name!r} has an alignment section, which belongs to an image-text model; build "
+                "an ImageTextModel from it, or set alignment to null"
+            )
         self.config = config
         self.language = VisionLanguage(config, tokenizer)
         self.segmenter = SliceSegmenter(config.slices)

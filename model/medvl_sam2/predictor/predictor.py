@@ -240,19 +240,20 @@ class Predictor:
         return self.image_text is not None
 
     @torch.inference_mode()
-    def embed_volume(self, volume: Volume) -> np.ndarray:
+    def embed_volume(self, volume: Volume | Session) -> np.ndarray:
         """Unit vector (D,), float32, of a whole volume; its product with that of a text is their similarity.
 
+        A session that is open on the volume saves turning it to the canonical grid once more.
         The volume may lie on any grid: the encoder sees its canonical global view (SigLIP, arXiv 2303.15343).
 
         Raises:
             CheckpointError: the checkpoint has no image-text model.
         """
         model = self._image_text()
-        session = self.open(volume)
+        session = volume if isinstance(volume, Session) else self.open(volume)
         size = model.config.vision.input_size
-        view, _ = language_view(session.image, session.spacing, volume.modality, size)
         with self._lock:
+            view, _ = language_view(session.image, session.spacing, session.volume.modality, size)
             return model.embed_views(view)[0].numpy()
 
     @torch.inference_mode()

@@ -28,7 +28,7 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.siglip import ImageTextModel, SiglipHead
 from medvl_sam2.modeling.text_tower import text_batch
 from medvl_sam2.modeling.tokenizer import Tokenizer
-from medvl_sam2.partial_weights import load_encoder, load_part, read_weights
+from medvl_sam2.partial_weights import load_encoder, load_image_text, load_part, read_weights
 from medvl_sam2.training.alignment_losses import Pairs, Reconstruction, RegionHead, siglip_loss, text_keys
 from medvl_sam2.training.alignment_metrics import alignment_scores
 from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedRecords
@@ -141,9 +141,11 @@ class AlignmentStage(Stage):
         return [ParameterGroup(decayed, rate, self.config.weight_decay), ParameterGroup(free, rate)]
 
     def settings(self) -> dict[str, Any]:
-        """The stage's numbers, how many records there are, and the tokenizer."""
+        """The stage's numbers, how many records there are with and without a report, and the tokenizer."""
         numbers = plain_settings(self.config, ("trainer", "data", "start"))
-        return {**numbers, "records": len(self.records), "tokenizer": digest(self.tokenizer.to_json())}
+        data = {"generated": self.config.data.generated, "without_report": self.config.data.without_report}
+        words = digest(self.tokenizer.to_json())
+        return {**numbers, "data": data, "records": len(self.records), "tokenizer": words}
 
     def shards(self) -> list[nn.Module]:
         """Stages of the encoder and the text tower."""
@@ -257,12 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learner = begun()
     scores = {"before": alignment_scores(learner.vision, learner.alignment, tokenizer, held_out, config.batch)}
     trained = ImageTextModel(replace(preset, alignment=head), tokenizer)
-    result = out / "alignment.safetensors"
+    result, place = out / "alignment.safetensors", out / ALIGNMENT_FOLDER
     load_part(trained, read_weights(result), result)
-    scores["after"] = alignment_scores(trained.vision, trained.alignment, tokenizer, held_out, config.batch)
-    meta = CheckpointMeta("alignment", "0", f"Image-text model after {progress.step} steps.", scores["after"])
-    place = out / ALIGNMENT_FOLDER
+    meta = CheckpointMeta("alignment", "0", f"Image-text model after {progress.step} steps.")
     save_checkpoint(place, trained.state_dict(), trained.config, out / "tokenizer.json", meta, overwrite=True)
+    stored = load_image_text(place)  # what is scored is what is stored, in half precision
+    scores["after"] = alignment_scores(stored.vision, stored.alignment, tokenizer, held_out, config.batch)
+    meta = replace(meta, metrics=scores["after"])
+    save_checkpoint(place, stored.state_dict(), stored.config, out / "tokenizer.json", meta, overwrite=True)
     metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": data.held_out, "held_out": scores}
     write_json_atomically(out / "metrics.json", {**metrics, "history": trainer.history, "config": _plain(config)})
     print(json.dumps(metrics, indent=2))

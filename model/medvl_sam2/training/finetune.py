@@ -27,8 +27,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from medvl_sam2.checkpoint import CheckpointMeta, publish, published_version, verify_checkpoint
+from medvl_sam2.checkpoint import CheckpointMeta, verify_checkpoint
 from medvl_sam2.errors import Cancelled, CheckpointError, DataError
+from medvl_sam2.publishing import publish, published_version
 from medvl_sam2.synthesis.records import Case
 from medvl_sam2.training.finetune_gates import (
     figures,

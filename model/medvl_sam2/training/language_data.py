@@ -126,7 +126,7 @@ class CaseStore(Sequence[LanguageCase]):
         if not seeds:
             raise DataError("no seed given; ask for at least one case")
         folder.mkdir(parents=True, exist_ok=True)
-        self._seeds = tuple(seeds)
+        self.seeds = tuple(seeds)
         self._vision = vision
         self._folder = folder
         self._wordings = wordings
@@ -136,7 +136,7 @@ class CaseStore(Sequence[LanguageCase]):
         self._name = f"language_v{_VERSION}_{shape}_w{wordings}{population}"
 
     def __len__(self) -> int:
-        return len(self._seeds)
+        return len(self.seeds)
 
     @overload
     def __getitem__(self, index: int) -> LanguageCase: ...
@@ -146,8 +146,8 @@ class CaseStore(Sequence[LanguageCase]):
 
     def __getitem__(self, index: int | slice) -> LanguageCase | list[LanguageCase]:
         if isinstance(index, slice):
-            return [self._case(seed) for seed in self._seeds[index]]
-        return self._case(self._seeds[index])
+            return [self._case(seed) for seed in self.seeds[index]]
+        return self._case(self.seeds[index])
 
     def _case(self, seed: int) -> LanguageCase:
         path = self._folder / f"{self._name}_{seed:08d}.npz"
@@ -161,6 +161,11 @@ class JoinedCases(Sequence[LanguageCase]):
 
     def __init__(self, first: Sequence[LanguageCase], second: Sequence[LanguageCase]):
         self._first, self._second = first, second
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of all cases, in order."""
+        return (*seeds_of(self._first), *seeds_of(self._second))
 
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
@@ -176,6 +181,11 @@ class JoinedCases(Sequence[LanguageCase]):
             return [self[n] for n in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         return self._first[number] if number < len(self._first) else self._second[number - len(self._first)]
+
+
+def seeds_of(cases: Sequence[LanguageCase]) -> tuple[int, ...]:
+    """Seeds of ``cases``, in order; those that lie in a folder are not read for it."""
+    return cases.seeds if isinstance(cases, CaseStore | JoinedCases) else tuple(case.seed for case in cases)
 
 
 def write_case(case: LanguageCase, path: Path) -> None:

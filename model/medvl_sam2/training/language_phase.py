@@ -28,7 +28,7 @@ from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.partial_weights import load_part, read_weights
 from medvl_sam2.training.corpus import SegTarget, build_tokenizer, draw_samples
 from medvl_sam2.training.language_batches import pack, stack_views
-from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase
+from medvl_sam2.training.language_data import CaseStore, JoinedCases, LanguageCase, seeds_of
 from medvl_sam2.training.language_heads import FactHead, FactVocabulary
 from medvl_sam2.training.language_metrics import language_scores
 from medvl_sam2.training.language_weights import load_language, load_scene, model_state
@@ -145,10 +145,10 @@ class LanguageTrainer(nn.Module, Stage):
         return [ParameterGroup(trained, self.config.learning_rate, self.config.weight_decay)]
 
     def settings(self) -> dict[str, Any]:
-        """The phase's numbers, how many cases there are, and the tokenizer with the list of facts."""
-        free = ("steps", "warmup", "accumulate", "checkpointing", "device", "save_every", "bfloat16")
+        """The phase's numbers, the seeds of its cases, and the tokenizer with the list of facts."""
+        free = ("steps", "accumulate", "checkpointing", "device", "save_every")  # the loop keeps accumulate x processes
         words = digest(self.model.tokenizer.to_json(), self.vocabulary.facts)
-        return {**plain_settings(self.config, free), "cases": len(self.cases), "tokenizer": words}
+        return {**plain_settings(self.config, free), "cases": digest(seeds_of(self.cases)), "tokenizer": words}
 
     def shards(self) -> Sequence[nn.Module]:
         """The layers of the language model."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from medvl_sam2.errors import DataError
+
 
 def equal_texts(wording: Sequence[str]) -> np.ndarray:
     """Which texts are word for word the same: bool (N, N)."""
@@ -19,7 +21,11 @@ def hits(similarity: np.ndarray, right: np.ndarray, depth: int) -> np.ndarray:
 
     ``similarity`` (N, N), ``right`` bool (N, N) with at least one column a row. A right column that ties with wrong
     ones counts by the probability that a random order of the tie puts it, the first of its kind, within ``depth``.
+    Raises :class:`DataError` for a similarity that is not finite: nothing compares as larger than NaN, so every row
+    would be a hit.
     """
+    if not np.isfinite(similarity).all():
+        raise DataError("similarities hold values that are not finite; repair the encoder before scoring it")
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
     before = (~right & (similarity > best)).sum(axis=1)
     wrong = (~right & (similarity == best)).sum(axis=1)

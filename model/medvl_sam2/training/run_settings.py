@@ -2,6 +2,9 @@
 
 Names and shapes alone do not tell two runs apart: the same model trained on other cases, with another tokenizer, or on
 top of other frozen weights would go on silently. The state file therefore keeps the settings it was made with.
+
+Every field counts, also one that a later release adds or takes away: the states of earlier releases are refused then,
+by a message that says so, rather than gone on from under a setting nobody compared.
 """
 
 from __future__ import annotations
@@ -14,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medvl_sam2.errors import CheckpointError
-
-_ABSENT = "(not set)"
 
 
 def plain_settings(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
@@ -34,30 +35,41 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Digest of weights by name: their types, shapes and every value."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()[:16]
+
+
 def frozen_digest(module: nn.Module) -> str:
     """Digest of the weights that are not trained, which the state file does not hold; empty where all are trained."""
-    total = hashlib.sha256()
-    frozen = [(name, p) for name, p in sorted(module.named_parameters()) if not p.requires_grad]
-    for name, parameter in frozen:
-        flat = parameter.detach().cpu().contiguous().reshape(-1)
-        total.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()[:16] if frozen else ""
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return weights_digest(frozen) if frozen else ""
 
 
 def require_same(path: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Compare the settings of the state file ``path`` with this run's.
+    """Compare the settings that the file ``path`` holds with this run's.
 
-    Raises :class:`CheckpointError` that names the first field that differs, with both values.
+    Raises :class:`CheckpointError` that names the first field that differs, with both values, or, where the fields that
+    both have are the same, the first that only one of them has.
     """
     before, now = _flat(stored), _flat(own)
-    for field in sorted(before.keys() | now.keys()):
-        was, became = before.get(field, _ABSENT), now.get(field, _ABSENT)
-        if was != became:
+    for field in sorted(before.keys() & now.keys()):
+        if before[field] != now[field]:
             raise CheckpointError(
-                f"{path} was begun with {field} {was!r}, this run has {became!r}; restore that setting to go on, or "
-                "give an empty folder to begin anew"
+                f"{path} was begun with {field} {before[field]!r}, this run has {now[field]!r}; restore that setting "
+                "to go on, or give an empty folder to begin anew"
             )
+    for field in sorted(before.keys() ^ now.keys()):
+        known = f"says nothing of {field}, which this run has" if field in now else f"has {field}, which this run lacks"
+        raise CheckpointError(
+            f"{path} {known} ({(now | before)[field]!r}): it was begun with another release; go on with that one, or "
+            "give an empty folder to begin anew"
+        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -155,7 +155,7 @@ class ScenePhase(Stage):
 
     def settings(self) -> dict[str, Any]:
         """The phase's numbers and its volumes."""
-        return {**plain_settings(self.config, ("minutes", "device", "bfloat16")), "volumes": self._volumes}
+        return {**plain_settings(self.config, ("minutes", "device")), "volumes": self._volumes}
 
     def saved(self, trainer: Trainer) -> None:
         """Write ``scene.safetensors`` and ``progress.json``."""

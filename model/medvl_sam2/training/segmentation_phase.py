@@ -83,7 +83,7 @@ class _Part(Stage):
 
     def settings(self) -> dict[str, Any]:
         """The phase's numbers and its volumes."""
-        free = ("image_minutes", "memory_minutes", "device", "workers", "bfloat16")
+        free = ("image_minutes", "memory_minutes", "device", "workers")
         phase = self.phase
         return {**plain_settings(phase.config, free), "volumes": volumes_digest(phase.volumes, phase.weights)}
 

@@ -32,7 +32,12 @@ from medvl_sam2.training.throughput import Meter, Work
 from medvl_sam2.training.trainer_state import Progress, read_state, training_state, write_state
 
 _BINDING = ("schedule", "warmup", "clip", "betas", "precision", "seed")
-"""Settings of the loop that a run keeps when it goes on; budget, device, sharing and logs may change."""
+"""Settings of the loop that a run keeps when it goes on; budget, device, sharing and logs may change.
+
+What is bound here no stage may leave out of its own settings as free. The number of processes may change where
+``accumulate`` makes up for it: their product is kept. Precision ``auto`` is kept as that word, so a run that moves to
+another device goes on in what that device has units for.
+"""
 
 ReportProgress = Callable[[float, str], None]
 """Receives the share done and a line of text after every step; may raise to stop, the state is saved first."""

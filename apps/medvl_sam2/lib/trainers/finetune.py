@@ -22,9 +22,10 @@ from lib.configs.medvl_sam2 import AppConfig
 from lib.label_names import stored_names
 from lib.result_writing import http_errors
 from lib.retrain_schedule import RetrainSchedule
-from medvl_sam2.checkpoint import read_published, shipped_checkpoint
+from medvl_sam2.checkpoint import shipped_checkpoint
 from medvl_sam2.errors import ConfigError, DataError, MedVLError
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.publishing import read_published
 from medvl_sam2.training.finetune import FinetuneBackend, run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
 from medvl_sam2.training.holdout import patient_key

@@ -21,7 +21,7 @@ from medvl_sam2.files import write_json_atomically
 class Trained:
     """A contender ready to be scored; ``seconds`` in optimiser steps, ``parameters`` of the network that answers.
 
-    ``predictor`` is None for controls, which are scored as ``engines``; ``weights`` names those not trained here.
+    ``predictor`` is None for controls, which are scored as ``engines``; ``weights`` is a digest of those that answer.
     """
 
     predictor: FullPredictor | None
@@ -80,7 +80,7 @@ def score(
     trained = contender.train(folder)
     scores.seconds, scores.steps, scores.parameters = trained.seconds, trained.steps, trained.parameters
     plan = replace(plan, tasks=tuple(task for task in plan.tasks if task in contender.tasks))
-    stamp = f"{plan} {trained.steps} steps in {trained.seconds} s, weights {trained.weights}"
+    stamp = f"{contender.title}, {plan}, weights {trained.weights}"
     for case in cases():
         path = folder / "scores" / f"{case.name}.json"
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -114,13 +114,14 @@ def _curve(plain: dict[str, Any]) -> ScoredCurve:
     )
 
 
-def figures(entries: Sequence[Scores], ours: str) -> dict[str, Any]:
+def figures(entries: Sequence[Scores], ours: str, reference: str) -> dict[str, Any]:
     """All figures as JSON values: ``interactive`` with every contender as an engine, ``semantic`` by contender.
 
     ``margin`` of an interactive record is the contender titled ``ours`` minus the best other one, controls included.
+    The contender titled ``reference``, which was trained for another time than the rest, is in no margin.
     """
     curves = [curve for entry in entries for curve in entry.curves]
-    rivals = sorted({curve.curve.engine for curve in curves} - {ours})
+    rivals = sorted({curve.curve.engine for curve in curves} - {ours, reference})
     semantic = [
         record | {"contender": entry.title}
         for entry in entries
@@ -183,8 +184,9 @@ def text(numbers: dict[str, Any]) -> str:
         if record.get("margin"):
             margin = record["margin"]
             parts.append(
-                f"{record['split']}, {record['setting']}, last prompt: ours minus the best other one "
-                f"({record['best_control']}) {margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
+                f"{record['split']}, {record['setting']}, last prompt: {record['margin_of']} minus the best other one "
+                f"of equal training ({record['best_control']}) "
+                f"{margin['mean']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]"
             )
     for fact in numbers["contenders"]:
         parts.append(f"{fact['title']}: {'skipped, ' + fact['skipped'] if fact['skipped'] else fact['note']}")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from medvl_sam2.checkpoint import shipped_checkpoint
@@ -20,12 +24,16 @@ from medvl_sam2.evaluation.peers.benchmark import Contender, Trained
 from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.presets import SLICE_PRESETS
+from medvl_sam2.training.run_settings import plain_settings, weights_digest
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.segmentation_phase import SegmentationPhase, SegmentationPhaseConfig
 from medvl_sam2.training.trainer import Stage, Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
-SHIPPED = "MedVL-SAM2, shipped"
+SHIPPED = "MedVL-SAM2, shipped (trained longer)"
+"""A reference, not a rival: it had more minutes and more volumes than anyone trained here."""
+OWN = "its segmenter, same minutes"
+"""What of ours is compared under equal conditions. It knows no names, so by name nothing of ours is."""
 NEEDS_GPU = "needs --gpu and a CUDA device"
 NEEDS_WEIGHTS = "needs --sam2 DIR, made by scripts/convert_weights.py --kind sam2.1_tiny"
 _MEMORY_SHARE = 0.25
@@ -37,7 +45,8 @@ class Conditions:
     """What is equal for everyone who is trained here.
 
     ``source`` makes the training volumes; its seeds must lie below those of the evaluation. ``sam2``: converted
-    ``slices`` of SAM 2.1 tiny, or None. ``sam2_pixels``: side of the slices they see.
+    ``slices`` of SAM 2.1 tiny, or None. ``sam2_pixels``: side of the slices they see. ``threads`` of torch and the
+    ``processor`` decide how far the minutes reach.
     """
 
     source: SourceConfig
@@ -46,6 +55,8 @@ class Conditions:
     view: ViewConfig = field(default_factory=ViewConfig)
     sam2: Path | None = None
     sam2_pixels: int = 512
+    threads: int = 1
+    processor: str = ""
 
     def __post_init__(self) -> None:
         seeds = (self.source.seed, self.source.seed + self.source.generated)
@@ -54,6 +65,16 @@ class Conditions:
                 f"training seeds {seeds[0]} to {seeds[1] - 1} must lie from 0 to {FIRST_SEED - 1}, without lesion-rich "
                 "cases; the others are evaluated on"
             )
+
+    def shared(self) -> dict[str, Any]:
+        """What trainings in one folder must have in common, as JSON values.
+
+        Where cases are cached changes nothing, and SAM2's weights concern that contender alone, whose own settings
+        hold a digest of them.
+        """
+        plain = plain_settings(self, ("sam2", "sam2_pixels"))
+        del plain["source"]["cache"]
+        return plain
 
     @cached_property
     def volumes(self) -> tuple[list[LabelledVolume], list[float]]:
@@ -70,7 +91,7 @@ def contenders(conditions: Conditions) -> list[Contender]:
         Contender("shipped", SHIPPED, _shipped_note(), ("interactive", "semantic"), _shipped),
         Contender(
             "own",
-            "its segmenter, same minutes",
+            OWN,
             "random start, same cases and minutes; no scene, no language, so nothing by name; clicks and boxes start "
             "from an intensity-grown region as in the shipped predictor",
             ("interactive",),
@@ -108,6 +129,15 @@ def contenders(conditions: Conditions) -> list[Contender]:
     ]
 
 
+def processor_name(device: str) -> str:
+    """Name of the GPU, or of the processor with the widest instructions that torch uses on it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    listing = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def size(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -124,7 +154,10 @@ def _record() -> tuple[float, int]:
 
 def _shipped_note() -> str:
     minutes = _record()[0] / 60
-    return f"trained {minutes:.0f} minutes before, on more volumes; its steps leave out those of the language phase"
+    return (
+        f"a reference in no margin: trained {minutes:.0f} minutes before, on more volumes; its steps leave out those "
+        "of the language phase"
+    )
 
 
 def _shipped(out: Path) -> Trained:
@@ -147,6 +180,7 @@ def _own(conditions: Conditions, out: Path) -> Trained:
         done["image_seconds"] + done["memory_seconds"],
         int(done["image_steps"] + done["memory_steps"]),
         size(segmenter),
+        weights=weights_digest(segmenter.state_dict()),
     )
 
 
@@ -161,7 +195,7 @@ def _viewed(conditions: Conditions, out: Path, clicks: bool) -> Trained:
     stage = ViewStage(conditions.view, *conditions.volumes, clicks, conditions.device)
     seconds, steps = _trained(stage, conditions, out)
     peer = ViewPeer(stage.name, stage.module, conditions.view, clicks)
-    return Trained(peer, seconds, steps, size(stage.module))
+    return Trained(peer, seconds, steps, size(stage.module), weights=weights_digest(stage.module.state_dict()))
 
 
 def _sam2(conditions: Conditions, out: Path) -> Trained:
@@ -173,4 +207,5 @@ def _sam2(conditions: Conditions, out: Path) -> Trained:
     stage = slice_peers.PromptStage(start.segmenter, *conditions.volumes, conditions.device)
     seconds, steps = _trained(stage, conditions, out)
     predictor = slice_peers.prompted(start.segmenter.cpu(), model, "sam2", assist=False)
-    return Trained(predictor, seconds, steps, size(start.segmenter))
+    weights = weights_digest(start.segmenter.state_dict())
+    return Trained(predictor, seconds, steps, size(start.segmenter), weights=weights)

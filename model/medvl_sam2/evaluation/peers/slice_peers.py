@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,8 @@ from medvl_sam2.predictor import Predictor
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
 from medvl_sam2.training.precision import has_bfloat16_units
-from medvl_sam2.training.samples import LabelledVolume
+from medvl_sam2.training.run_settings import plain_settings, weights_digest
+from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage
 
@@ -64,6 +66,13 @@ class PromptStage(Stage):
         self._volumes = [replace(v, targets=tuple(replace(t, name=f"a {t.name}") for t in v.targets)) for v in volumes]
         self._weights = list(weights)
         self._rows: Iterator[RowBatch] | None = None
+        self._begun = {
+            "slices": plain_settings(segmenter.config),
+            "shape": plain_settings(self._shape),
+            "seed": seed,
+            "volumes": volumes_digest(volumes, weights),
+            "start": weights_digest(segmenter.state_dict()),
+        }
 
     @property
     def module(self) -> SegmentationLearner:
@@ -73,6 +82,10 @@ class PromptStage(Stage):
     def groups(self) -> list[ParameterGroup]:
         """The segmenter alone."""
         return [ParameterGroup(list(self._learner.segmenter.parameters()), 5e-5, 0.02)]
+
+    def settings(self) -> dict[str, Any]:
+        """Sizes, rows of a batch, the volumes and the weights it started from."""
+        return self._begun
 
     def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         """Windows with up to three corrective clicks, then stacks."""

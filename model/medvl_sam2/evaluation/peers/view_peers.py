@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from medvl_sam2.errors import ConfigError, PromptError
 from medvl_sam2.evaluation.peers.view import Grid, Opened, guidance, image_view, mask_view
 from medvl_sam2.training.clicks import next_click
-from medvl_sam2.training.samples import LabelledVolume, Target
+from medvl_sam2.training.run_settings import plain_settings, weights_digest
+from medvl_sam2.training.samples import LabelledVolume, Target, volumes_digest
 from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES
@@ -77,6 +79,9 @@ class ViewStage(Stage):
         self.key = self.name.lower()
         self.config, self.clicks, self._device = config, clicks, device
         self._volumes = list(volumes)
+        # Both on the grid, far smaller than the volumes: made once, not in every step.
+        self._images: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int, str], Tensor] = {}
         self._chance = np.asarray(weights, dtype=np.float64)
         self._named_chance = self._chance * [any(name in v.known for name in CLASSES) for v in self._volumes]
         if not self._named_chance.any():
@@ -84,6 +89,11 @@ class ViewStage(Stage):
         torch.manual_seed(seed)
         self._network = network(config, clicks).to(device)
         self._loss = DiceCELoss(sigmoid=True)
+        self._begun = {
+            **plain_settings(config),
+            "volumes": volumes_digest(volumes, weights),
+            "start": weights_digest(self._network.state_dict()),
+        }
 
     @property
     def module(self) -> nn.Module:
@@ -93,6 +103,10 @@ class ViewStage(Stage):
     def groups(self) -> list[ParameterGroup]:
         """All of it."""
         return [ParameterGroup(list(self._network.parameters()), self.config.learning_rate, 1e-4)]
+
+    def settings(self) -> dict[str, Any]:
+        """The sizes, the volumes and the weights it started from."""
+        return self._begun
 
     def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         """Classes by name, or one object from its clicks."""
@@ -106,20 +120,26 @@ class ViewStage(Stage):
 
     def _named(self, rng: np.random.Generator) -> Tensor:
         """Loss of the classes that the drawn volume decides; the click channels stay empty."""
-        volume = self._drawn(self._named_chance, rng)
+        drawn = self._drawn(self._named_chance, rng)
+        volume = self._volumes[drawn]
         asked = [number for number, name in enumerate(CLASSES) if name in volume.known]
-        truth = torch.stack([self._truth(volume, volume.find(CLASSES[number])) for number in asked])
-        logits = self._forward(self._image(volume, rng), no_clicks(self.config, self.clicks))[asked]
+        truth = torch.stack([self._truth(drawn, volume.find(CLASSES[number])) for number in asked])
+        logits = self._forward(self._image(drawn, rng), no_clicks(self.config, self.clicks))[asked]
         return self._loss(logits[:, None], truth[:, None].to(self._device))
 
     def _clicked(self, rng: np.random.Generator) -> Tensor | None:
-        """Loss of one object after one to ``most_clicks`` clicks; None for an object too small for the grid."""
-        volume = self._drawn(self._chance, rng)
-        soft = self._truth(volume, volume.targets[int(rng.integers(len(volume.targets)))])
+        """Loss of one object after one to ``most_clicks`` clicks; None for an object too small for the grid.
+
+        Half of the volumes are turned, as our own segmenter's windows are: no name is read here.
+        """
+        drawn = self._drawn(self._chance, rng)
+        targets = self._volumes[drawn].targets
+        turn = int(rng.integers(8)) if rng.random() < 0.5 else 0
+        soft = turned(self._truth(drawn, targets[int(rng.integers(len(targets)))]), turn)
         truth = soft.numpy() > 0.5
         if not truth.any():
             return None
-        image, grid = self._image(volume, rng), self.config.grid
+        image, grid = turned(self._image(drawn, rng), turn), self.config.grid
         points, labels = list[tuple[int, ...]](), list[int]()
         guess, channels = None, no_clicks(self.config, self.clicks)
         for placed in range(1 + int(rng.integers(self.config.most_clicks))):
@@ -137,20 +157,36 @@ class ViewStage(Stage):
     def _forward(self, image: Tensor, channels: Tensor) -> Tensor:
         return logits_of(self._network, image.to(self._device), channels)
 
-    def _drawn(self, chance: np.ndarray, rng: np.random.Generator) -> LabelledVolume:
-        return self._volumes[int(rng.choice(len(self._volumes), p=chance / chance.sum()))]
+    def _drawn(self, chance: np.ndarray, rng: np.random.Generator) -> int:
+        return int(rng.choice(len(self._volumes), p=chance / chance.sum()))
 
-    def _truth(self, volume: LabelledVolume, target: Target | None) -> Tensor:
+    def _truth(self, drawn: int, target: Target | None) -> Tensor:
         """Share of every cell (D, H, W); zeros for a class that is known to be absent."""
         if target is None:
             return torch.zeros(self.config.grid)
-        return mask_view(volume.mask(target, slice(None)), self.config.grid)[0]
+        if (drawn, target.name) not in self._masks:
+            share = mask_view(self._volumes[drawn].mask(target, slice(None)), self.config.grid)[0]
+            self._masks[drawn, target.name] = share.flatten().to_sparse()  # most organs fill a hundredth of the grid
+        return self._masks[drawn, target.name].to_dense().reshape(self.config.grid)
 
-    def _image(self, volume: LabelledVolume, rng: np.random.Generator) -> Tensor:
-        """View with random contrast. Left and right are never exchanged: some classes differ in nothing else."""
+    def _image(self, drawn: int, rng: np.random.Generator) -> Tensor:
+        """View with random contrast. Left and right are not exchanged here: some classes differ in nothing else."""
+        if drawn not in self._images:
+            volume = self._volumes[drawn]
+            self._images[drawn] = image_view(volume.image, volume.modality, self.config.grid)
         change = Compose([RandScaleIntensity(0.2, prob=1.0), RandShiftIntensity(0.1, prob=1.0)])
         change.set_random_state(seed=int(rng.integers(2**31)))
-        return torch.as_tensor(np.asarray(change(image_view(volume.image, volume.modality, self.config.grid))))
+        return torch.as_tensor(np.asarray(change(self._images[drawn])))
+
+
+def turned(cells: Tensor, turn: int) -> Tensor:
+    """Flip ``turn`` (0 to 7) of (..., H, W) in the plane: bit 0 x, bit 1 y, bit 2 both axes exchanged, if equally long.
+
+    Never where a name is read: left and right do not hold afterwards.
+    """
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if turn & bit]
+    cells = cells.flip(axes)
+    return cells.transpose(-1, -2).contiguous() if turn & 4 and cells.shape[-1] == cells.shape[-2] else cells
 
 
 def no_clicks(config: ViewConfig, clicks: bool) -> Tensor:
