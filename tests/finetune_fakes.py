@@ -20,7 +20,8 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.synthesis.records import Case
 from medvl_sam2.training.finetune import FinetuneBackend, FinetuneData, FinetuneStage
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneSample
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Trainer
+from medvl_sam2.training.stage import Draw, ParameterGroup
+from medvl_sam2.training.trainer import Trainer
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.types import Modality, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 
 TOY = TrainerConfig(steps=20, schedule="constant", warmup=2, log_steps=3, save_steps=1, seed=5)

@@ -39,8 +39,9 @@ from medvl_sam2.training.alignment_stage import (
 )
 from medvl_sam2.training.language_data import ORGANS, LanguageCase, prepare_case
 from medvl_sam2.training.run_settings import require_same
+from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.stage_config import read_stage_config
-from medvl_sam2.training.trainer import Draw, Trainer, TrainerConfig
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from small_model import SMALL
 
 HEAD = AlignmentConfig(vocab_size=400, hidden_size=16, intermediate_size=24, layers=1, heads=2, max_length=96, width=12)

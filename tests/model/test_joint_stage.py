@@ -29,11 +29,12 @@ from medvl_sam2.training.alignment_stage import AlignmentStageConfig
 from medvl_sam2.training.finetune_records import FinetuneConfig
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
 from medvl_sam2.training.language_batches import pack
+from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import load_starts, start_tokenizer
 from medvl_sam2.training.taught_cases import CaseFeed, TaughtCase, record_offers, taught_case
 from medvl_sam2.training.taught_texts import Shares, draw_tasks, task_samples
-from medvl_sam2.training.trainer import Draw, Trainer
+from medvl_sam2.training.trainer import Trainer
 from small_model import SMALL, small_model
 from taught_folder import SCENELESS, SETTINGS, stage_on
 

@@ -26,7 +26,8 @@ from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape
 from medvl_sam2.training.samples import LabelledVolume, from_masks
-from medvl_sam2.training.trainer import Draw, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import SourceConfig
 from medvl_sam2.types import Modality, Prompt
 from medvl_sam2.vocabulary import CLASSES

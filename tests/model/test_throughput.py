@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.throughput import Meter, Work, known_peak
-from medvl_sam2.training.trainer import Draw, Trainer
+from medvl_sam2.training.trainer import Trainer
 from trainer_toy import TOY, Toy
 
 

@@ -23,7 +23,8 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import build_language_model
 from medvl_sam2.training.precision import autocast, has_bfloat16_units
 from medvl_sam2.training.schedule import rate_factor
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw, ParameterGroup
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from small_model import SMALL
 from trainer_toy import TOY, Toy
 

@@ -37,9 +37,10 @@ from medvl_sam2.training.language_batches import stack_views
 from medvl_sam2.training.language_data import CaseStore
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.throughput import Work
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED
 

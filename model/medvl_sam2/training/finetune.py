@@ -54,7 +54,8 @@ from medvl_sam2.training.measure import LabelledCase, Measurement, ServedPredict
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
-from medvl_sam2.training.trainer import Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Stage
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.vocabulary import CLASSES
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,8 @@ from medvl_sam2.training.finetune_records import FinetuneConfig
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Trainer
+from medvl_sam2.training.stage import Draw, ParameterGroup
+from medvl_sam2.training.trainer import Trainer
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import spoken
 

@@ -29,10 +29,11 @@ from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.spoken_masks import SpokenRow, sheet_loss, spoken_rows_loss
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
 from medvl_sam2.training.taught_cases import CaseFeed
 from medvl_sam2.training.taught_texts import Shares, draw_tasks, task_samples
 from medvl_sam2.training.throughput import Work
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 
 _NOTICE = "Research weights; not a medical device. Check every answer and every mask."
 _ASKING = 64

@@ -32,7 +32,8 @@ from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.spoken_masks import SpokenRow, spoken_rows_loss
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import CLASSES, spoken
 

@@ -34,11 +34,12 @@ from medvl_sam2.presets import preset
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
 from medvl_sam2.training.precision import autocast
 from medvl_sam2.training.ranks import Ranks
+from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import load_starts, start_config, start_tokenizer
 from medvl_sam2.training.taught_cases import CaseFeed, TaughtCase, record_offers, taught_case
 from medvl_sam2.training.taught_texts import askable, corpus_of
-from medvl_sam2.training.trainer import Draw, Trainer
+from medvl_sam2.training.trainer import Trainer
 
 _SURVEYED = 400
 """So many cases, from the first on, give the texts for a tokenizer where none is given."""

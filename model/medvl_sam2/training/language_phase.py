@@ -35,7 +35,8 @@ from medvl_sam2.training.language_weights import load_language, load_scene, mode
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
-from medvl_sam2.training.trainer import Draw, ParameterGroup, ReportProgress, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.trainer import ReportProgress, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, LESION_RICH, LESION_RICH_SEED, UNSEEN_SEED
 from medvl_sam2.vocabulary import spoken

@@ -30,7 +30,8 @@ from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.scene_samples import SceneBatch, SceneSampler, ViewConfig
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, UNSEEN_SEED, SourceConfig, training_volumes
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +26,8 @@ from medvl_sam2.training.ranks import Parallel, Ranks, whole
 from medvl_sam2.training.run_log import MlflowRun, RunLog
 from medvl_sam2.training.run_settings import frozen_digest, plain_settings
 from medvl_sam2.training.schedule import Schedule, rate_factor
-from medvl_sam2.training.throughput import Meter, Work
+from medvl_sam2.training.stage import Draw, Stage
+from medvl_sam2.training.throughput import Meter
 from medvl_sam2.training.trainer_state import Progress, read_state, training_state, write_state
 
 _BINDING = ("schedule", "warmup", "clip", "betas", "precision", "seed")
@@ -85,74 +84,6 @@ class TrainerConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if self.clip <= 0:
             raise ConfigError(f"clip {self.clip} must be above 0; give .inf to leave gradients as they are")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Micro-batch ``number`` of the ``count`` that make up optimiser step ``step``, ``share`` of the budget in."""
-
-    seed: int
-    step: int
-    number: int = 0
-    count: int = 1
-    share: float = 0.0
-
-    def rng(self, purpose: int = 0) -> np.random.Generator:
-        """A generator of its own for every purpose."""
-        return np.random.default_rng([self.seed, self.step, self.number, purpose])
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters with their peak learning rate and weight decay."""
-
-    parameters: Sequence[nn.Parameter]
-    rate: float
-    decay: float = 0.0
-
-
-class Stage(ABC):
-    """What is trained and how its loss is computed."""
-
-    name: str
-    """Spoken name, such as ``scene phase``."""
-    key: str
-    """Prefix of the state file."""
-    outdated: tuple[str, ...] = ()
-    """State files of earlier releases, which cannot be gone on from."""
-    work: Work | None = None
-    """What the last micro-batch was; a stage that wants its throughput in the log sets it in :meth:`loss`."""
-
-    @property
-    @abstractmethod
-    def module(self) -> nn.Module:
-        """All weights the loss touches; frozen ones have ``requires_grad`` off."""
-
-    @abstractmethod
-    def groups(self) -> Sequence[ParameterGroup]:
-        """What the optimiser moves; asked for once the weights are where they stay."""
-
-    @abstractmethod
-    def loss(self, draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a micro-batch and figures to watch; random numbers come from ``draw`` or from torch alone."""
-
-    def settings(self) -> Mapping[str, Any]:
-        """What a run that goes on must share with the one before (JSON values): numbers, digests of data and texts.
-
-        Frozen weights and the loop's own settings are compared without it.
-        """
-        return {}
-
-    def shards(self) -> Sequence[nn.Module]:
-        """Parts that are only used through their forward pass, which FSDP gathers one at a time."""
-        return ()
-
-    def validate(self, trainer: Trainer) -> Mapping[str, float]:
-        """Figures of held-out data for the log, by :meth:`Trainer.measure`; called in every process."""
-        return {}
-
-    def saved(self, trainer: Trainer) -> None:  # noqa: B027 - most stages have nothing else to write
-        """Called in every process after each save; writes what others read."""
 
 
 class _Shared(nn.Module):

@@ -27,7 +27,8 @@ from medvl_sam2.presets import SLICE_PRESETS
 from medvl_sam2.training.run_settings import plain_settings, weights_digest
 from medvl_sam2.training.samples import LabelledVolume
 from medvl_sam2.training.segmentation_phase import SegmentationPhase, SegmentationPhaseConfig
-from medvl_sam2.training.trainer import Stage, Trainer, TrainerConfig
+from medvl_sam2.training.stage import Stage
+from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
 
 SHIPPED = "MedVL-SAM2, shipped (trained longer)"

@@ -22,7 +22,7 @@ from medvl_sam2.training.precision import has_bfloat16_units
 from medvl_sam2.training.run_settings import plain_settings, weights_digest
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
 
 _NOTICE = "a benchmark's weights: only points, boxes and masks mean anything to them"
 

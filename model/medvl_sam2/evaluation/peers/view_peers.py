@@ -24,7 +24,7 @@ from medvl_sam2.evaluation.peers.view import Grid, Opened, guidance, image_view,
 from medvl_sam2.training.clicks import next_click
 from medvl_sam2.training.run_settings import plain_settings, weights_digest
 from medvl_sam2.training.samples import LabelledVolume, Target, volumes_digest
-from medvl_sam2.training.trainer import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES
 
