@@ -20,8 +20,7 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.synthesis.records import Case
 from medvl_sam2.training.finetune import FinetuneBackend, FinetuneData, FinetuneStage
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneSample
-from medvl_sam2.training.stage import Draw, ParameterGroup
-from medvl_sam2.training.trainer import Trainer
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.types import Modality, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES
@@ -150,7 +149,7 @@ class FakeStage(FinetuneStage):
         loss = 1 - values[0] + 0 * self.skill.get_parameter("idle").sum()
         return loss * (float("nan") if self.steps == self.habits.broken_at else 1.0), {}
 
-    def validate(self, trainer: Trainer) -> dict[str, float]:
+    def validate(self, run: Run) -> dict[str, float]:
         self.validations += 1
         return {"held_out_loss": 1 - self.skill.get_buffer("values")[0].item()}
 

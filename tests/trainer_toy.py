@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
 from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 
@@ -68,10 +68,10 @@ class Toy(Stage):
             loss = loss * float("nan")
         return loss, {"error": loss.item() ** 0.5}
 
-    def saved(self, trainer: Trainer) -> None:
+    def saved(self, run: Run) -> None:
         if self.out is not None:
-            weights = trainer.weights()
-            if trainer.ranks.first:
+            weights = run.weights()
+            if run.ranks.first:
                 write_tensors(self.out / "toy.safetensors", weights)
 
 

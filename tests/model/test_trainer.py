@@ -23,7 +23,7 @@ from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import build_language_model
 from medvl_sam2.training.precision import autocast, has_bfloat16_units
 from medvl_sam2.training.schedule import rate_factor
-from medvl_sam2.training.stage import Draw, ParameterGroup
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run
 from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from small_model import SMALL
 from trainer_toy import TOY, Toy
@@ -130,8 +130,8 @@ def test_a_listener_that_stops_the_run_finds_its_state_saved(tmp_path: Path) -> 
 
 def test_validation_at_given_steps_and_at_the_end_changes_nothing(tmp_path: Path) -> None:
     class Validated(Toy):
-        def validate(self, trainer: Trainer) -> dict[str, float]:
-            return {"held_out": trainer.measure(Draw(1, 10_000))["loss"]}
+        def validate(self, run: Run) -> dict[str, float]:
+            return {"held_out": run.measure(Draw(1, 10_000))["loss"]}
 
     stage = Validated(noise=0.1)
     run = Trainer(stage, replace(TOY, steps=10, log_steps=4, validate_steps=4), tmp_path)

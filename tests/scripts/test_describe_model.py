@@ -24,7 +24,7 @@ def test_paper_figures_follow_from_its_sizes(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script.main(["paper", "--json", str(tmp_path / "paper.json")]) == 0
-    assert "7919.50 M parameters" in capsys.readouterr().out
+    assert "7919.49 M parameters" in capsys.readouterr().out
     figures = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
     parts = {part["name"]: part for part in figures["parts"]}
     blocks, head = parts["language blocks"], parts["language head"]
@@ -38,7 +38,8 @@ def test_paper_figures_follow_from_its_sizes(
     assert figures["inference"]["features"] == 2 * 128 * 256 * (64**2 + 128**2 // 4 + 256**2 // 8)
     training = {stage["name"]: stage for stage in figures["training"]}
     assert set(training) == set(STAGES)
-    assert training["1c"]["weights"] == 16 * training["1c"]["trained"]
+    scorer = parts["slice scorer"]["parameters"]  # loaded with its side, learned from texts only
+    assert training["1c"]["weights"] == 16 * training["1c"]["trained"] + 2 * scorer
     assert training["3"]["trained"] < training["2"]["trained"]
 
 

@@ -64,7 +64,7 @@ def test_patients_of_another_manifest_keep_their_side(script: ModuleType, tmp_pa
     sides = {r.patient: r.split for r in read_manifest(second, tmp_path / "data").records}
     expected = {r.patient: r.split for r in records} | {r.patient: turned[r.patient] for r in records[:2]}
     assert sides == expected
-    moved = [p for p in json.loads(report.read_text())["problems"] if "moved there from" in p["reason"]]
+    moved = [p for p in json.loads(report.read_text())["problems"] if "moved there" in p["reason"]]
     assert [p["skipped"] for p in moved] == [False, False]
     other = tmp_path / "data" / "other.jsonl"
     write_manifest(other, [records[0]])

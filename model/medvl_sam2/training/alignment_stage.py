@@ -37,7 +37,7 @@ from medvl_sam2.training.language_batches import stack_views
 from medvl_sam2.training.language_data import CaseStore
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import digest, plain_settings
-from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.throughput import Work
 from medvl_sam2.training.trainer import Trainer, TrainerConfig
@@ -176,10 +176,10 @@ class AlignmentStage(Stage):
             loss = loss + config.reconstruction_weight * rebuilt
         return loss, figures
 
-    def saved(self, trainer: Trainer) -> None:
+    def saved(self, run: Run) -> None:
         """Write ``alignment.safetensors``: encoder and head, by the names they have in :class:`ImageTextModel`."""
-        weights = trainer.weights()
-        if self.out is not None and trainer.ranks.first:
+        weights = run.weights()
+        if self.out is not None and run.ranks.first:
             kept = {name: w for name, w in weights.items() if name.startswith(("vision.", "alignment."))}
             write_tensors(self.out / "alignment.safetensors", kept)
 

@@ -36,8 +36,7 @@ from medvl_sam2.training.finetune_records import FinetuneConfig
 from medvl_sam2.training.samples import CONCEPTS, LabelledVolume
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
-from medvl_sam2.training.stage import Draw, ParameterGroup
-from medvl_sam2.training.trainer import Trainer
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run
 from medvl_sam2.training.volume_sources import from_case
 from medvl_sam2.vocabulary import spoken
 
@@ -173,13 +172,13 @@ class UnifiedStage(FinetuneStage):
             more, figures["named"] = self._named_loss(rows, draw)
         return loss + more, figures
 
-    def validate(self, trainer: Trainer) -> dict[str, float]:
+    def validate(self, run: Run) -> dict[str, float]:
         """``held_out_loss`` of rows of the held-out patients, the same ones every time."""
         if not self.data.held_out:
             return {}
         self._drawn = self._held_out
         try:
-            losses = [trainer.measure(Draw(self.config.seed, step))["loss"] for step in range(self._size.held_out)]
+            losses = [run.measure(Draw(self.config.seed, step))["loss"] for step in range(self._size.held_out)]
         finally:
             self._drawn = self._training
         return {"held_out_loss": float(np.mean(losses))}

@@ -29,11 +29,11 @@ from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.spoken_masks import SpokenRow, sheet_loss, spoken_rows_loss
-from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
 from medvl_sam2.training.taught_cases import CaseFeed
 from medvl_sam2.training.taught_texts import Shares, draw_tasks, task_samples
 from medvl_sam2.training.throughput import Work
-from medvl_sam2.training.trainer import Trainer, TrainerConfig
+from medvl_sam2.training.trainer import TrainerConfig
 
 _NOTICE = "Research weights; not a medical device. Check every answer and every mask."
 _ASKING = 64
@@ -222,18 +222,18 @@ class JointStage(Stage):
         self.work = Work(samples=len(cases), tokens=read, slices=slices)
         return loss, figures
 
-    def saved(self, trainer: Trainer) -> None:
+    def saved(self, run: Run) -> None:
         """At the end write the checkpoint folder, adapters merged."""
-        if self.out is None or not trainer.over:
+        if self.out is None or not run.over:
             return
-        weights = trainer.weights()
-        if not trainer.ranks.first:
+        weights = run.weights()
+        if not run.ranks.first:
             return
         language = self.model.config.language
         state = merged_state(weights, language.lora_alpha / language.lora_rank)
         if language.tied_head:
             state["language.lm.lm_head.weight"] = state["language.lm.model.embed_tokens.weight"]
-        said = f"{_NOTICE} Written by the {self.name} after {trainer.progress.step} steps."
+        said = f"{_NOTICE} Written by the {self.name} after {run.progress.step} steps."
         meta = CheckpointMeta(self.model.config.name, "0", said)
         place, words = self.out / "checkpoint", self.out / "tokenizer.json"
         save_checkpoint(place, state, self.model.config, words, meta, overwrite=True)

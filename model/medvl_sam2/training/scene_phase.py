@@ -30,7 +30,7 @@ from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.scene_samples import SceneBatch, SceneSampler, ViewConfig
-from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
 from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED, UNSEEN_SEED, SourceConfig, training_volumes
@@ -158,12 +158,12 @@ class ScenePhase(Stage):
         """The phase's numbers and its volumes."""
         return {**plain_settings(self.config, ("minutes", "device")), "volumes": self._volumes}
 
-    def saved(self, trainer: Trainer) -> None:
+    def saved(self, run: Run) -> None:
         """Write ``scene.safetensors`` and ``progress.json``."""
-        weights = trainer.weights()
-        if trainer.ranks.first:
+        weights = run.weights()
+        if run.ranks.first:
             write_tensors(self.out / "scene.safetensors", weights)
-            done = {"steps": trainer.progress.step, "seconds": trainer.progress.seconds}
+            done = {"steps": run.progress.step, "seconds": run.progress.seconds}
             record = {**done, "config": asdict(self.config), "threads": torch.get_num_threads()}
             write_json_atomically(self.out / "progress.json", record)
 

@@ -24,7 +24,7 @@ from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
-from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
+from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
 from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
 from medvl_sam2.training.volume_sources import SourceConfig, training_volumes
@@ -88,11 +88,11 @@ class _Part(Stage):
         phase = self.phase
         return {**plain_settings(phase.config, free), "volumes": volumes_digest(phase.volumes, phase.weights)}
 
-    def saved(self, trainer: Trainer) -> None:
+    def saved(self, run: Run) -> None:
         """Write ``segmenter.safetensors`` and ``progress.json``."""
-        weights, progress = trainer.weights(), trainer.progress
+        weights, progress = run.weights(), run.progress
         self.phase.progress |= {f"{self.key}_steps": progress.step, f"{self.key}_seconds": progress.seconds}
-        if trainer.ranks.first:
+        if run.ranks.first:
             write_tensors(self.phase.out / "segmenter.safetensors", weights)
             record = {**self.phase.progress, "config": asdict(self.phase.config), "threads": torch.get_num_threads()}
             write_json_atomically(self.phase.out / "progress.json", record)

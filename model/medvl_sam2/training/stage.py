@@ -5,15 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.throughput import Work
-
-if TYPE_CHECKING:
-    from medvl_sam2.training.trainer import Trainer
+from medvl_sam2.training.trainer_state import Progress
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,25 @@ class ParameterGroup:
     parameters: Sequence[nn.Parameter]
     rate: float
     decay: float = 0.0
+
+
+class Run(Protocol):
+    """What a stage may ask of the trainer that runs it."""
+
+    ranks: Ranks
+    """The processes that train together."""
+    progress: Progress
+    """What is done so far."""
+
+    @property
+    def over(self) -> bool:
+        """True at the end of the budget."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights of the stage's module, gathered from every process, which must all call it."""
+
+    def measure(self, draw: Draw) -> dict[str, float]:
+        """Loss and figures of a held-out draw without learning from it."""
 
 
 class Stage(ABC):
@@ -76,9 +94,9 @@ class Stage(ABC):
         """Parts that are only used through their forward pass, which FSDP gathers one at a time."""
         return ()
 
-    def validate(self, trainer: Trainer) -> Mapping[str, float]:
-        """Figures of held-out data for the log, by :meth:`Trainer.measure`; called in every process."""
+    def validate(self, run: Run) -> Mapping[str, float]:
+        """Figures of held-out data for the log, by :meth:`Run.measure`; called in every process."""
         return {}
 
-    def saved(self, trainer: Trainer) -> None:  # noqa: B027 - most stages have nothing else to write
+    def saved(self, run: Run) -> None:  # noqa: B027 - most stages have nothing else to write
         """Called in every process after each save; writes what others read."""
