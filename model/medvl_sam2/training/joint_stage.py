@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -43,15 +44,15 @@ from medvl_sam2.training.trainer import Trainer
 
 _SURVEYED = 400
 """So many cases, from the first on, give the texts for a tokenizer where none is given."""
-_LEAST_ROUNDS = 4
-"""Micro-batches that the held-out loss is taken over at least."""
+_LEAST_DRAWS = 4
+"""Batches that the held-out loss is taken over at least: of few cases several times, with other tasks each time."""
 
 
-def held_out_figures(stage: JointStage, cases: int) -> dict[str, float]:
-    """Mean loss and figures over the first ``cases`` of the stage's feed; the same tasks and noise every time."""
+def held_out_figures(stage: JointStage, draws: int) -> dict[str, float]:
+    """Mean loss and figures over ``draws`` batches of the stage's feed; the same cases, tasks and noise every time."""
     sums: dict[str, list[float]] = {}
     loop = stage.config.trainer
-    for step in tqdm(range(max(_LEAST_ROUNDS, -(-cases // stage.config.batch))), desc="held-out cases", mininterval=5):
+    for step in tqdm(range(draws), desc="held-out batches", mininterval=5):
         torch.manual_seed(step)
         with torch.no_grad(), autocast(loop.device, loop.precision):
             loss, figures = stage.loss(Draw(loop.seed, step))
@@ -108,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load_starts(model, config.start)
         return model
 
-    held_out = feed_of(manifest, Split.VALIDATION, config, model_config, tokenizer)
+    wanted = config.data.held_out
+    held_out = feed_of(manifest, Split.VALIDATION, config, model_config, tokenizer) if wanted else None
     feed = feed_of(manifest, Split.TRAIN, config, model_config, tokenizer)
     stage = JointStage(config, begun(), feed, out, ranks.world)
     trainer = Trainer(stage, config.trainer, out)
@@ -119,13 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     history = trainer.history
     del trainer, stage  # room for the two that are compared
-    cases = min(config.data.held_out, len(held_out))
-    scores = {"before": held_out_figures(JointStage(config, begun(), held_out), cases)}
-    trained = UnifiedModel(model_config, tokenizer)
-    load_into(trained, load_checkpoint(out / "checkpoint").state)
-    scores["after"] = held_out_figures(JointStage(config, trained, held_out), cases)
-    metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": cases, "held_out": scores}
-    skipped = {**feed.skipped, **held_out.skipped}
+    metrics: dict[str, Any] = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": 0}
+    skipped = dict(feed.skipped)
+    if held_out is not None:
+        draws = max(_LEAST_DRAWS, -(-min(wanted, len(held_out)) // config.batch))
+        scores = {"before": held_out_figures(JointStage(config, begun(), held_out), draws)}
+        trained = UnifiedModel(model_config, tokenizer)
+        load_into(trained, load_checkpoint(out / "checkpoint").state)
+        scores["after"] = held_out_figures(JointStage(config, trained, held_out), draws)
+        metrics |= {"held_out_cases": min(draws * config.batch, len(held_out)), "held_out": scores}
+        skipped |= held_out.skipped
     told = {"skipped_cases": skipped, "history": history, "config": json.loads(json.dumps(asdict(config), default=str))}
     write_json_atomically(out / "metrics.json", {**metrics, **told})
     print(json.dumps(metrics, indent=2))

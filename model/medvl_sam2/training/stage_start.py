@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from medvl_sam2.checkpoint import META_FILE, TOKENIZER_FILE, load_checkpoint
+from medvl_sam2.checkpoint import META_FILE, TOKENIZER_FILE, read_config
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.converters.load import load_parts
 from medvl_sam2.converters.parts import config_from_parts
@@ -56,4 +56,4 @@ def _is_part(path: Path) -> bool:
 
 def _is_whole(path: Path) -> bool:
     """A checkpoint folder of the unified model, not of an image-text model."""
-    return (path / META_FILE).exists() and load_checkpoint(path).config.alignment is None
+    return (path / META_FILE).exists() and read_config(path).alignment is None

@@ -12,13 +12,14 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from medvl_sam2.config import VisionConfig
+from medvl_sam2.datasets.json_records import to_plain
 from medvl_sam2.datasets.label_layers import LabelLayers
 from medvl_sam2.datasets.label_names import opposite_side
 from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Question, Reference
@@ -27,6 +28,7 @@ from medvl_sam2.errors import DataError, MedVLError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.modeling.tokenizer import SEG
 from medvl_sam2.modeling.unified import language_view
+from medvl_sam2.training.real_cases import vocabulary_class
 from medvl_sam2.training.run_settings import digest
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.types import Modality
@@ -154,8 +156,15 @@ class _Masks:
         groups = [(name,) for name in item.targets] if count == len(item.targets) else [item.targets]
         if count > len(groups):
             return None
-        masks = [self.add(" and ".join(group), group) for group in groups]
+        masks = [self._united(group) for group in groups]
         return TaughtReference(item.text, answer, tuple(m for m in masks if m)) if all(masks) else None
+
+    def _united(self, group: Sequence[str]) -> Target | None:
+        """The target that is a group of labels together."""
+        target = self.add(" and ".join(group), group)
+        if target is not None and len(group) > 1:
+            target = self.targets[target.name] = replace(target, members=tuple(vocabulary_class(n) or n for n in group))
+        return target
 
     def volume(
         self,
@@ -210,8 +219,8 @@ class CaseFeed:
 
     @property
     def digest(self) -> str:
-        """Which cases they are, in which order."""
-        return digest([record.id for record in self._records])
+        """Which cases they are, with what is known of each, in which order; files are named and not opened."""
+        return digest([to_plain(record) for record in self._records])
 
     def cases(self, first: int, count: int, ahead: int | None = None) -> list[TaughtCase]:
         """Cases number ``first`` to ``first + count - 1``; as many from ``ahead`` on are read meanwhile.
