@@ -5,10 +5,11 @@ side alone. Measured with SAM 2.1 tiny at 128 pixels, where logits reach 0.5:
 
 - one slice, any prompt: 5e-7, no voxel of the mask differs;
 - 17 slices carried from memory: 2e-5, and 2 of 278,528 voxels differ. Their predictor stores memories in bfloat16; when
-  ours are rounded alike, 2e-6 and no voxel.
+  ours are rounded alike, 6e-6 and none. Between two prompted slices: 2 of 196,608 even so.
 
-What is left is the order of sums, and a memory that it moves across a border of rounding now and then. At 1024 pixels,
-tiny to base plus: 7e-6 and 0 to 3 of 2,097,152 voxels.
+What is left is the order of sums, and a memory that it moves across a border of rounding now and then. At 1024 pixels
+a click and the next slice: 7e-6 to 1e-5 and at most 1 of 2,097,152 voxels, tiny to base plus (large, memory not rounded:
+1e-5 and 4).
 
 Ways of working that differ, and what was compared instead:
 
@@ -52,6 +53,8 @@ SIZE, SLICES = 128, 18
 """More slices than memories (7) and object pointers (16), so that some are left behind."""
 TOLERANCE = 2e-5
 """Where both sides round alike; five times what was measured, relative to the largest logit."""
+CARRIED = 3e-5
+"""Share of the voxels of carried slices whose logit may be so close to 0 that its sign turns; a third was measured."""
 BFLOAT16 = 2e-4
 """Where only their memories are rounded to bfloat16."""
 GREY = SliceIntensity(Modality.OTHER, IntensityRange(0.0, 255.0))
@@ -172,10 +175,11 @@ def gaps(pair: Pair, ours: Mapping[int, SliceOutput], theirs: Tracked) -> tuple[
     return worst, voxels
 
 
-def assert_same(pair: Pair, ours: Mapping[int, SliceOutput], theirs: Tracked, voxels: int = 0) -> None:
+def assert_same(pair: Pair, ours: Mapping[int, SliceOutput], theirs: Tracked, share: float = 0.0) -> None:
+    """Logits within the tolerance, and at most a ``share`` of the voxels on another side of the threshold."""
     worst, differing = gaps(pair, ours, theirs)
     assert worst <= TOLERANCE
-    assert differing <= voxels
+    assert differing <= share * pair.volume[0].size * len(theirs)
 
 
 # --- one slice against the image predictor ---------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def their_pass_up(pair: Pair) -> Tracked:
 @torch.no_grad()
 def test_a_pass_up_equals_the_video_predictor(pair: Pair, their_pass_up: Tracked, rounded: None) -> None:
     assert sorted(their_pass_up) == list(range(SLICES))
-    assert_same(pair, pair.our_pass(ONE, start=0), their_pass_up)
+    assert_same(pair, pair.our_pass(ONE, start=0), their_pass_up, share=CARRIED)
 
 
 @torch.no_grad()
@@ -293,8 +297,8 @@ def test_a_memory_or_pointer_less_would_be_seen(
 def test_a_pass_down_equals_the_video_predictors_in_a_session_of_its_own(pair: Pair, rounded: None) -> None:
     prompts = {8: box()}
     ours = pair.our_pass(prompts, start=8)
-    assert_same(pair, ours, pair.their_passes(prompts, False, start=8))
-    assert_same(pair, ours, pair.their_passes(prompts, True, start=8))
+    assert_same(pair, ours, pair.their_passes(prompts, False, start=8), share=CARRIED)
+    assert_same(pair, ours, pair.their_passes(prompts, True, start=8), share=CARRIED)
     after_up = pair.their_passes(prompts, False, True, start=8)
     assert gaps(pair, ours, after_up)[0] > 10 * TOLERANCE
 
@@ -304,11 +308,11 @@ def test_a_pass_down_equals_the_video_predictors_in_a_session_of_its_own(pair: P
 def test_between_two_prompted_slices(pair: Pair, rounded: None) -> None:
     prompts = {2: clicks(FIRST), 13: clicks(FIRST, SECOND)}
     ours, theirs = pair.our_pass(prompts, start=2), pair.their_passes(prompts, False, start=2)
-    assert_same(pair, ours, {z: theirs[z] for z in range(2, 14)})
+    assert_same(pair, ours, {z: theirs[z] for z in range(2, 14)}, share=CARRIED)
     behind = {z: theirs[z] for z in range(14, SLICES)}
     assert gaps(pair, pair.our_pass(prompts, start=13), behind)[0] > 10 * TOLERANCE
     down = pair.their_passes(prompts, True, start=13)
-    assert_same(pair, pair.our_pass(prompts, start=13), {z: down[z] for z in range(2, 14)})
+    assert_same(pair, pair.our_pass(prompts, start=13), {z: down[z] for z in range(2, 14)}, share=CARRIED)
 
 
 @pytest.mark.slow
@@ -334,4 +338,4 @@ def test_every_published_size_at_its_own_resolution(name: str, rounded: None, tm
     whole = make_pair(name, 1024, 2, tmp_path)
     prompts = {0: (torch.tensor([[[400.0, 600.0]]]), torch.tensor([[1]], dtype=torch.int32))}
     ours, theirs = whole.our_pass(prompts, start=0), whole.their_passes(prompts, False, start=0)
-    assert_same(whole, ours, theirs, voxels=8)
+    assert_same(whole, ours, theirs, share=CARRIED)
