@@ -7,9 +7,9 @@ side alone. Measured with SAM 2.1 tiny at 128 pixels, where logits reach 0.5:
 - 17 slices carried from memory: 2e-5, and 2 of 278,528 voxels differ. Their predictor stores memories in bfloat16; when
   ours are rounded alike, 6e-6 and none. Between two prompted slices: 2 of 196,608 even so.
 
-What is left is the order of sums, and a memory that it moves across a border of rounding now and then. At 1024 pixels
-a click and the next slice: 7e-6 to 1e-5 and at most 1 of 2,097,152 voxels, tiny to base plus (large, memory not rounded:
-1e-5 and 4).
+What is left is the order of sums, and a memory that it moves across a border of rounding now and then. A click and the
+next slice at 1024 pixels: 7e-6 to 1e-5 and at most 1 of 2,097,152 voxels, tiny to base plus; large, measured without
+rounding: 1e-5 and 4.
 
 Ways of working that differ, and what was compared instead:
 
