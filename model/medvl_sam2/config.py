@@ -163,6 +163,10 @@ class SliceConfig:
     presence_gate: bool = False
     """In evaluation, write -1024 into the masks of rows without language whose object score is not positive. As
     published, except that there training is gated, too."""
+    apply_postprocessing: bool = False
+    """In evaluation, what SAM 2's builders add to its networks by default: where several points leave the single mask
+    unstable, the best of the three instead, and masks of prompted slices enter the memory as 0 and 1. As published:
+    True."""
     rgb_statistics: bool = False
     """Shift and scale the input from [-1, 1] to the mean and spread of ImageNet, as published."""
     slice_position: bool = True

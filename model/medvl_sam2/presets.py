@@ -30,6 +30,7 @@ _SAM21 = SliceConfig(
     max_cond_slices=-1,
     multimask=True,
     presence_gate=True,
+    apply_postprocessing=True,
     rgb_statistics=True,
     slice_position=False,
 )

@@ -1,4 +1,6 @@
-"""Our slice segmenter against the sam2 package's own tracking step, at the same weights, sizes as published.
+"""Our slice segmenter against one tracking step of the sam2 package's predictor, at the same weights.
+
+Sizes are as published. What the predictors make of such steps is compared in ``test_sam2_predictors``.
 
 Both sides run the same layers in fp32 on one thread, so they differ only where tensors lie differently in memory and
 sums are taken in another order. Measured: encoder and prompted slices equal bit by bit, slices decoded from memory
@@ -142,7 +144,7 @@ def test_slices_decoded_from_memory(pair: Pair, reverse: bool, present: bool) ->
         assert bool((theirs["pred_masks"] == -1024).all()) is not present
         assert_equal(ours.logits, theirs["pred_masks"])
         assert_equal(ours.pointer, theirs["obj_ptr"])
-        memory = pair.ours.remember(here, ours.logits, ours.presence, ours.pointer)
+        memory = pair.ours.remember(here, ours.logits, ours.presence, ours.pointer, prompted=step == 0)
         assert_equal(memory.features, theirs["maskmem_features"])
         (tracked if step else conditioning)[index] = memory
 
@@ -152,8 +154,15 @@ def test_every_departure_changes_the_result_and_can_be_switched(pair: Pair, monk
     here, click, published = pair.features.rows([0]), SlicePrompt(*ONE_CLICK), pair.ours.config
     spoken = replace(SlicePrompt.empty(1), language=torch.randn(1, published.d_model))
     pair.object_is(present=True)
-    best = pair.ours.decode(here, click)
-    monkeypatch.setattr(pair.ours, "config", replace(published, multimask=False))
+    best, stable = pair.ours.decode(here, click), pair.ours.decode(here, SlicePrompt(*TWO_CLICKS))
+    memory = pair.ours.remember(here, best.logits, best.presence, best.pointer, prompted=True)
+    bare = replace(published, apply_postprocessing=False)
+    monkeypatch.setattr(pair.ours, "config", bare)
+    assert torch.equal(pair.ours.decode(here, click).logits, best.logits)
+    assert not torch.allclose(pair.ours.decode(here, SlicePrompt(*TWO_CLICKS)).logits, stable.logits, atol=1e-3)
+    soft = pair.ours.remember(here, best.logits, best.presence, best.pointer, prompted=True)
+    assert not torch.allclose(soft.features, memory.features, atol=1e-3)
+    monkeypatch.setattr(pair.ours, "config", replace(bare, multimask=False))
     assert not torch.allclose(pair.ours.decode(here, click).logits, best.logits, atol=1e-3)
     pair.object_is(present=False)
     assert (pair.ours.decode(here, click).logits == -1024).all()

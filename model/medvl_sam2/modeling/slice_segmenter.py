@@ -5,10 +5,10 @@ tokens, h = S/4 low-resolution mask side.
 
 Departures from published SAM 2.1, each switched by a field of :class:`SliceConfig` (the presets of
 :mod:`medvl_sam2.presets` have them as published): one mask instead of the best of three (``multimask``), no gate on
-the object score (``presence_gate``), inputs in [-1, 1] (``rgb_statistics``), a limit of conditioning slices
-(``max_cond_slices``), a token of the slice's height for rows with language (``slice_position``), a head that scores
-slices by text (``slice_scores``). A mask prompt always passes the decoder; SAM 2's video predictor may put it out
-unchanged instead.
+the object score (``presence_gate``), nothing of what SAM 2's builders add (``apply_postprocessing``), inputs in
+[-1, 1] (``rgb_statistics``), a limit of conditioning slices (``max_cond_slices``), a token of the slice's height for
+rows with language (``slice_position``), a head that scores slices by text (``slice_scores``). A mask prompt always
+passes the decoder; SAM 2's video predictor may put it out unchanged instead.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from medvl_sam2.modeling.sam2_modules import build_sam2
 from medvl_sam2.modeling.slice_scorer import SliceScorer
 
 _RGB_MEAN, _RGB_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_STABLE_MARGIN, _STABLE_SHARE = 0.05, 0.98
+"""Logits round the threshold, and the share of a mask that must not lie between them (SAM 2's builders)."""
 _ABSENT = -1024.0
 """Logit of every pixel of a gated row, as in SAM 2."""
 MASK_PROMPT_LIMIT = 32.0
@@ -154,6 +156,7 @@ class SliceSegmenter(nn.Module):
         rows, best = torch.arange(len(ious), device=ious.device), self._best_mask(ious, prompt.labels)
         appears = (presence > 0).float()
         pointer = appears * sam2.obj_ptr_proj(tokens[rows, best]) + (1 - appears) * sam2.no_obj_ptr
+        best = self._stable_mask(masks, ious, best)  # the pointer stays that of the single mask, as in SAM 2
         logits = masks[rows, best][:, None].float()
         if self.config.presence_gate and not self.training:
             kept = presence > 0
@@ -162,10 +165,14 @@ class SliceSegmenter(nn.Module):
             logits = torch.where(kept[..., None, None], logits, _ABSENT)
         return SliceOutput(logits, ious[rows, best], presence[:, 0], pointer)
 
-    def remember(self, features: SliceFeatures, logits: Tensor, presence: Tensor, pointer: Tensor) -> SliceMemory:
-        """Encode mask ``logits`` (B, 1, any, any) of decoded rows into memory."""
+    def remember(
+        self, features: SliceFeatures, logits: Tensor, presence: Tensor, pointer: Tensor, prompted: bool = False
+    ) -> SliceMemory:
+        """Encode mask ``logits`` (B, 1, any, any) of decoded rows into memory; ``prompted`` rows had prompts."""
         size = self.config.image_size
-        mask = torch.sigmoid(F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False))
+        logits = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+        binary = prompted and self.config.apply_postprocessing and not self.training
+        mask = (logits > 0).float() if binary else torch.sigmoid(logits)
         sam2 = self.sam2
         encoded = sam2.memory_encoder(
             features.coarse,
@@ -216,6 +223,18 @@ class SliceSegmenter(nn.Module):
         if not self.config.multimask:
             return single
         return torch.where((labels >= 0).sum(dim=1) <= 1, 1 + ious[:, 1:].argmax(dim=1), single)
+
+    def _stable_mask(self, masks: Tensor, ious: Tensor, best: Tensor) -> Tensor:
+        """``best`` (B,), the single mask replaced by the best of three where ``masks`` (B, 4, h, h) is unstable.
+
+        Stable is a mask that loses at most 2 % where the threshold rises from -0.05 to 0.05.
+        """
+        if not self.config.apply_postprocessing or self.training:
+            return best
+        single = masks[:, 0].flatten(1)
+        core, hull = ((single > level).sum(dim=1).float() for level in (_STABLE_MARGIN, -_STABLE_MARGIN))
+        stable = torch.where(hull > 0, core / hull, 1.0) >= _STABLE_SHARE
+        return torch.where(stable | (best > 0), best, 1 + ious[:, 1:].argmax(dim=1))
 
     def _extra_tokens(self, prompt: SlicePrompt) -> tuple[Tensor | None, Tensor | None]:
         if prompt.language is None:

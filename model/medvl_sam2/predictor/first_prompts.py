@@ -198,7 +198,7 @@ class FirstPrompts:
         certain = output.presence[row : row + 1].clamp(min=1.0)
         features = state.stack.features([state.start])
         state.memory.conditioning[state.start] = self.segmenter.remember(
-            features, output.logits[row : row + 1], certain, output.pointer[row : row + 1]
+            features, output.logits[row : row + 1], certain, output.pointer[row : row + 1], prompted=True
         )
 
     def _take_part(self, state: ObjectState, part: Part, low: int, high: int) -> None:
@@ -216,7 +216,9 @@ class FirstPrompts:
         state.logits[z] = self._blended(state, z, output.logits[0, 0])
         state.score = float(output.iou)
         certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
-        state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
+        state.memory.conditioning[z] = self.segmenter.remember(
+            features, output.logits, certain, output.pointer, prompted=True
+        )
 
     def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
         """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""

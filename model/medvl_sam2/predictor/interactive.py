@@ -49,7 +49,7 @@ class InteractiveEngine:
         before_edit = before > 0
         presence = output.presence.new_full((1,), 10.0 if bool((state.logits[z] > 0).any()) else -10.0)
         state.memory.conditioning[z] = self.segmenter.remember(
-            state.stack.features([z]), state.logits[z][None, None], presence, output.pointer
+            state.stack.features([z]), state.logits[z][None, None], presence, output.pointer, prompted=True
         )
         if self.config.carry_clicks:
             changed = ((state.logits[z] > 0) != before_edit).numpy()
