@@ -8,8 +8,9 @@ Every contender has the same random weights and gets the same clicks, the first 
 carries all clicks so far and ends with a mask file, as MONAI Label's do; the first one reads the image. Undo is the
 request without the last click; for the peers that means starting over, as a removed click stays in their memory
 otherwise. Random weights find an object of no particular length, so ours, which stops where the object ends, stands
-there twice: as the weights have it, and "ours, long" with an object on every slice. Ratios are theirs over ours, of
-processor seconds, which other programs on the machine change least; those of the clock stand in brackets.
+there twice: as the weights have it, and "ours, long" with an object on every slice. What a next click costs depends on
+how far its change is carried, so the slices that were decoded for it stand beside its time. Ratios are theirs over
+ours, of processor seconds, which other programs on the machine change least; those of the clock stand in brackets.
 Figures of --json are kept as they come: the same command goes on where it was stopped.
 """
 
@@ -111,6 +112,8 @@ def kept_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{options.json} holds figures under other conditions ({found['conditions']}); give another file"
         )
+    if any("decoded" not in row["first"] for row in found["rows"]):
+        raise ConfigError(f"{options.json} is older and lacks the number of decoded slices; give another file")
     return found["rows"]
 
 
@@ -130,10 +133,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def medians(row: dict[str, Any], clock: str) -> dict[str, float]:
-    """Seconds of a row by measure."""
-    following = float(np.median([cost[clock] for cost in row["following"]]))
-    return {"first click": row["first"][clock], "next click": following, "undo": row["undo"][clock]}
+def medians(row: dict[str, Any], figure: str) -> dict[str, float]:
+    """A figure of the costs of a row by measure."""
+    following = float(np.median([cost[figure] for cost in row["following"]]))
+    return {"first click": row["first"][figure], "next click": following, "undo": row["undo"][figure]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -144,8 +147,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{volume} {'x'.join(map(str, next(iter(here.values()))['shape']))}")
         for name, row in here.items():
             cpu, wall = medians(row, "cpu"), medians(row, "wall")
-            costs = "".join(f"{m} {cpu[m]:8.2f} s ({wall[m]:8.2f} s)  " for m in cpu)
-            lines.append(f"  {name:26}{costs}peak {row['peak_gib']:.2f} GiB  {row['slices']} slices")
+            slices = medians(row, "decoded")
+            costs = "".join(f"{m} {cpu[m]:8.2f} s ({wall[m]:8.2f} s, {slices[m]:g} decoded)  " for m in cpu)
+            lines.append(f"  {name:26}{costs}peak {row['peak_gib']:.2f} GiB  {row['slices']} slices in the mask")
         for ours in (name for name in here if name.startswith("ours")):
             for peer in (name for name in here if not name.startswith("ours")):
                 lines.append(f"  {f'{peer} / {ours}':26}{ratios(here[peer], here[ours])}")

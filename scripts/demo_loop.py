@@ -99,14 +99,13 @@ def studies_of_folder(folder: Path, held_out: Sequence[str]) -> tuple[list[Study
 def studies_of_shared(data: Path, name: str) -> tuple[list[Study], list[Study]]:
     """A named choice of real cases below ``data``; vocabulary classes where a case has them, else its own names."""
     sources = {source.name: source for source in (*TRAINABLE_REAL, *UNSEEN_REAL)}
-    sides = []
-    for cases in SHARED_SETS[name]:
-        side = []
-        for case in tqdm([sources[case] for case in cases], desc="reading", unit="volume"):
-            real = load_case(data, case)
-            side.append(Study(case.name, case.patient, real.volume, dict(real.classes() or real.masks)))
-        sides.append(side)
-    return sides[0], sides[1]
+
+    def read(case: str) -> Study:
+        real = load_case(data, sources[case])
+        return Study(case, sources[case].patient, real.volume, dict(real.classes() or real.masks))
+
+    annotated, held_out = ([read(case) for case in tqdm(side, desc="reading")] for side in SHARED_SETS[name])
+    return annotated, held_out
 
 
 def large(study: Study, objects: int, least: int) -> list[str]:
@@ -387,14 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return 0 if run(options, server.address, Path(name)) else 1
             return 0 if run(options, options.server, Path(name)) else 1
         except ConnectionRefusedError:
-            print(
-                f"error: no server answers at {options.server}; start scripts/quickstart or give --start-server",
-                file=sys.stderr,
-            )
+            reason = f"no server answers at {options.server}; start scripts/quickstart or give --start-server"
         except (MedVLError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            reason = str(error)
         except MONAILabelClientException as error:
-            print(f"error: the server refused: {error.msg}", file=sys.stderr)
+            reason = f"the server refused: {error.msg}"
+    print(f"error: {reason}", file=sys.stderr)
     return 1
 
 

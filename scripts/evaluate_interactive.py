@@ -2,7 +2,8 @@
 """Evaluate clicks by the CVPR 2025 interactive 3D segmentation protocol, beside controls without a network.
 
 Cases come from the challenge's npz files, from an image and its mask, from the unseen real cases, or are generated.
-With --json a run that is stopped goes on where it was: a case that is done is not run again.
+With --json a run that is stopped goes on where it was: a case that is done is not run again. It is read again, and
+refused where the file's figures are of another volume, other labels or boxes, or of other settings.
 
 Examples:
   scripts/evaluate_interactive.py --npz DIR --gts DIR --json FILE
@@ -32,6 +33,7 @@ from medvl_sam2.evaluation.protocol import Interactive, PredictorEngine
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.synthesis.case import generate_case
 from medvl_sam2.training.real_cases import UNSEEN_REAL, RealSource, load_case
+from medvl_sam2.training.run_settings import plain_settings
 
 Load = Callable[[], ChallengeCase]
 
@@ -66,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def sources(options: argparse.Namespace) -> dict[str, Load]:
-    """How to load each case, by name: volumes are large, and cases that are done are not loaded again."""
+    """How to load each case that the options give, by name: volumes are large, one is held at a time."""
     found: list[tuple[str, Load]] = []
     if options.npz is not None:
         for path in sorted(options.npz.glob("*.npz")):
@@ -83,11 +85,27 @@ def sources(options: argparse.Namespace) -> dict[str, Load]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise MedVLError(f"two cases are called {twice[0]!r}; rename one of the files")
-    wanted = names if not options.cases else options.cases.split(",")
-    unknown = sorted(set(wanted) - set(names))
+    return dict(found)
+
+
+def chosen(options: argparse.Namespace, known: dict[str, Load], results: Results) -> dict[str, Load]:
+    """The cases to run, when those that are done are known and unchanged; nothing was run or written before."""
+    wanted = list(known) if not options.cases else options.cases.split(",")
+    unknown = sorted(set(wanted) - set(known))
     if unknown or not wanted:
-        raise MedVLError(f"unknown case {unknown[:1]}; known: {', '.join(names) or 'none'}")
-    return {name: load for name, load in found if name in wanted}
+        raise MedVLError(f"unknown case {unknown[:1]}; known: {', '.join(known) or 'none'}")
+    strange = sorted(results.cases() - set(known))
+    if strange:
+        raise MedVLError(f"{options.json} holds case {strange[0]!r}, which this run has not; name another file")
+    for name in tqdm(sorted(results.cases()), desc="comparing cases that are done", unit="case"):
+        results.require_case(loaded(options, known[name]))
+    return {name: load for name, load in known.items() if name in wanted}
+
+
+def loaded(options: argparse.Namespace, load: Load) -> ChallengeCase:
+    """A case as it is run."""
+    case = load()
+    return case.without_boxes() if options.no_box else case
 
 
 def real_case(options: argparse.Namespace, source: RealSource) -> ChallengeCase:
@@ -102,7 +120,7 @@ def generated_case(options: argparse.Namespace, seed: int) -> ChallengeCase:
 
 def run(options: argparse.Namespace, engines: list[Interactive], results: Results) -> None:
     """Every case with every engine, but for those that are done."""
-    loads = sources(options)
+    loads = chosen(options, sources(options), results)
     with tqdm(total=len(loads) * len(engines), unit="run") as bar:
         for name, load in loads.items():
             waiting = [engine for engine in engines if not results.has(name, engine.name)]
@@ -110,13 +128,11 @@ def run(options: argparse.Namespace, engines: list[Interactive], results: Result
             if not waiting:
                 continue
             try:
-                case = load()
+                case = loaded(options, load)
             except MedVLError as error:
                 results.fail(name, "not read", error)
                 bar.update(len(waiting))
                 continue
-            if options.no_box:
-                case = case.without_boxes()
             for engine in waiting:
                 bar.set_postfix_str(f"{name}: {engine.name}")
                 try:
@@ -134,7 +150,10 @@ def evaluate(options: argparse.Namespace) -> int:
     settings = {
         name: getattr(options, name) for name in ("clicks", "human", "no_box", "objects_per_case", "min_voxels")
     }
-    settings["weights_sha256"] = None if predictor is None else predictor.meta.sha256
+    if predictor is not None:
+        settings["weights_sha256"] = predictor.meta.sha256
+        engine = plain_settings(predictor.interactive.config)
+        settings |= {f"interactive.{name}": value for name, value in engine.items()}
     results = Results(options.json, settings)
     run(options, engines, results)
     results.save()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,10 +54,14 @@ class Clicks:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by the clock and of processor time; the second is what a shared machine leaves comparable."""
+    """Seconds by the clock and of processor time; the second is what a shared machine leaves comparable.
+
+    ``decoded``: slices that passed the mask decoder, a slice as often as it did.
+    """
 
     wall: float
     cpu: float
+    decoded: int
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,10 @@ class Ours:
 
 
 class OursEverywhere(Ours):
-    """The same, but the object is found on every slice: the most a click can cost, as ours stops where objects end.
+    """The same, but the object is found on every slice, so that the first click is carried through the whole volume.
 
-    Only the bias of the object score differs; no contender's time for a slice depends on it.
+    How far a later click is carried depends on what it changes; :attr:`Cost.decoded` tells. Only the bias of the object
+    score differs; no contender's time for a slice depends on it.
     """
 
     def __init__(self, folder: Path, image: Path, image_size: int, seed: int) -> None:
@@ -222,9 +229,30 @@ def measure(name: str, folder: Path, image: Path, clicks: Clicks, image_size: in
 
 
 def _timed(contender: Contender, clicks: Clicks, undo: bool, out: Path) -> Cost:
-    wall, cpu = time.perf_counter(), time.process_time()
-    contender.answer(clicks, undo, out)
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+    with decoded_slices() as rows:
+        wall, cpu = time.perf_counter(), time.process_time()
+        contender.answer(clicks, undo, out)
+        return Cost(time.perf_counter() - wall, time.process_time() - cpu, sum(rows))
+
+
+@contextmanager
+def decoded_slices() -> Iterator[list[int]]:
+    """Notes how many slices each call of SAM 2's mask decoder decodes: all contenders' decoders are of that class."""
+    from sam2.modeling.sam.mask_decoder import MaskDecoder
+
+    rows: list[int] = []
+    decode = MaskDecoder.predict_masks
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        found = decode(self, *args, **options)
+        rows.append(len(found[0]))
+        return found
+
+    MaskDecoder.predict_masks = noted
+    try:
+        yield rows
+    finally:
+        MaskDecoder.predict_masks = decode
 
 
 def _peak_gib() -> float:

@@ -37,7 +37,7 @@ from medvl_sam2.training.volume_sources import UNSEEN_SEED, SourceConfig, traini
 
 _STAND_IN_CASES = 6
 NOTICE = (
-    "Demo weights: about nine CPU hours on generated phantoms and a few public scans. Text answers are often wrong "
+    "Demo weights: about eight CPU hours on generated phantoms and a few public scans. Text answers are often wrong "
     "and were measured on phantoms only; the model card gives their accuracy. Not for clinical use."
 )
 

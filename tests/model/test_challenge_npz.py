@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,105 @@ def test_a_pickle_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
         laughs = [laughs] * 10
     with pytest.raises(DataError, match="more than 100000 values"):
         read_npz(pickled(tmp_path / "laughs.npz", laughs))
+    shared = np.empty(1, dtype=object)
+    shared[0] = "ha"
+    deep = shared.reshape((1,) * 32)
+    with pytest.raises(DataError, match="more than 100000 values"):
+        read_npz(pickled(tmp_path / "deep.npz", [deep] * 5000))
     circle: list[Any] = []
     circle.append(circle)
     with pytest.raises(DataError, match=r"circle\.npz"):
         read_npz(pickled(tmp_path / "circle.npz", circle))
+
+
+@pytest.mark.parametrize("shape", [(2_000_000, 0), (100_000, 1, 0)])
+def test_lists_round_nothing_count_as_values(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = pickled(tmp_path / "hollow.npz", np.zeros(shape))
+    assert path.stat().st_size < 1000
+    with pytest.raises(DataError, match="more than 100000 values"):
+        read_npz(path)
+
+
+def test_an_array_of_no_clicks_is_an_empty_list(tmp_path: Path) -> None:
+    assert read_npz(pickled(tmp_path / "none.npz", {"fg": np.zeros((0, 3)), "bg": np.zeros(0)}))["boxes"] == [
+        {"fg": [], "bg": []}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(b"M-\x01", r"holds 300 values as shape \(301,\)"), (b"J\xff\xff\xff\xff", r"array of shape \(-1,\)")],
+)
+def test_a_shape_that_does_not_fit_the_values_is_refused(tmp_path: Path, shape: bytes, message: str) -> None:
+    path = pickled(tmp_path / "false.npz", np.arange(300.0))
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read("boxes.npy")
+    whole = b"M,\x01"  # the pickle's 300
+    assert data.count(whole) == 1
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("boxes.npy", data.replace(whole, shape))
+    with pytest.raises(DataError, match=message):
+        read_npz(path)
+
+
+def torn_stream(kind: int) -> Callable[[Path], None]:
+    """Spoils the compressed bytes of the first member; its names and sizes stay right."""
+
+    def spoil(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        data = bytearray(path.read_bytes())
+        start = 30 + len(next(iter(members)))
+        data[start + 4 : start + 24] = b"\xff" * 20
+        path.write_bytes(data)
+
+    return spoil
+
+
+def marked(offset: int, value: int) -> Callable[[Path], None]:
+    """Changes one 16 bit field of the first member in both of its headers; ``offset`` counts in the local one."""
+
+    def spoil(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        central = data.index(b"PK\x01\x02") + 2
+        for at in (offset, central + offset):
+            data[at : at + 2] = value.to_bytes(2, "little")
+        path.write_bytes(data)
+
+    return spoil
+
+
+def no_python(path: Path) -> None:
+    """A header of numpy whose brackets do not close."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(b"}", b"(", 1))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        torn_stream(zipfile.ZIP_DEFLATED),
+        torn_stream(zipfile.ZIP_LZMA),
+        torn_stream(zipfile.ZIP_BZIP2),
+        marked(6, 1),  # encrypted
+        marked(8, 97),  # a compression nobody knows
+        no_python,
+    ],
+    ids=["deflate", "lzma", "bzip2", "encrypted", "unknown", "header"],
+)
+def test_however_a_file_is_broken_it_is_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / "odd.npz"
+    np.savez_compressed(path, imgs=np.random.default_rng(0).integers(0, 99, (9, 9, 9)))
+    read_npz(path)
+    spoil(path)
+    with pytest.raises(DataError, match=r"odd\.npz is not a readable npz file"):
+        read_npz(path)
 
 
 def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -75,6 +75,21 @@ def test_increments_equal_a_replay_and_undo_equals_the_shorter_list(
     assert np.array_equal(undone, short)
 
 
+@pytest.mark.parametrize("box", [None, BOX])
+def test_a_click_said_twice_counts_once_in_one_request_and_in_many(
+    predictor: Predictor, study: tuple[Volume, np.ndarray], box: np.ndarray | None
+) -> None:
+    volume, _ = study
+    said = [(15, 20, 9, 1), (20, 22, 10, 0), (20, 22, 10, 0), (16, 20, 9, 1), (15, 20, 9, 1), (20, 22, 10, 0)]
+    session = predictor.open(volume)
+    for count in range(1, len(said) + 1):
+        bit_by_bit = predictor.segment_prompt(session, replace(clicks(*said[:count]), box=box)).mask
+    anew = predictor.open(volume)
+    assert np.array_equal(predictor.segment_prompt(anew, replace(clicks(*said), box=box)).mask, bit_by_bit)
+    assert len(anew.objects["object"].clicks) == len(set(said))
+    assert anew.objects["object"].clicks == session.objects["object"].clicks
+
+
 def test_going_back_needs_no_network_and_going_forth_again_is_bit_equal(
     predictor: Predictor, study: tuple[Volume, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

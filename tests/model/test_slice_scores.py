@@ -80,6 +80,26 @@ def test_a_sheet_shows_what_is_asked_for() -> None:
     assert shown.min() >= 8  # of 20
 
 
+def test_slices_are_scored_on_their_coarse_features_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    segmenter = SliceSegmenter(replace(SMALL_SLICES, slice_scores=True)).eval()
+    assert segmenter.scorer is not None
+    image = np.random.default_rng(0).normal(0, 99, (7, 40, 30)).astype(np.int16)
+    crop = SliceCrop.whole((40, 30), (2.0, 3.0), SMALL_SLICES.image_size, 3.0)
+    stack = SliceStack(segmenter, image, SliceIntensity.of(image, Modality.CT), crop)
+    tokens, searched = torch.randn(3, SMALL_SLICES.d_model), [0, 2, 4, 6]
+    with torch.inference_mode():
+        whole = torch.softmax(segmenter.scorer(tokens, stack.features(searched).coarse), dim=1)
+
+        def refuse(self: SliceStack, slices: list[int]) -> None:
+            raise AssertionError("fine and middle features of every slice at once")
+
+        monkeypatch.setattr(SliceStack, "features", refuse)
+        found = NamedEngine(segmenter)._chances(stack, searched, tokens)
+    assert found is not None
+    assert torch.equal(found, whole)
+
+
 class Chosen(SliceScorer):
     """Sure of one slice."""
 

@@ -9,7 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from medvl_sam2.types import Prompt
 from script_modules import load_script
+from small_model import oblique_volume, small_predictor
 
 LITTLE = ["--shapes", "48x40x6", "--image-size", "128", "--clicks", "2", "--threads", "1"]
 
@@ -25,8 +27,8 @@ def test_ratios_are_theirs_over_ours_and_finished_rows_are_not_redone(
 ) -> None:
     from interactive_contenders import Cost, Measured
 
-    ours = Measured(Cost(4.0, 2.0), (Cost(1.0, 0.5), Cost(3.0, 1.5)), Cost(0.2, 0.1), 1.0, 3)
-    peer = Measured(Cost(8.0, 6.0), (Cost(40.0, 30.0),), Cost(4.0, 3.0), 2.5, 6)
+    ours = Measured(Cost(4.0, 2.0, 5), (Cost(1.0, 0.5, 1), Cost(3.0, 1.5, 4)), Cost(0.2, 0.1, 0), 1.0, 3)
+    peer = Measured(Cost(8.0, 6.0, 7), (Cost(40.0, 30.0, 8),), Cost(4.0, 3.0, 9), 2.5, 6)
     ran: list[str] = []
 
     def alone(name: str, *_: object) -> object:
@@ -42,12 +44,47 @@ def test_ratios_are_theirs_over_ours_and_finished_rows_are_not_redone(
     assert " ".join(line.split()) == (
         "sam_3d / ours first click 3.0 x ( 2.0 x) next click 30.0 x ( 20.0 x) undo 30.0 x ( 20.0 x) peak 2.50 x"
     )
+    costs = next(line for line in text.splitlines() if line.split()[0] == "ours")
+    assert [part.split()[-2] for part in costs.split(" decoded)")[:3]] == ["s,", "s,", "s,"]
+    assert [part.split()[-1] for part in costs.split(" decoded)")[:3]] == ["5", "2.5", "0"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert script.main(arguments) == 0
     assert ran == ["ours", "sam_3d"]
     assert capsys.readouterr().out == text
     assert script.main([*arguments, "--seed", "1"]) == 2
     assert "other conditions" in capsys.readouterr().err
+    older = json.loads(figures.read_text(encoding="utf-8"))
+    del older["rows"][0]["first"]["decoded"]
+    figures.write_text(json.dumps(older), encoding="utf-8")
+    assert script.main(arguments) == 2
+    assert "lacks the number of decoded slices" in capsys.readouterr().err
+
+
+def test_decoded_slices_are_those_that_pass_the_decoder(script: ModuleType) -> None:
+    """A click on a session that is open decodes the clicked slice and what the change is carried to, and says so."""
+    from interactive_contenders import decoded_slices
+
+    predictor = small_predictor()
+    volume, _ = oblique_volume()
+    session = predictor.open(volume)
+    seen: list[int] = []
+    whole = predictor.model.segmenter.decode
+
+    def watched(features, *rest):  # type: ignore[no-untyped-def]
+        seen.append(len(features))
+        return whole(features, *rest)
+
+    predictor.model.segmenter.decode = watched  # type: ignore[method-assign]
+    points = np.array([[15.0, 20.0, 9.0], [20.0, 22.0, 10.0]])
+    for count in (1, 2):
+        seen.clear()
+        with decoded_slices() as rows:
+            predictor.segment_prompt(session, Prompt(points[:count], np.ones(count, dtype=np.int64)))
+        assert rows == seen
+        assert sum(rows) > 0
+    with decoded_slices() as rows:
+        predictor.segment_prompt(session, Prompt(points[:1], np.ones(1, dtype=np.int64)))
+    assert rows == []  # undo needs no network
 
 
 def test_clicks_lie_inside_and_begin_with_the_object_in_the_middle(script: ModuleType) -> None:
@@ -77,3 +114,4 @@ def test_every_contender_runs_as_installed(script: ModuleType, tmp_path: Path, n
     assert row["contender"] == name
     assert row["shape"] == [48, 40, 6]
     assert min(row["first"]["cpu"], row["following"][0]["cpu"], row["undo"]["cpu"]) > 0
+    assert min(row["first"]["decoded"], row["following"][0]["decoded"]) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +12,13 @@ import pytest
 
 from challenge_reference import write_case
 from medvl_sam2.errors import PromptError
-from medvl_sam2.evaluation.challenge.case import drawn_boxes
+from medvl_sam2.evaluation.challenge.case import case_from_npz, drawn_boxes
 from medvl_sam2.evaluation.challenge.npz import read_npz
 from medvl_sam2.evaluation.controls import GrowControl
+from medvl_sam2.predictor import Predictor
+from medvl_sam2.types import Modality
 from script_modules import load_script
+from small_model import small_predictor
 
 
 @pytest.fixture
@@ -96,6 +100,91 @@ def test_other_settings_do_not_mix(
     (tmp_path / "f.json").write_text("[]", encoding="utf-8")
     assert evaluate.main(arguments) == 2
     assert "holds no results" in capsys.readouterr().err
+
+
+def test_figures_of_other_volumes_are_not_gone_on_from(
+    evaluate: ModuleType, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same names, other content: refused before anything is run, and the file stays as it was."""
+    figures, other = tmp_path / "figures.json", tmp_path / "other"
+    arguments = ["--controls-only", "--json", str(figures), "--npz"]
+    assert evaluate.main([*arguments, str(cases), "--cases", "clicked"]) == 0
+    written = figures.read_bytes()
+    other.mkdir()
+    for path in cases.iterdir():
+        members = read_npz(path)
+        members["imgs"] = members["imgs"] // 2
+        np.savez_compressed(other / path.name, **members)
+    assert evaluate.main([*arguments, str(other)]) == 2
+    assert "was written with case 'clicked' of sha256" in capsys.readouterr().err
+    assert figures.read_bytes() == written
+    (other / "clicked.npz").unlink()
+    assert evaluate.main([*arguments, str(other)]) == 2
+    assert "holds case 'clicked', which this run has not" in capsys.readouterr().err
+    moved = cases.rename(tmp_path / "moved")
+    assert evaluate.main([*arguments, str(moved)]) == 0  # where the same cases lie does not matter
+    assert "4 runs scored" in capsys.readouterr().out
+
+
+def test_a_case_is_told_by_all_that_engines_and_scores_see(cases: Path) -> None:
+    case = case_from_npz(cases / "boxed.npz")
+    assert case.boxes is not None
+    assert case.sha256() == replace(case, name="renamed", patient="other").sha256()
+    geometry = case.volume.geometry
+    labels, moved = case.labels.copy(), geometry.affine.copy()
+    labels[0, 0, 0], moved[0, 3] = 1, 0.5
+    others = [
+        case.without_boxes(),
+        replace(case, labels=labels),
+        replace(case, names=("a", "b")),
+        replace(case, boxes=case.boxes[::-1]),
+        replace(case, volume=replace(case.volume, array=case.volume.array + 1)),
+        replace(case, volume=replace(case.volume, modality=Modality.MR)),
+        replace(case, volume=replace(case.volume, geometry=replace(geometry, affine=moved))),
+    ]
+    assert len({other.sha256() for other in [case, *others]}) == 1 + len(others)
+
+
+def test_another_engine_configuration_is_named(
+    evaluate: ModuleType,
+    cases: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = small_predictor()
+    monkeypatch.setattr(evaluate.Predictor, "load", lambda _: model)
+    arguments = ["--npz", str(cases), "--cases", "boxed", "--json", str(tmp_path / "f.json")]
+    assert evaluate.main(arguments) == 0
+    assert evaluate.main(arguments) == 0
+    config = replace(model.interactive.config, reach_mm=5.0)
+    model = Predictor(model.model, model.meta, config)
+    assert evaluate.main(arguments) == 2
+    assert "was written with interactive.reach_mm 12.0, not 5.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["evaluate", "predict"])
+def test_a_torn_file_is_named_and_the_others_are_answered(
+    program: str,
+    evaluate: ModuleType,
+    predict: ModuleType,
+    cases: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = bytearray((cases / "boxed.npz").read_bytes())
+    data[60:90] = b"\xff" * 30  # in the compressed volume
+    (cases / "a_torn.npz").write_bytes(data)
+    (cases / "clicked.npz").unlink()
+    if program == "evaluate":
+        assert evaluate.main(["--npz", str(cases), "--controls-only"]) == 1
+    else:
+        outputs = tmp_path / "outputs"
+        assert predict.main(["--inputs", str(cases), "--outputs", str(outputs), "--control", "shape"]) == 1
+        assert [path.name for path in outputs.iterdir()] == ["boxed.npz"]
+    said = capsys.readouterr()
+    assert "a_torn.npz is not a readable npz file" in said.err
+    assert program == "predict" or "2 runs scored, 1 failed" in said.out
 
 
 def test_failures_are_named_counted_and_not_scored(

@@ -117,8 +117,7 @@ class NamedEngine:
     def _chances(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor | None:
         if self.segmenter.scorer is None:
             return None
-        coarse = stack.features(searched).coarse
-        return torch.softmax(self.segmenter.scorer(tokens, coarse), dim=1).cpu()
+        return torch.softmax(self.segmenter.scorer(tokens, stack.coarse(searched)), dim=1).cpu()
 
     def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
         """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""

@@ -99,7 +99,8 @@ class Predictor:
     def segment_prompt(self, session: Session, prompt: Prompt, name: str = "object") -> Segmentation:
         """Segment one object from all its prompts so far (cumulative).
 
-        Clicks that were already applied are recognised; only new ones cost time. When clicks were taken back, the
+        Clicks that were already applied are recognised; only new ones cost time, and a click that is said twice counts
+        once, however many requests the clicks come in. When clicks were taken back, the
         object goes back to its state before the first of them, bit by bit, and the clicks after it are applied again.
         When the first prompt was taken back or the box changed, the object is built again.
 
@@ -328,11 +329,13 @@ class Predictor:
 
 
 def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
+    """The clicks in their order, each once."""
     points = session.transform.forward_points(prompt.points)
-    return [
+    clicks = (
         CanonicalClick((float(p[0]), float(p[1]), float(p[2])), int(label))
         for p, label in zip(points, prompt.labels, strict=True)
-    ]
+    )
+    return list(dict.fromkeys(clicks))
 
 
 def _latest_within(

@@ -54,6 +54,11 @@ class SliceStack:
             parts[0].position,
         )
 
+    def coarse(self, slices: list[int]) -> Tensor:
+        """The coarse features alone (N, C, S/16, S/16), a quarter of what :meth:`features` would copy."""
+        self.encode(slices)
+        return torch.cat([self._features[int(z)].coarse for z in slices])
+
     @property
     def plane(self) -> tuple[int, int]:
         """In-plane size (Y, X) of the canonical volume."""

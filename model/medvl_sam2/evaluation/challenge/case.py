@@ -7,6 +7,7 @@ uses it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,15 @@ class ChallengeCase:
     def without_boxes(self) -> ChallengeCase:
         """The same case with clicks alone."""
         return ChallengeCase(self.name, self.patient, self.volume, self.labels, self.names, None)
+
+    def sha256(self) -> str:
+        """Digest of all that an engine is given or scored by: voxels, frame, modality, labels, names and boxes."""
+        arrays = [self.volume.array, self.volume.geometry.affine, self.labels, *(self.boxes or ())]
+        kinds = [(array.dtype.str, array.shape) for array in arrays]
+        total = hashlib.sha256(repr((self.names, self.volume.modality.value, kinds)).encode())
+        for array in arrays:
+            total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()
 
 
 def drawn_boxes(labels: np.ndarray, count: int) -> tuple[np.ndarray, ...]:

@@ -7,11 +7,16 @@ a file says. Anything else is refused with its name.
 
 from __future__ import annotations
 
+import lzma
 import math
 import pickle
 import re
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +27,14 @@ from medvl_sam2.errors import DataError, MedVLError
 MAX_PICKLED_BYTES = 64 * 2**20
 """Prompts take kilobytes; a larger member is none."""
 MAX_VALUES = 100_000
-"""Values of one member: a few references can stand for billions."""
+"""Values and lists of one member: a few references can stand for billions."""
 _BROKEN = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,  # numpy's way of saying that a header is no Python
+    RuntimeError,  # an encrypted member, an unknown compression, a nesting too deep
     OSError,
     EOFError,
     ValueError,
@@ -34,7 +43,6 @@ _BROKEN = (
     LookupError,
     OverflowError,
     MemoryError,
-    RecursionError,
 )
 
 
@@ -130,8 +138,16 @@ class _Array:
         dtype = self._kind.numpy()
         return list(self._data) if dtype.hasobject else np.frombuffer(self._data, dtype).tolist()
 
+    def lists(self) -> int:
+        """How many lists its shape makes, also around no item at all: one for it, one for each of its rows, ..."""
+        if min(self._shape, default=0) < 0:
+            raise DataError(f"the pickle in it holds an array of shape {self._shape}; write the file again")
+        return sum(accumulate(self._shape[:-1], mul, initial=1))
+
     def nested(self, items: list[Any]) -> Any:
         """Plain ``items`` nested by the array's shape."""
+        if math.prod(self._shape) != len(items):
+            raise DataError(f"the pickle in it holds {len(items)} values as shape {self._shape}; write the file again")
         values = np.empty(len(items), dtype=object)
         for place, item in enumerate(items):
             values[place] = item
@@ -145,7 +161,7 @@ class _Plain:
         self._left = MAX_VALUES
 
     def __call__(self, value: Any) -> Any:
-        self._left -= 1
+        self._left -= value.lists() if isinstance(value, _Array) else 1
         if self._left < 0:
             raise DataError(f"the pickle in it holds more than {MAX_VALUES} values; prompts are few")
         if isinstance(value, _Array):

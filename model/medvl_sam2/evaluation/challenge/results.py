@@ -44,6 +44,7 @@ def row(case: ChallengeCase, engine: str, curve: CaseCurve) -> dict[str, Any]:
     return {
         "case": case.name,
         "patient": case.patient,
+        "sha256": case.sha256(),
         "engine": engine,
         "setting": "clicks" if case.boxes is None else "box",
         "steps": numbers,
@@ -59,7 +60,10 @@ def row(case: ChallengeCase, engine: str, curve: CaseCurve) -> dict[str, Any]:
 
 
 class Results:
-    """Rows and failures of a run, written to ``path`` after each; a run of the same ``settings`` goes on from there."""
+    """Rows and failures of a run, written to ``path`` after each; a run of the same ``settings`` goes on from there.
+
+    ``settings`` are JSON values by name.
+    """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         """Raises :class:`DataError` when ``path`` holds the results of other settings, or no results."""
@@ -74,11 +78,23 @@ class Results:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} holds no results of this program; name another file") from error
         for name in {**self._settings, **written}:
-            if written.get(name) != self._settings.get(name):
-                raise DataError(
-                    f"{path} was written with {name} {written.get(name)!r}, not {self._settings.get(name)!r}; "
-                    "name another file, or remove this one"
-                )
+            self._require_same(name, written.get(name), self._settings.get(name))
+
+    def _require_same(self, field: str, written: object, own: object) -> None:
+        if written != own:
+            raise DataError(
+                f"{self._path} was written with {field} {written!r}, not {own!r}; name another file, or remove this one"
+            )
+
+    def cases(self) -> set[str]:
+        """Names of the cases with any row."""
+        return {row["case"] for row in self.rows}
+
+    def require_case(self, case: ChallengeCase) -> None:
+        """Raises :class:`DataError` where rows of this name were measured on another volume, labels or boxes."""
+        for row in self.rows:
+            if row["case"] == case.name:
+                self._require_same(f"case {case.name!r} of sha256", row.get("sha256"), case.sha256())
 
     def has(self, case: str, engine: str) -> bool:
         """Whether a case is done."""
