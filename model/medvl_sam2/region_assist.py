@@ -103,17 +103,45 @@ def stroke(
     image: np.ndarray,
     spacing: Spacing,
     mask: np.ndarray,
+    points: np.ndarray,
+    label: int,
+    diagonal: float,
+    rule: IntensityRule,
+) -> np.ndarray:
+    """Bool (Z, Y, X): balls at ``points`` (3,) or (N, 3) on the present ``mask``, kept to the intensities next to them."""
+    shape = shape_of(image)
+    whole, core = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    for point in np.atleast_2d(points):
+        radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
+        whole |= ball(shape, point, radius, spacing)
+        core |= ball(shape, point, min(rule.brush_core_mm, radius), spacing)
+    return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
+
+
+def prism(
+    image: np.ndarray,
+    spacing: Spacing,
+    mask: np.ndarray,
+    voxels: np.ndarray,
+    normal: int,
     point: np.ndarray,
     label: int,
     diagonal: float,
     rule: IntensityRule,
 ) -> np.ndarray:
-    """Bool (Z, Y, X): a ball at a click on the present ``mask``, kept to the intensities next to the click."""
-    radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
-    shape = shape_of(image)
-    whole = ball(shape, point, radius, spacing)
-    core = ball(shape, point, min(rule.brush_core_mm, radius), spacing)
-    return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
+    """Bool (Z, Y, X): what lies over and under the area ``voxels`` (N, 3) across axis ``normal`` and looks like it.
+
+    It reaches as far along that axis as a ball at ``point`` would on the present ``mask``.
+    """
+    core = np.zeros(shape_of(image), dtype=bool)
+    core[tuple(voxels.T)] = True
+    steps = int(rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal) / spacing[normal])
+    row = int(voxels[0, normal])
+    thick = [slice(None)] * 3
+    thick[normal] = slice(max(0, row - steps), row + steps + 1)
+    whole = np.zeros_like(core)
+    whole[tuple(thick)] = core.any(axis=normal, keepdims=True)
+    return grow(image, spacing, whole, core, rule.brush_grow) | core
 
 
 def border_distance(mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float) -> float:
