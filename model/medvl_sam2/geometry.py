@@ -108,7 +108,7 @@ class CanonicalTransform:
         return np.sort(self.inverse_points(box), axis=0)
 
     def forward_plane(self, axis: int, index: int) -> tuple[int, int]:
-        """Plane ``index`` of stored axis ``axis`` (0, 1, 2 for i, j, k) as canonical axis (0, 1, 2 for z, y, x) and index."""
+        """Plane ``index`` of stored axis ``axis`` (i, j, k are 0, 1, 2) as canonical axis (z, y, x) and index."""
         canonical = self._axes.index(axis)
         return canonical, self.shape[canonical] - 1 - index if self._flips[canonical] else index
 

@@ -107,14 +107,22 @@ def stroke(
     label: int,
     diagonal: float,
     rule: IntensityRule,
+    line: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Bool (Z, Y, X): balls at ``points`` (3,) or (N, 3) on the present ``mask``, kept to the intensities next to them."""
+    """Bool (Z, Y, X): balls at ``points`` (3,) or (N, 3) on the present ``mask``, kept to the intensities of the core.
+
+    The core is a small ball at every point, or the voxels ``line`` (M, 3) where the points stand for a line.
+    """
     shape = shape_of(image)
     whole, core = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for point in np.atleast_2d(points):
         radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
         whole |= ball(shape, point, radius, spacing)
-        core |= ball(shape, point, min(rule.brush_core_mm, radius), spacing)
+        if line is None:
+            core |= ball(shape, point, min(rule.brush_core_mm, radius), spacing)
+    if line is not None:
+        core[tuple(line.T)] = True
+        whole |= core
     return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
 
 

@@ -117,9 +117,8 @@ class Prompt:
     def well_formed(self) -> Prompt:
         """Return self with arrays normalised, or raise :class:`PromptError` for what is wrong in any volume."""
         if len(self.points) > MAX_POINTS or len(self.strokes) > MAX_STROKES:
-            raise PromptError(
-                f"{len(self.points)} points and {len(self.strokes)} strokes; give at most {MAX_POINTS} and {MAX_STROKES}"
-            )
+            given = f"{len(self.points)} points and {len(self.strokes)} strokes"
+            raise PromptError(f"{given}; give at most {MAX_POINTS} and {MAX_STROKES}")
         points = np.asarray(self.points, dtype=np.float64).reshape(-1, 3)
         labels = np.asarray(self.labels, dtype=np.int64).reshape(-1)
         if len(points) != len(labels):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.path import Path as Polygon
@@ -105,7 +106,7 @@ Edit = CanonicalClick | CanonicalStroke
 def _traced(points: np.ndarray) -> np.ndarray:
     """Voxels (N, 3) along a line through ``points``, each once, in order; neighbours touch."""
     parts = [points[:1]]
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in pairwise(points):
         count = int(np.ceil(np.abs(end - start).max())) + 1
         parts.append(start + (end - start) * np.linspace(0, 1, count + 1)[1:, None])
     voxels = np.rint(np.concatenate(parts)).astype(int)

@@ -221,8 +221,9 @@ class InteractiveEngine:
                 other += step
 
     def _spread(self, state: ObjectState, deltas: dict[int, Tensor], spacing: Spacing, region: EditRegion) -> None:
-        """Add each change to its slice fully and to neighbours, that of the nearest slice, with a weight that fades
-        over ``reach_mm``.
+        """Add each change to its slice fully, and to neighbours with a weight that fades over ``reach_mm``.
+
+        Of several changed slices the nearest one counts.
         """
         for z in deltas:
             state.logits[z] = state.logits_at(z)

@@ -44,11 +44,13 @@ def paint(state: ObjectState, spacing: tuple[float, float, float], edit: Edit, r
     start = np.array([part.start for part in region])
     near, mask = image[region], state.mask()[region]
     diagonal = box_diagonal(state.box, spacing)
-    if isinstance(edit, CanonicalStroke) and edit.kind is StrokeKind.LASSO:
-        normal = edit.normal or 0
-        local = prism(near, spacing, mask, voxels - start, normal, points[0] - start, edit.label, diagonal, rule)
+    points, voxels = points - start, voxels - start
+    if not isinstance(edit, CanonicalStroke):
+        local = stroke(near, spacing, mask, points, edit.label, diagonal, rule)
+    elif edit.kind is StrokeKind.SCRIBBLE:
+        local = stroke(near, spacing, mask, points, edit.label, diagonal, rule, voxels)
     else:
-        local = stroke(near, spacing, mask, points - start, edit.label, diagonal, rule)
+        local = prism(near, spacing, mask, voxels, edit.normal or 0, points[0], edit.label, diagonal, rule)
     return Painted(region, local)
 
 

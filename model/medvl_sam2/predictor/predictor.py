@@ -132,8 +132,9 @@ class Predictor:
         return Segmentation(mask, geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
 
     def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:
-        """State from the strongest prompt; ``said`` is what the words gave. Edits are still to be applied but a click
-        that was the start.
+        """State from the strongest prompt; ``said`` is what the words gave.
+
+        Edits are still to be applied, but for a click that was the start.
         """
         args = (session.image, session.spacing, session.intensity)
         first = self.interactive.first

@@ -25,9 +25,10 @@ class ObjectMemory:
 
 @dataclass(frozen=True)
 class MemoryRule:
-    """Lengths in mm: ``step`` of one position on SAM2's time axis, at least one slice; ``reach``, how far back a slice
-    remembers slices that were not prompted, always the last one; ``empty``, a direction ends after so much without the
-    object.
+    """Lengths in mm.
+
+    ``step``: one position on SAM2's time axis, at least one slice. ``reach``: how far back slices that were not
+    prompted are remembered, the last one always. ``empty``: a direction ends after so much without the object.
     """
 
     step: float = 2.0
