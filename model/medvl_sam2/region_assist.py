@@ -6,7 +6,7 @@ nothing else. Arrays are canonical (Z, Y, X); points are voxels (z, y, x); ``spa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -53,7 +53,7 @@ class IntensityRule:
     ``scale``: ellipsoid that limits the growth, relative to the box, with ``power``. ``core``: ellipsoid of the core,
     relative to the box. ``least_share``: a region below this share of the ellipsoid gives way to it. ``reach_mm``,
     ``core_mm``: limit and core as balls when there is no box. ``brush_grow``: intensities of a brush, whose core has
-    radius ``brush_core_mm``.
+    radius ``brush_core_mm``. ``line_share``: the brush's ``share`` along a drawn line and across a drawn area.
     """
 
     scale: float = 1.0
@@ -66,6 +66,7 @@ class IntensityRule:
     brush: BrushRule = GROW_BRUSH
     brush_grow: GrowRule = _STROKE
     brush_core_mm: float = 4.0
+    line_share: float = 0.7
 
 
 def shape_of(image: np.ndarray) -> tuple[int, int, int]:
@@ -103,27 +104,41 @@ def stroke(
     image: np.ndarray,
     spacing: Spacing,
     mask: np.ndarray,
-    points: np.ndarray,
+    point: np.ndarray,
     label: int,
     diagonal: float,
     rule: IntensityRule,
-    line: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Bool (Z, Y, X): balls at ``points`` (3,) or (N, 3) on the present ``mask``, kept to the intensities of the core.
-
-    The core is a small ball at every point, or the voxels ``line`` (M, 3) where the points stand for a line.
-    """
+    """Bool (Z, Y, X): a ball at a click on the present ``mask``, kept to the intensities next to the click."""
+    radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
     shape = shape_of(image)
-    whole, core = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    for point in np.atleast_2d(points):
-        radius = rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal)
-        whole |= ball(shape, point, radius, spacing)
-        if line is None:
-            core |= ball(shape, point, min(rule.brush_core_mm, radius), spacing)
-    if line is not None:
-        core[tuple(line.T)] = True
-        whole |= core
+    whole = ball(shape, point, radius, spacing)
+    core = ball(shape, point, min(rule.brush_core_mm, radius), spacing)
     return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
+
+
+def line_stroke(
+    image: np.ndarray,
+    spacing: Spacing,
+    mask: np.ndarray,
+    line: np.ndarray,
+    places: np.ndarray,
+    label: int,
+    diagonal: float,
+    rule: IntensityRule,
+) -> np.ndarray:
+    """Bool (Z, Y, X): balls at some ``places`` of the voxels ``line`` (N, 3), kept to the intensities under the line.
+
+    The line says how far the error goes, so a ball reaches ``rule.line_share`` of the way to the border of the mask.
+    """
+    brush = replace(rule.brush, share=rule.line_share)
+    core = np.zeros(shape_of(image), dtype=bool)
+    core[tuple(line.T)] = True
+    whole = core.copy()
+    for point in line[places].astype(np.float64):
+        radius = brush.radius(mask, point, label, np.asarray(spacing), diagonal)
+        whole |= ball(shape_of(image), point, radius, spacing)
+    return grow(image, spacing, whole, core, rule.brush_grow) | core
 
 
 def prism(
@@ -143,7 +158,8 @@ def prism(
     """
     core = np.zeros(shape_of(image), dtype=bool)
     core[tuple(voxels.T)] = True
-    steps = int(rule.brush.radius(mask, point, label, np.asarray(spacing), diagonal) / spacing[normal])
+    brush = replace(rule.brush, share=rule.line_share)
+    steps = int(brush.radius(mask, point, label, np.asarray(spacing), diagonal) / spacing[normal])
     row = int(voxels[0, normal])
     thick = [slice(None)] * 3
     thick[normal] = slice(max(0, row - steps), row + steps + 1)

@@ -11,7 +11,7 @@ from medvl_sam2.errors import PromptError
 
 MAX_STROKE_POINTS = 10_000
 """Voxels of one scribble: a line through every voxel of the longest way across a large volume has fewer."""
-MAX_CORNERS = 2_000
+MAX_CORNERS = 1_000
 """Corners of one lasso, whose edges are all compared with each other."""
 _BLOCK = 256
 
@@ -37,7 +37,7 @@ class Stroke:
 
     def well_formed(self) -> Stroke:
         """Return self with points as float (N, 3), or raise :class:`PromptError` for what is wrong in any volume."""
-        most = MAX_CORNERS if self.kind is StrokeKind.LASSO else MAX_STROKE_POINTS
+        most = most_points(self.kind)
         if len(self.points) > most:
             raise PromptError(
                 f"{self.kind} has {len(self.points)} points; give at most {most}, every second one will do"
@@ -80,6 +80,11 @@ class Plane:
         return self
 
 
+def most_points(kind: StrokeKind) -> int:
+    """How many points one stroke may have."""
+    return MAX_CORNERS if kind is StrokeKind.LASSO else MAX_STROKE_POINTS
+
+
 def flat_axis(points: np.ndarray) -> int | None:
     """The axis on which all ``points`` (N, 3) share one voxel index; None where they do not lie in a plane."""
     spread = np.ptp(np.rint(points), axis=0)
@@ -96,8 +101,6 @@ def _check_lasso(points: np.ndarray) -> None:
     if len(corners) < 3:
         raise PromptError(f"a lasso needs at least three different corners, got {len(corners)}")
     after = np.roll(corners, -1, axis=0)
-    if abs(float(_cross(corners, after).sum())) < 1e-9:
-        raise PromptError("the lasso encloses no area; draw it round something")
     for first in range(0, len(corners), _BLOCK):
         rows = slice(first, first + _BLOCK)
         a, b = corners[rows, None], after[rows, None]
@@ -106,6 +109,8 @@ def _check_lasso(points: np.ndarray) -> None:
         if sides.any():
             crossing = corners[first + int(np.argwhere(sides)[0, 0])].tolist()
             raise PromptError(f"the lasso crosses itself near {crossing}; draw a simple outline")
+    if abs(float(_cross(corners, after).sum())) < 1e-9:
+        raise PromptError("the lasso encloses no area; draw it round something")
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -65,6 +65,10 @@ class Asked:
         done = set(state.clicks)
         return [edit for edit in self.edits if edit not in done]
 
+    def opens(self, edit: Edit, known: ObjectState | None) -> bool:
+        """Whether an edit came after its planes were accepted: those of ``known``, the newest state, did not."""
+        return known is None or self.mask is not None or edit not in known.clicks
+
     def accepting(self, state: ObjectState, known: ObjectState | None) -> ObjectState:
         """``state`` with the planes accepted now, which show what they showed in the mask asked from or ``known``."""
         shown: dict[CanonicalPlane, np.ndarray] = {}

@@ -18,8 +18,6 @@ from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.strokes import Stroke, StrokeKind, flat_axis
 
 MAX_ANCHORS = 6
-_CORE = 0.5
-"""Anchors of a lasso lie at least this share of its greatest depth inside it."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,28 @@ class CanonicalStroke:
 
     @cached_property
     def anchors(self) -> np.ndarray:
-        """Evenly along a scribble; spread over the core of a lasso, the deepest voxel first."""
+        """One point a slice, on at most :data:`MAX_ANCHORS` slices evenly: more on a slice were measured to do harm.
+
+        The middle of what a scribble has there, the deepest voxel of what a lasso has.
+        """
         voxels = self.voxels
-        if self.kind is StrokeKind.SCRIBBLE:
-            steps = np.unique(np.linspace(0, len(voxels) - 1, MAX_ANCHORS + 2).round().astype(int))
-            inner = steps[1:-1] if len(steps) > 2 else steps
-            return voxels[inner].astype(np.float64)
-        low = voxels.min(axis=0)
-        solid = np.zeros(voxels.max(axis=0) - low + 1, dtype=bool)
-        solid[tuple((voxels - low).T)] = True
-        flat = np.squeeze(solid, axis=self.normal)
-        depth = ndimage.distance_transform_edt(np.pad(flat, 1))[1:-1, 1:-1]
-        deep = np.expand_dims(depth, self.normal or 0)[tuple((voxels - low).T)]
-        return _spread_out(voxels[np.argsort(-deep, kind="stable")][: int((deep >= _CORE * deep.max()).sum())])
+        depth = self._depth if self.kind is StrokeKind.LASSO else None
+        slices = np.unique(voxels[:, 0])
+        chosen = []
+        for z in slices[evenly(len(slices), MAX_ANCHORS)]:
+            own = np.flatnonzero(voxels[:, 0] == z)
+            chosen.append(own[len(own) // 2] if depth is None else own[np.argmax(depth[own])])
+        return voxels[chosen].astype(np.float64)
+
+    @property
+    def _depth(self) -> np.ndarray:
+        """Distance (N,) of a lasso's voxels to its outline, in voxels of its plane."""
+        assert self.normal is not None
+        flat = np.delete(self.voxels - self.voxels.min(axis=0) + 1, self.normal, axis=1)
+        solid = np.zeros(flat.max(axis=0) + 2, dtype=bool)
+        solid[tuple(flat.T)] = True
+        depth: np.ndarray = ndimage.distance_transform_edt(solid)[tuple(flat.T)]
+        return depth
 
     @cached_property
     def slices(self) -> list[int]:
@@ -101,6 +108,11 @@ class CanonicalStroke:
 
 
 Edit = CanonicalClick | CanonicalStroke
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of ``count`` places, evenly, away from the ends: one is the middle."""
+    return np.unique(((np.arange(most) + 0.5) / most * count).astype(int))
 
 
 def _traced(points: np.ndarray) -> np.ndarray:
@@ -123,15 +135,3 @@ def _filled(corners: np.ndarray, normal: int) -> np.ndarray:
     polygon = Polygon(np.delete(corners, normal, axis=1))
     inside = voxels[polygon.contains_points(np.delete(voxels, normal, axis=1))]
     return np.unique(np.concatenate([inside, outline]), axis=0)
-
-
-def _spread_out(candidates: np.ndarray) -> np.ndarray:
-    """At most :data:`MAX_ANCHORS` of ``candidates`` (N, 3), the first one first, then always the farthest one."""
-    chosen = [0]
-    distance = np.full(len(candidates), np.inf)
-    while len(chosen) < min(MAX_ANCHORS, len(candidates)):
-        distance = np.minimum(distance, np.linalg.norm(candidates - candidates[chosen[-1]], axis=1))
-        if distance.max() == 0:
-            break
-        chosen.append(int(np.argmax(distance)))
-    return candidates[chosen].astype(np.float64)

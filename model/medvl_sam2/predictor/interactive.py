@@ -39,9 +39,13 @@ class InteractiveEngine:
         self.first = FirstPrompts(segmenter, self.config)
         self._everywhere = FullPropagation(self.first)
 
-    def edit(self, state: ObjectState, spacing: Spacing, edit: Edit) -> ObjectState:
-        """The state after one correction; the given one stays as it was, to go back to."""
-        state = opened(self._widened(state.fork(), spacing, edit), edit)
+    def edit(self, state: ObjectState, spacing: Spacing, edit: Edit, opens: bool = True) -> ObjectState:
+        """The state after one correction; the given one stays as it was, to go back to.
+
+        ``opens``: whether accepted planes the edit lies on may change; not where it is applied once more.
+        """
+        state = self._widened(state.fork(), spacing, edit)
+        state = opened(state, edit) if opens else state
         state.propagated = False
         state.paste_changed()
         reference = state.snapshot()

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medvl_sam2.predictor.edits import CanonicalStroke, Edit
+from medvl_sam2.predictor.edits import CanonicalStroke, Edit, evenly
 from medvl_sam2.predictor.objects import ObjectState
-from medvl_sam2.region_assist import IntensityRule, box_diagonal, prism, stroke
+from medvl_sam2.region_assist import IntensityRule, box_diagonal, line_stroke, prism, stroke
 from medvl_sam2.region_grow import Region, bounding_region
 from medvl_sam2.strokes import StrokeKind
 
+MAX_BALLS = 12
+"""Balls painted along a scribble."""
 _MARGIN_MM = 15.0
 """Room round the brush: what smoothing and morphology look at beyond it."""
 
@@ -46,11 +48,12 @@ def paint(state: ObjectState, spacing: tuple[float, float, float], edit: Edit, r
     diagonal = box_diagonal(state.box, spacing)
     points, voxels = points - start, voxels - start
     if not isinstance(edit, CanonicalStroke):
-        local = stroke(near, spacing, mask, points, edit.label, diagonal, rule)
+        local = stroke(near, spacing, mask, points[0], edit.label, diagonal, rule)
     elif edit.kind is StrokeKind.SCRIBBLE:
-        local = stroke(near, spacing, mask, points, edit.label, diagonal, rule, voxels)
+        local = line_stroke(near, spacing, mask, voxels, evenly(len(voxels), MAX_BALLS), edit.label, diagonal, rule)
     else:
-        local = prism(near, spacing, mask, voxels, edit.normal or 0, points[0], edit.label, diagonal, rule)
+        middle = points[len(points) // 2]
+        local = prism(near, spacing, mask, voxels, edit.normal or 0, middle, edit.label, diagonal, rule)
     return Painted(region, local)
 
 

@@ -123,7 +123,7 @@ class Predictor:
                 state = self._first_state(session, asked, said)
             state = asked.accepting(state, known)
             for edit in asked.left(state):
-                state = self.interactive.edit(state, session.spacing, edit)
+                state = self.interactive.edit(state, session.spacing, edit, asked.opens(edit, known))
             if asked.propagate and not state.propagated:
                 state = self.interactive.propagate(state, session.spacing)
             session.objects[name] = state
