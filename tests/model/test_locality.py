@@ -139,7 +139,7 @@ def test_a_lasso_reaches_over_its_own_area_only(normal: int) -> None:
     spacing, shape = (4.0, 1.0, 0.5), (20, 60, 80)
     middle = (10, 30, 40)[normal]
     corners = np.insert(np.array([[5.0, 5], [15, 5], [5, 15]]), normal, middle, axis=1)
-    edit = CanonicalStroke(StrokeKind.LASSO, tuple(map(tuple, corners.tolist())), 1)
+    edit = CanonicalStroke.through(StrokeKind.LASSO, corners, 1)
     inside = EditRegion.around(edit, shape, spacing, 8.0).inside(shape)
     steps = int(8.0 / spacing[normal])
     assert np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {normal}))).tolist() == list(

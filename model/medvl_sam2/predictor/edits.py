@@ -50,31 +50,42 @@ class CanonicalClick:
 
 @dataclass(frozen=True)
 class CanonicalStroke:
-    """A scribble or lasso: ``line`` of voxels (z, y, x), well formed as :class:`medvl_sam2.strokes.Stroke` says."""
+    """A scribble or lasso, well formed as :class:`medvl_sam2.strokes.Stroke` says.
+
+    ``line``: the bytes of float64 (N, 3), which compare and hash at no cost however long the line is.
+    """
 
     kind: StrokeKind
-    line: tuple[tuple[float, float, float], ...]
+    line: bytes
     label: int
 
     @classmethod
     def of(cls, stroke: Stroke, transform: CanonicalTransform) -> CanonicalStroke:
         """Take a stroke out of the stored frame."""
-        points = transform.forward_points(stroke.points)
-        return cls(stroke.kind, tuple((float(z), float(y), float(x)) for z, y, x in points), stroke.label)
+        return cls.through(stroke.kind, transform.forward_points(stroke.points), stroke.label)
+
+    @classmethod
+    def through(cls, kind: StrokeKind, points: np.ndarray, label: int) -> CanonicalStroke:
+        """A stroke through canonical ``points`` (N, 3)."""
+        return cls(kind, np.ascontiguousarray(points, dtype=np.float64).tobytes(), label)
+
+    @property
+    def points(self) -> np.ndarray:
+        """The line's points (N, 3) as drawn."""
+        return np.frombuffer(self.line).reshape(-1, 3)
 
     @cached_property
     def normal(self) -> int | None:
         """Axis across the plane the stroke lies in, None when it lies in none."""
-        return flat_axis(np.array(self.line))
+        return flat_axis(self.points)
 
     @cached_property
     def voxels(self) -> np.ndarray:
         """A scribble's voxels along its line; a lasso's outline and all it encloses."""
-        points = np.array(self.line)
         if self.kind is StrokeKind.SCRIBBLE:
-            return _traced(points)
+            return _traced(self.points)
         assert self.normal is not None  # a lasso is flat
-        return _filled(points, self.normal)
+        return _filled(self.points, self.normal)
 
     @cached_property
     def anchors(self) -> np.ndarray:
