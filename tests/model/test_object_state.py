@@ -8,7 +8,8 @@ import torch
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.edits import CanonicalClick
+from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Modality
 from small_model import small_model
