@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit
-from medvl_sam2.predictor.objects import CanonicalPlane, KeptSlice, ObjectState
+from medvl_sam2.predictor.objects import CanonicalPlane, ObjectState
 from medvl_sam2.strokes import StrokeKind
 
 
@@ -83,7 +83,6 @@ def restrict(state: ObjectState, reference: ObjectState, region: EditRegion, lab
     state.paste_changed()
     reference.paste_changed()
     bounds = state.stack.crop.bounds(state.stack.plane)
-    kept = dict(state.kept)
     for z in range(state.low, state.high + 1):
         pasted = state.pasted[z]
         if reference.pasted.get(z) is pasted:
@@ -91,11 +90,8 @@ def restrict(state: ObjectState, reference: ObjectState, region: EditRegion, lab
         before, after = reference.on_window(z), state.on_window(z)
         allowed = region.on_slice(z, bounds) & (after == bool(label))
         result = np.where(allowed, after, before)
-        if np.array_equal(result, pasted.inside):
-            kept.pop(z, None)
-        else:
-            kept[z] = KeptSlice(result, pasted.inside)
-    state.kept = kept
+        if z in state.kept or not np.array_equal(result, after):
+            state.hold(z, result)
 
 
 def accepted_planes(

@@ -17,30 +17,33 @@ from medvl_sam2.predictor.stack import SliceStack, interpolate_logits
 
 OUTSIDE = -10.0
 """Logit of everything the window does not cover."""
+_MOVED = 0.5
+"""Logits that moved by more than this mean something else than they did."""
 CanonicalPlane = tuple[int, int]
 """Axis (0, 1, 2 for z, y, x) and index of a plane of the canonical grid."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeptSlice:
-    """A slice's mask at full resolution, which stands until the logits change sign.
+    """A slice's mask at full resolution, which stands until the logits move away from it.
 
     The logits' cells are coarser than the image: a mask pasted from them anew loses what was finer, as a thin rib in a
-    window that had to grow, or an earlier mask that was taken over. ``mask`` and ``drawn`` bool (y1 - y0, x1 - x0) over
-    the window: what the mask was, and what the logits alone drew then.
+    window that had to grow, or an earlier mask that was taken over. ``mask`` bool (y1 - y0, x1 - x0) over the window,
+    and ``logits`` (h, h) as they were then.
     """
 
     mask: np.ndarray
-    drawn: np.ndarray
+    logits: Tensor
 
-    def merged(self, drawn: np.ndarray) -> np.ndarray:
-        """The mask now that the logits draw ``drawn``."""
-        return np.where(drawn == self.drawn, self.mask, drawn)
+    def merged(self, drawn: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """The mask now that the logits draw ``drawn`` and have ``moved`` by so much, both over the window."""
+        left = np.where(self.mask, moved < -_MOVED, moved > _MOVED)
+        return np.where(left, drawn, self.mask)
 
 
 @dataclass(frozen=True)
 class PastedSlice:
-    """The mask of one canonical slice (y1 - y0, x1 - x0) bool over the window, and the logits it was made from."""
+    """The mask ``inside`` of one canonical slice (y1 - y0, x1 - x0) bool, and the logits it was made from."""
 
     below: Tensor
     above: Tensor
@@ -132,8 +135,7 @@ class ObjectState:
         if not self.logits or not self.low <= z <= self.high:
             y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
             return np.zeros((y1 - y0, x1 - x0), dtype=bool)
-        drawn = self.pasted[z].inside
-        return self.kept[z].merged(drawn) if z in self.kept else drawn
+        return self.pasted[z].inside
 
     def trim(self) -> None:
         """Let the range end with the outermost slices that show the object; the start slice stays."""
@@ -150,7 +152,14 @@ class ObjectState:
         self.paste_changed()
         y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
         slices = range(self.low, self.high + 1)
-        self.kept = {z: KeptSlice(mask[z, y0:y1, x0:x1].copy(), self.pasted[z].inside) for z in slices}
+        logits = interpolate_logits(self.logits, list(slices))
+        self.kept = {z: KeptSlice(mask[z, y0:y1, x0:x1].copy(), logits[n]) for n, z in enumerate(slices)}
+        self.pasted = {z: replace(self.pasted[z], inside=kept.mask) for z, kept in self.kept.items()}
+
+    def hold(self, z: int, shown: np.ndarray) -> None:
+        """Let ``shown`` (y1 - y0, x1 - x0) bool stand for slice ``z``; current after :meth:`paste_changed`."""
+        self.kept = {**self.kept, z: KeptSlice(shown, self.logits_at(z))}
+        self.pasted[z] = replace(self.pasted[z], inside=shown)
 
     def paste_changed(self) -> None:
         """Bring ``pasted`` up to date for every slice low..high."""
@@ -170,6 +179,12 @@ class ObjectState:
             values, _ = self.stack.crop.paste_region(logits, self.stack.plane)
             for (z, source), inside in zip(stale.items(), values.numpy() > 0, strict=True):
                 self.pasted[z] = PastedSlice(*source, inside.copy())
+            finer = [(n, z) for n, z in enumerate(stale) if z in self.kept]
+            if finer:
+                moves = torch.stack([logits[n] - self.kept[z].logits for n, z in finer])
+                moved, _ = self.stack.crop.paste_region(moves, self.stack.plane)
+                for (_, z), move in zip(finer, moved.numpy(), strict=True):
+                    self.pasted[z] = replace(self.pasted[z], inside=self.kept[z].merged(self.pasted[z].inside, move))
 
     def moved(self, crop: SliceCrop) -> ObjectState:
         """The same object seen through another window: logits resampled, memories dropped (they are window-bound).
@@ -191,12 +206,12 @@ class ObjectState:
         return moved
 
     def extent_yx(self) -> np.ndarray | None:
-        """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""
+        """Box (2, 2) of the current mask in canonical (y, x) voxels over all slices, or None when empty."""
         if not self.logits:
             return None
-        top = torch.stack(list(self.logits.values())).amax(dim=0)
-        values, (y0, _, x0, _) = self.stack.crop.paste_region(top[None], self.stack.plane)
-        ys, xs = np.nonzero(values[0].numpy() > 0)
+        self.paste_changed()
+        y0, _, x0, _ = self.stack.crop.bounds(self.stack.plane)
+        ys, xs = np.nonzero(np.logical_or.reduce([self.on_window(z) for z in range(self.low, self.high + 1)]))
         if len(ys) == 0:
             return None
         return np.array([[ys.min() + y0, xs.min() + x0], [ys.max() + y0, xs.max() + x0]])
