@@ -88,11 +88,12 @@ BOW_TIE = [[1, 1, 3], [8, 8, 3], [8, 1, 3], [1, 7, 3]]
 def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
     running: Running, params: dict[str, Any], reason: str
 ) -> None:
+    """Time is that of this process, which holds the server, too: other programs on the machine do not count."""
     good = {"foreground": [[1, 2, 3]], "label": "liver"}
     assert running.slicer("medvl_interactive", **good).status_code == 200
-    started = time.perf_counter()
+    started = time.process_time()
     response = running.slicer("medvl_interactive", label="liver", **params)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert response.status_code == 400, response.text
     assert reason in response.json()["detail"]
     assert len(response.json()["detail"]) < 500
@@ -105,11 +106,11 @@ def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
 def test_a_million_points_are_refused_in_time(running: Running, key: str) -> None:
     line = [[1, 2, 3]] * 1_000_000
     text = json.dumps({key: line if key == "foreground" else [line]})
-    started = time.perf_counter()
+    started = time.process_time()
     response = running.client.post(
         "/infer/medvl_interactive", params={"image": "case_a"}, files={"params": (None, text)}
     )
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert response.status_code == 400, response.text
     assert "maximum size" in response.json()["detail"]  # refused before it is read as JSON
     assert seconds < 2

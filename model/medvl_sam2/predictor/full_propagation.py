@@ -34,8 +34,8 @@ class FullPropagation:
         if not state.logits:
             return state
         state = state.fork()
-        count = state.stack.image.shape[0]
-        sources = self._sources(state, count)
+        state.start = min(max(state.start, state.low), state.high)  # a start that shows nothing may lie beyond
+        sources = self._sources(state)
         state.memory = ObjectMemory({z: self._remembered(state, z) for z in sources})
         low, high = self._bounds(state, sources, spacing[0])
         plan = planned_slices(low, high, state.start, spacing[0], self.config.slice_step_mm)
@@ -67,9 +67,11 @@ class FullPropagation:
             low, high = 0, last
         return max(0, min(low, sources[0])), min(last, max(high, sources[-1]))
 
-    def _sources(self, state: ObjectState, count: int) -> list[int]:
+    @staticmethod
+    def _sources(state: ObjectState) -> list[int]:
         """Slices the annotator has judged: the start, those with edits, and accepted ones within the range."""
-        edited = {int(np.clip(z, 0, count - 1)) for edit in state.clicks for z in edit.slices}
+        last = state.stack.image.shape[0] - 1
+        edited = {int(np.clip(z, 0, last)) for edit in state.clicks for z in edit.slices}
         accepted = {index for axis, index in state.accepted if axis == 0}
         return sorted(z for z in {state.start} | edited | accepted if state.low <= z <= state.high)
 
