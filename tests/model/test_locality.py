@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.predictor import Predictor
@@ -213,6 +214,23 @@ def test_propagation_is_asked_for_and_recomputes_all_but_what_was_prompted(
     assert np.array_equal(
         predictor.segment_prompt(session, CLICK).mask, predictor.segment_prompt(predictor.open(study[0]), CLICK).mask
     )  # taking the cut back takes the propagation back
+
+
+@torch.inference_mode()
+def test_propagation_goes_no_farther_than_a_box_and_needs_no_visible_start(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    session = predictor.open(study[0])
+    predictor.segment_prompt(session, Prompt(box=BOX))
+    state = session.objects["object"]
+    low, high = session.transform.forward_box(BOX)[:, 0].astype(int)
+    carried = predictor.interactive.propagate(state, session.spacing)
+    shown = np.flatnonzero(carried.mask().any(axis=(1, 2)))
+    assert shown.min() >= low
+    assert shown.max() <= high
+    beyond = replace(state, start=high + 2)
+    assert predictor.interactive.propagate(beyond, session.spacing).start == high
+    assert beyond.start == high + 2  # the given state stays
 
 
 @pytest.mark.parametrize("thin", [0, 1, 2])

@@ -56,17 +56,17 @@ def circle(corners: int) -> np.ndarray:
     ],
 )
 def test_bad_prompts_are_refused_at_once(prompt: Prompt, reason: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(PromptError, match=reason):
         prompt.validated(SHAPE)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_the_largest_lasso_is_checked_in_time() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     whole = Prompt(strokes=(lasso(circle(MAX_CORNERS)),)).validated(SHAPE)
     assert len(whole.strokes[0].points) == MAX_CORNERS
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_a_lasso_may_be_closed_by_its_first_corner() -> None:

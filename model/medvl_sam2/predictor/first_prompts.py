@@ -6,7 +6,6 @@ any other from a region grown by intensity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,11 +18,21 @@ from medvl_sam2.modeling.scene_pointer import SceneElements
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.edits import CanonicalClick, Edit
 from medvl_sam2.predictor.objects import OUTSIDE, ObjectState
-from medvl_sam2.predictor.places import MatchRule, Part, agreement, element_in_box, elements_at, place_on_slices
+from medvl_sam2.predictor.painting import Painted, grown_round_box, grown_round_click
+from medvl_sam2.predictor.places import (
+    MatchRule,
+    Part,
+    agreement,
+    element_in_box,
+    element_on_plane,
+    elements_at,
+    place_on_slices,
+)
 from medvl_sam2.predictor.planes import completed, thickened, thin_axis
 from medvl_sam2.predictor.propagation import MemoryRule, propagate
+from medvl_sam2.predictor.slice_points import box_points, click_points
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
-from medvl_sam2.region_assist import GROW_BRUSH, IntensityRule, grown_at_click, grown_in_box
+from medvl_sam2.region_assist import GROW_BRUSH, IntensityRule
 from medvl_sam2.strokes import StrokeKind
 
 
@@ -99,7 +108,7 @@ class FirstPrompts:
         points, labels = box_points(crop, box)
         prompt = SlicePrompt(points, labels)
         if self.config.assist:
-            self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
+            self._lay_down(state, grown_round_box(image, spacing, box, self.config.assist_rule))
         part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
         if part is not None and self._box_agrees(state, part, prompt, spacing):
             return self._from_part(ObjectState(stack, low, high, box=box, start=start), part, spacing)
@@ -118,35 +127,39 @@ class FirstPrompts:
     ) -> ObjectState:
         """Start from the box of the object's outline on one plane.
 
-        On a slice the outline is decoded there and carried both ways until the object ends. On the other planes the
-        middle row of the outline says how far the object goes across the plane, which makes a box of all three axes.
+        An element of the scene with such a section there says how far it goes across the plane. Else, on a slice the
+        outline is decoded and carried both ways until the object ends; on the other planes the decoder's mask of the
+        middle slice, or the intensities there, tell the extent across.
         """
         axis = thin_axis(box, image.shape)
+        part = None
+        if elements is not None and axis is not None:
+            part = element_on_plane(elements, box, axis, image.shape, self.config.match)
+        if part is not None and axis is not None:
+            found = box.astype(np.float64)
+            span = part.box(image.shape)[:, axis]
+            found[:, axis] = min(span[0], box[0, axis]), max(span[1], box[1, axis])
+            return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
         guess = thickened(box, image.shape, spacing)
-        grown = grown_in_box(image, spacing, guess, self.config.assist_rule)
+        grown = grown_round_box(image, spacing, guess, self.config.assist_rule)
         crop = self._window(guess[:, 1:], spacing)
         z = round(float(box[:, 0].mean()))
         stack = SliceStack(self.segmenter, image, intensity, crop)
         state = ObjectState(stack, z, z, box=box, start=z)
         if self.config.assist:
-            self._lay_down(state, grown, 0, image.shape[0] - 1)
-        middle = CanonicalClick((float(z), float(box[:, 1].mean()), float(box[:, 2].mean())), 1)
-        if axis != 0:
-            points, labels = click_points(crop, [middle])
+            self._lay_down(state, grown)
+        if axis == 0:
+            points, labels = box_points(crop, box)
             self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
-            drawn = crop.paste(state.logits[z][None], stack.plane, OUTSIDE)[0] > 0
-            found = completed(box, drawn.numpy(), grown[z])
-            return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
-        points, labels = box_points(crop, box)
+            state.low, state.high = 0, image.shape[0] - 1
+            self._propagate(state, spacing, open_ended=True)
+            return state
+        middle = CanonicalClick((float(z), float(box[:, 1].mean()), float(box[:, 2].mean())), 1)
+        points, labels = click_points(crop, [middle])
         self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
-        part = None if elements is None else self._part_meant(state, elements, middle, spacing)
-        if part is not None:
-            span = part.box(image.shape)
-            low, high = min(int(span[0, 0]), z), max(int(span[1, 0]), z)
-            return self._from_part(ObjectState(stack, low, high, box=box, start=z), part, spacing)
-        state.low, state.high = 0, image.shape[0] - 1
-        self._propagate(state, spacing, open_ended=True)
-        return state
+        drawn = crop.paste(state.logits[z][None], stack.plane, OUTSIDE)[0] > 0
+        found = completed(box, drawn.numpy(), grown.planes([z], stack.plane)[0] > 0)
+        return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
 
     def from_edit(
         self,
@@ -195,8 +208,7 @@ class FirstPrompts:
             return self._from_part(ObjectState(stack, low, high, start=z, clicks=[click]), part, spacing)
         state.low, state.high = 0, image.shape[0] - 1
         if self.config.assist:
-            grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
-            self._lay_down(state, grown, 0, image.shape[0] - 1)
+            self._lay_down(state, grown_round_click(image, spacing, np.array(click.position), self.config.assist_rule))
         self._propagate(state, spacing, open_ended=True)
         return state
 
@@ -301,13 +313,13 @@ class FirstPrompts:
         certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
         state.memory.conditioning[z] = self.segmenter.remember(features, output.logits, certain, output.pointer)
 
-    def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
-        """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""
-        shown = [z for z in range(low, high + 1) if mask[z].any()]
+    def _lay_down(self, state: ObjectState, grown: Painted) -> None:
+        """Keep a region as soft values (h, h) in [0, 1] of the slices that hold it."""
+        shown = grown.slices
         if not shown:
             return
         small = replace(state.stack.crop, size=self.segmenter.mask_size)
-        soft = small.sample(torch.from_numpy(mask[shown].astype(np.float32)))[:, 0]
+        soft = small.sample(torch.from_numpy(grown.planes(shown, state.stack.plane)))[:, 0]
         state.rough, state.rough_weight = dict(zip(shown, soft, strict=True)), self.config.rough_weight
 
     def _with_rough(self, prompt: SlicePrompt, state: ObjectState, z: int) -> SlicePrompt:
@@ -368,24 +380,3 @@ class FirstPrompts:
                 best = self._window(np.stack([low, high]), spacing)
                 best_score = score
         return best
-
-
-def box_points(crop: SliceCrop, box: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The in-plane edges of a canonical box (2, 3) as SAM2's two corner points: (1, 2, 2), (1, 2)."""
-    corners = crop.forward_points(box[:, 1:] + np.array([[-0.5], [0.5]]))
-    return torch.from_numpy(corners.astype(np.float32))[None], torch.tensor([[2, 3]], dtype=torch.int32)
-
-
-def click_points(crop: SliceCrop, edits: Sequence[Edit], z: int | None = None) -> tuple[Tensor, Tensor]:
-    """Anchors of edits as points (1, n, 2) in the window's pixels and labels (1, n); one empty point without any.
-
-    With ``z`` only anchors on that slice.
-    """
-    anchors = [
-        (anchor, edit.label) for edit in edits for anchor in edit.anchors if z is None or round(float(anchor[0])) == z
-    ]
-    if not anchors:
-        return torch.zeros(1, 1, 2), torch.full((1, 1), -1, dtype=torch.int32)
-    points = crop.forward_points(np.array([anchor[1:] for anchor, _ in anchors]))
-    labels = torch.tensor([[label for _, label in anchors]], dtype=torch.int32)
-    return torch.from_numpy(points.astype(np.float32))[None], labels

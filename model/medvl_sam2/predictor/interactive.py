@@ -20,12 +20,13 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit
-from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig, click_points
+from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
 from medvl_sam2.predictor.full_propagation import FullPropagation
 from medvl_sam2.predictor.locality import EditRegion, opened, restrict
 from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.painting import Painted, paint
 from medvl_sam2.predictor.propagation import recall
+from medvl_sam2.predictor.slice_points import click_points
 
 Spacing = tuple[float, float, float]
 

@@ -138,7 +138,7 @@ class ObjectState:
         return self.pasted[z].inside
 
     def trim(self) -> None:
-        """Let the range end with the outermost slices that show the object; the start slice stays."""
+        """Let the range end with the outermost slices that show the object; with none it is the start slice."""
         shown = [z for z, values in self.logits.items() if bool((values > 0).any())] or [self.start]
         self.low, self.high = min(shown), max(shown)
         self.logits = {z: values for z, values in self.logits.items() if self.low <= z <= self.high}

@@ -8,7 +8,15 @@ import numpy as np
 
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit, evenly
 from medvl_sam2.predictor.objects import ObjectState
-from medvl_sam2.region_assist import IntensityRule, box_diagonal, line_stroke, prism, stroke
+from medvl_sam2.region_assist import (
+    IntensityRule,
+    box_diagonal,
+    grown_at_click,
+    grown_in_box,
+    line_stroke,
+    prism,
+    stroke,
+)
 from medvl_sam2.region_grow import Region, bounding_region
 from medvl_sam2.strokes import StrokeKind
 
@@ -20,7 +28,7 @@ _MARGIN_MM = 15.0
 
 @dataclass(frozen=True, eq=False)
 class Painted:
-    """A bool array ``local`` on the voxels ``region`` of the canonical volume; at least one voxel is painted."""
+    """A bool array ``local`` on the voxels ``region`` of the canonical volume."""
 
     region: Region
     local: np.ndarray
@@ -55,6 +63,26 @@ def paint(state: ObjectState, spacing: tuple[float, float, float], edit: Edit, r
         middle = points[len(points) // 2]
         local = prism(near, spacing, mask, voxels, edit.normal or 0, middle, edit.label, diagonal, rule)
     return Painted(region, local)
+
+
+def grown_round_box(
+    image: np.ndarray, spacing: tuple[float, float, float], box: np.ndarray, rule: IntensityRule
+) -> Painted:
+    """The region of a canonical box's (2, 3) core intensities (:func:`medvl_sam2.region_assist.grown_in_box`)."""
+    margin = _MARGIN_MM / np.asarray(spacing)
+    region = bounding_region(box[0], box[1], image.shape, margin)
+    start = np.array([part.start for part in region])
+    return Painted(region, grown_in_box(image[region], spacing, box - start, rule))
+
+
+def grown_round_click(
+    image: np.ndarray, spacing: tuple[float, float, float], point: np.ndarray, rule: IntensityRule
+) -> Painted:
+    """The region of the intensities at a canonical ``point`` (:func:`medvl_sam2.region_assist.grown_at_click`)."""
+    margin = (rule.reach_mm + _MARGIN_MM) / np.asarray(spacing)
+    region = bounding_region(point, point, image.shape, margin)
+    start = np.array([part.start for part in region])
+    return Painted(region, grown_at_click(image[region], spacing, point - start, rule))
 
 
 def _surroundings(

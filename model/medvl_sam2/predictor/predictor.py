@@ -128,7 +128,7 @@ class Predictor:
                 state = self.interactive.propagate(state, session.spacing)
             session.objects[name] = state
             # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
-            mask = session.transform.inverse_array(state.mask()).astype(np.uint8)
+            mask = session.transform.inverse_array(state.mask().view(np.uint8))
         return Segmentation(mask, geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
 
     def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:

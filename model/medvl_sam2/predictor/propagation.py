@@ -8,8 +8,9 @@ where slices 1 mm apart are all but the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceMemory, SliceOutput, SlicePrompt
@@ -74,12 +75,19 @@ def recall(
 
 
 def propagate(
-    stack: SliceStack, memory: ObjectMemory, plan: list[int], spacing: float, rule: MemoryRule, open_ended: bool
+    stack: SliceStack,
+    memory: ObjectMemory,
+    plan: list[int],
+    spacing: float,
+    rule: MemoryRule,
+    open_ended: bool,
+    known: Mapping[int, Tensor] | None = None,
 ) -> dict[int, SliceOutput]:
     """Decode the slices of ``plan`` outwards from those in ``memory.conditioning``, of which it holds at least one.
 
     ``plan`` is sorted canonical z, ``spacing`` the distance of slices in mm. A slice between two prompted ones is
-    reached from the nearer one. With ``open_ended`` the two outer directions end where the object does.
+    reached from the nearer one. With ``open_ended`` the two outer directions end where the object does. ``known``:
+    logits (h, h) by z that a slice had before, which prompt the decoder beside the memory.
     """
     outputs: dict[int, SliceOutput] = {}
     sources = [z for z in plan if z in memory.conditioning]
@@ -89,9 +97,8 @@ def propagate(
         upward = [z for z in plan if z > source and (above is None or z - source <= above - z)]
         downward = [z for z in reversed(plan) if z < source and (below is None or source - z < z - below)]
         for run, reverse, outer in ((upward, False, above is None), (downward, True, below is None)):
-            outputs |= _run(
-                stack, memory, source, run, (plan[0], plan[-1]), spacing, rule, reverse, open_ended and outer
-            )
+            extent, ends = (plan[0], plan[-1]), open_ended and outer
+            outputs |= _run(stack, memory, source, run, extent, spacing, rule, reverse, ends, known or {})
     return outputs
 
 
@@ -105,6 +112,7 @@ def _run(
     rule: MemoryRule,
     reverse: bool,
     open_ended: bool,
+    known: Mapping[int, Tensor],
 ) -> dict[int, SliceOutput]:
     """Decode slices one after the other away from ``source``."""
     outputs: dict[int, SliceOutput] = {}
@@ -113,7 +121,10 @@ def _run(
     for z in run:
         here = stack.features([z])
         fused = recall(stack, here, z, memory.conditioning, tracked, extent, spacing, rule, reverse)
-        output = stack.segmenter.decode(here, SlicePrompt.empty(1, fused.device), fused)
+        prompt = SlicePrompt.empty(1, fused.device)
+        if z in known:
+            prompt = replace(prompt, mask_logits=known[z][None, None], mask_present=torch.ones(1, dtype=torch.bool))
+        output = stack.segmenter.decode(here, prompt, fused)
         outputs[z] = output
         tracked[z] = stack.segmenter.remember(here, output.logits, output.presence, output.pointer)
         if bool((output.logits > 0).any()) and float(output.presence) > 0:

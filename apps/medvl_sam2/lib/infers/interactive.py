@@ -29,6 +29,7 @@ class InteractiveTask(MedVLTask):
             InferType.DEEPGROW,
             LABEL_VALUES,
             "Click on a structure, or draw a box around it; more clicks correct the mask. Not for clinical use.",
+            {"prompt": "", "propagate": False},
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
