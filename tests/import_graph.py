@@ -11,7 +11,7 @@ PACKAGE = "medvl_sam2"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"files", "types", "vocabulary"}),
+    frozenset({"files", "strokes", "types", "vocabulary"}),
     frozenset({"config", "presets"}),
     frozenset({"dicom_io", "geometry", "intensity", "region_assist", "region_grow", "volume_io"}),
     frozenset({"datasets", "synthesis"}),

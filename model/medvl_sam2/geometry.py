@@ -107,6 +107,15 @@ class CanonicalTransform:
         """Canonical corners (2, 3) back to stored corners (2, 3), lowest first."""
         return np.sort(self.inverse_points(box), axis=0)
 
+    def forward_plane(self, axis: int, index: int) -> tuple[int, int]:
+        """Plane ``index`` of stored axis ``axis`` (i, j, k are 0, 1, 2) as canonical axis (z, y, x) and index."""
+        canonical = self._axes.index(axis)
+        return canonical, self.shape[canonical] - 1 - index if self._flips[canonical] else index
+
+    def inverse_plane(self, axis: int, index: int) -> tuple[int, int]:
+        """Plane ``index`` of canonical axis ``axis`` as stored axis and index."""
+        return self._axes[axis], self.shape[axis] - 1 - index if self._flips[axis] else index
+
     def _flip_index(self) -> tuple[slice, ...]:
         return tuple(slice(None, None, -1) if flip else slice(None) for flip in self._flips)
 

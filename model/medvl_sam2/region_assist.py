@@ -6,7 +6,7 @@ nothing else. Arrays are canonical (Z, Y, X); points are voxels (z, y, x); ``spa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -53,7 +53,7 @@ class IntensityRule:
     ``scale``: ellipsoid that limits the growth, relative to the box, with ``power``. ``core``: ellipsoid of the core,
     relative to the box. ``least_share``: a region below this share of the ellipsoid gives way to it. ``reach_mm``,
     ``core_mm``: limit and core as balls when there is no box. ``brush_grow``: intensities of a brush, whose core has
-    radius ``brush_core_mm``.
+    radius ``brush_core_mm``. ``line_share``: the brush's ``share`` along a drawn line and across a drawn area.
     """
 
     scale: float = 1.0
@@ -66,6 +66,7 @@ class IntensityRule:
     brush: BrushRule = GROW_BRUSH
     brush_grow: GrowRule = _STROKE
     brush_core_mm: float = 4.0
+    line_share: float = 0.7
 
 
 def shape_of(image: np.ndarray) -> tuple[int, int, int]:
@@ -116,6 +117,57 @@ def stroke(
     return grow(image, spacing, whole, core, rule.brush_grow) | (core & whole)
 
 
+def line_stroke(
+    image: np.ndarray,
+    spacing: Spacing,
+    mask: np.ndarray,
+    line: np.ndarray,
+    places: np.ndarray,
+    label: int,
+    diagonal: float,
+    rule: IntensityRule,
+) -> np.ndarray:
+    """Bool (Z, Y, X): balls at some ``places`` of the voxels ``line`` (N, 3), kept to the intensities under the line.
+
+    The line says how far the error goes, so a ball reaches ``rule.line_share`` of the way to the border of the mask.
+    """
+    brush = replace(rule.brush, share=rule.line_share)
+    core = np.zeros(shape_of(image), dtype=bool)
+    core[tuple(line.T)] = True
+    whole = core.copy()
+    for point in line[places].astype(np.float64):
+        radius = brush.radius(mask, point, label, np.asarray(spacing), diagonal)
+        whole |= ball(shape_of(image), point, radius, spacing)
+    return grow(image, spacing, whole, core, rule.brush_grow) | core
+
+
+def prism(
+    image: np.ndarray,
+    spacing: Spacing,
+    mask: np.ndarray,
+    voxels: np.ndarray,
+    normal: int,
+    point: np.ndarray,
+    label: int,
+    diagonal: float,
+    rule: IntensityRule,
+) -> np.ndarray:
+    """Bool (Z, Y, X): what lies over and under the area ``voxels`` (N, 3) across axis ``normal`` and looks like it.
+
+    It reaches as far along that axis as a ball at ``point`` would on the present ``mask``.
+    """
+    core = np.zeros(shape_of(image), dtype=bool)
+    core[tuple(voxels.T)] = True
+    brush = replace(rule.brush, share=rule.line_share)
+    steps = int(brush.radius(mask, point, label, np.asarray(spacing), diagonal) / spacing[normal])
+    row = int(voxels[0, normal])
+    thick = [slice(None)] * 3
+    thick[normal] = slice(max(0, row - steps), row + steps + 1)
+    whole = np.zeros_like(core)
+    whole[tuple(thick)] = core.any(axis=normal, keepdims=True)
+    return grow(image, spacing, whole, core, rule.brush_grow) | core
+
+
 def border_distance(mask: np.ndarray, point: np.ndarray, inside: bool, spacing: np.ndarray, limit_mm: float) -> float:
     """Distance in mm from ``point`` to the nearest voxel of (``inside``: outside) the mask, at most ``limit_mm``."""
     reach = limit_mm / spacing
@@ -133,6 +185,8 @@ def depth(mask: np.ndarray, spacing: np.ndarray) -> float:
     Measured on at most 48 cells an axis, so that it costs milliseconds for any organ.
     """
     spans = ndimage.find_objects(mask.view(np.uint8))[0]
-    steps = [max(1, -(-(s.stop - s.start) // _DEPTH_CELLS)) for s in spans]
-    cells = np.pad(mask[tuple(slice(s.start, s.stop, n) for s, n in zip(spans, steps, strict=True))], 1)
-    return float(ndimage.distance_transform_edt(cells, sampling=spacing * np.array(steps)).max())
+    own = mask[spans]
+    steps = [-(-n // _DEPTH_CELLS) for n in own.shape]
+    for axis, step in enumerate(steps):  # a cell counts where any voxel of it does: no thin part falls between cells
+        own = np.logical_or.reduceat(own, np.arange(0, own.shape[axis], step), axis=axis)
+    return float(ndimage.distance_transform_edt(np.pad(own, 1), sampling=spacing * np.array(steps)).max())

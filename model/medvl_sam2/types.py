@@ -12,13 +12,17 @@ Frames used everywhere in this package:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 
 from medvl_sam2.errors import GeometryError, PromptError
+from medvl_sam2.strokes import Plane, Stroke
+
+MAX_POINTS = 1_000
+MAX_STROKES = 200
 
 
 class Modality(StrEnum):
@@ -87,9 +91,13 @@ class Prompt:
     """What an annotator asks for. All coordinates are stored voxels (i, j, k).
 
     ``points`` (N, 3) with ``labels`` (N,): 1 foreground, 0 background, in the order they were placed.
-    ``box`` (2, 3): lowest and highest stored voxel, both inclusive.
+    ``box`` (2, 3): lowest and highest stored voxel, both inclusive. One voxel thick along one axis, it bounds the
+    object's outline on that plane, and how far the object goes beyond the plane is found.
     ``mask`` (I, J, K) bool on the stored grid: an earlier mask to start from.
-    ``text``: free text naming the object.
+    ``text``: free text naming the object; its mask is the one to start from when there is neither mask nor box.
+    ``strokes``: scribbles and lassos in the order they were drawn, applied after the points.
+    ``accepted``: planes that stay as they are until something is placed on them.
+    ``propagate``: afterwards carry everything prompted through the whole object again; without it an edit stays local.
     """
 
     points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
@@ -97,25 +105,49 @@ class Prompt:
     box: np.ndarray | None = None
     mask: np.ndarray | None = None
     text: str | None = None
+    strokes: tuple[Stroke, ...] = ()
+    accepted: tuple[Plane, ...] = ()
+    propagate: bool = False
 
-    def validated(self, shape: tuple[int, int, int]) -> Prompt:
-        """Return self with arrays normalised, or raise :class:`PromptError` naming the value that does not fit."""
+    @property
+    def names_only(self) -> bool:
+        """True when nothing is placed in the volume."""
+        return len(self.points) == 0 and self.box is None and self.mask is None and not self.strokes
+
+    def well_formed(self) -> Prompt:
+        """Return self with arrays normalised, or raise :class:`PromptError` for what is wrong in any volume."""
+        if len(self.points) > MAX_POINTS or len(self.strokes) > MAX_STROKES:
+            given = f"{len(self.points)} points and {len(self.strokes)} strokes"
+            raise PromptError(f"{given}; give at most {MAX_POINTS} and {MAX_STROKES}")
         points = np.asarray(self.points, dtype=np.float64).reshape(-1, 3)
         labels = np.asarray(self.labels, dtype=np.int64).reshape(-1)
-        upper = np.asarray(shape, dtype=np.float64)
         if len(points) != len(labels):
             raise PromptError(f"{len(points)} points but {len(labels)} labels; give one label (1 or 0) a point")
         if len(points) and not np.isin(labels, (0, 1)).all():
             raise PromptError(f"point labels {sorted(set(labels.tolist()))} must be 1 (object) or 0 (background)")
-        for point in points:
-            if not np.isfinite(point).all() or (point < -0.5).any() or (point > upper - 0.5).any():
-                raise PromptError(f"point {point.tolist()} lies outside the volume of {shape} voxels (index from 0)")
+        if not np.isfinite(points).all():
+            raise PromptError("a point is not finite, so it lies outside the volume; give voxel numbers")
         box = self.box
         if box is not None:
             box = np.asarray(box, dtype=np.float64)
             if box.shape != (2, 3) or not np.isfinite(box).all():
                 raise PromptError(f"box {np.asarray(self.box).tolist()} must be two corners (2, 3) of finite numbers")
-            box = np.sort(box, axis=0)
+            if (box[0] > box[1]).any():
+                raise PromptError(f"box {box.tolist()} is inverted; give its lowest voxel first, then its highest")
+        return replace(
+            self, points=points, labels=labels, box=box, strokes=tuple(s.well_formed() for s in self.strokes)
+        )
+
+    def validated(self, shape: tuple[int, int, int]) -> Prompt:
+        """Return self with arrays normalised, or raise :class:`PromptError` naming the value that does not fit."""
+        whole = self.well_formed()
+        upper = np.asarray(shape, dtype=np.float64)
+        outside = np.flatnonzero(((whole.points < -0.5) | (whole.points > upper - 0.5)).any(axis=1))
+        if len(outside):
+            worst = whole.points[outside[0]].tolist()
+            raise PromptError(f"point {worst} lies outside the volume of {shape} voxels (index from 0)")
+        box = whole.box
+        if box is not None:
             if (box[1] < 0).any() or (box[0] > upper - 1).any():
                 raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
             box = np.clip(box, 0, upper - 1)
@@ -125,7 +157,9 @@ class Prompt:
             if tuple(mask.shape) != tuple(shape):
                 raise PromptError(f"mask of shape {mask.shape} does not fit the image of shape {shape}")
             mask = mask > 0
-        return Prompt(points, labels, box, mask, self.text)
+        strokes = tuple(stroke.within(shape) for stroke in whole.strokes)
+        accepted = tuple(dict.fromkeys(plane.within(shape) for plane in self.accepted))
+        return replace(whole, box=box, mask=mask, strokes=strokes, accepted=accepted)
 
 
 @dataclass(frozen=True)

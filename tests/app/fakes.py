@@ -49,6 +49,8 @@ class FakePredictor:
         prompt = prompt.validated(session.volume.geometry.shape)
         self.prompts.append((name, prompt))
         session.objects[name] = prompt
+        if prompt.text and prompt.names_only:
+            return self.segment_text(session, prompt.text)
         mask = self._empty(session)
         if prompt.mask is not None:
             mask[prompt.mask] = 1
@@ -57,6 +59,8 @@ class FakePredictor:
             mask[low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1] = 1
         for point, label in zip(prompt.points.astype(int), prompt.labels, strict=True):
             mask[tuple(point)] = label
+        for stroke in prompt.strokes:
+            mask[tuple(stroke.points.astype(int).T)] = stroke.label
         return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5})
 
     def segment_classes(self, session: FakeSession, classes: Sequence[str], progress: Any = None) -> Segmentation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,76 @@ def test_bad_requests(running: Running, model: str, params: dict[str, Any], stat
         assert response.status_code == status, response.text
         assert reason in response.json()["detail"]
     assert running.slicer("medvl_semantic", classes="liver").status_code == 200
+
+
+NAN = float("nan")
+BOW_TIE = [[1, 1, 3], [8, 8, 3], [8, 1, 3], [1, 7, 3]]
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"foreground": [[NAN, 1, 1]]}, "not finite"),
+        ({"foreground": [[1, 1, float("inf")]]}, "not finite"),
+        ({"foreground": [[1, 2, 3]] * 20_000}, "20000 points; give at most 1000"),
+        ({"points": [[1, 2, 3]] * 20_000, "point_labels": [1] * 20_000}, "give at most 1000"),
+        ({"roi": [1, NAN, 1, 5, 1, 5]}, "finite"),
+        ({"roi": [1, 5, 1, 5, 30, 40]}, "outside the volume"),
+        ({"box": [[5, 5, 5], [1, 9, 9]]}, "inverted"),
+        ({"box": [[5, 5, 5]]}, "lowest and its highest"),
+        ({"box": "1,2,3"}, "lowest and its highest"),
+        ({"scribbles": [[[1, 2, 3]]]}, "scribble of one voxel"),
+        ({"scribbles": [[[1, 2, 3], [1, 2, NAN]]]}, "not finite"),
+        ({"scribbles": [[[1, 2, 3], [1, 2, 20]]]}, "outside the volume"),
+        ({"scribbles": [[[1, 2, 3]] * 20_000]}, "give at most 10000"),
+        ({"scribbles": [[[1, 2, 3], [2, 2, 3]]] * 201}, "201 lines; give at most 200"),
+        ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 2}]}, "label 2"),
+        ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": "liver"}]}, "label 'liver'"),
+        ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 0}]}, "only background"),
+        ({"scribbles": [7]}, "list of voxels"),
+        ({"scribbles": "here"}, "list of lines"),
+        ({"lasso": [BOW_TIE]}, "crosses itself"),
+        ({"lasso": [[[1, 1, 3], [8, 1, 3], [8, 8, 4]]]}, "leaves its plane"),
+        ({"lasso": [[[1, 1, 3], [8, 1, 3]]]}, "at least three"),
+        ({"lasso": [[[1, 1, 3], [4, 1, 3], [8, 1, 3]]]}, "no area"),
+        ({"lasso": [[[1, 1, 3]] * 20_000]}, "give at most 1000"),
+        ({"foreground": [[1, 2, 3]], "accepted": [20]}, "no plane 20"),
+        ({"foreground": [[1, 2, 3]], "accepted": [-1]}, "no plane -1"),
+        ({"foreground": [[1, 2, 3]], "accepted": {"z": [1]}}, "i, j and k"),
+        ({"foreground": [[1, 2, 3]], "accepted": [1.5]}, "whole numbers"),
+        ({"foreground": [[1, 2, 3]], "accepted": [3] * 20_000}, "whole numbers"),
+    ],
+)
+def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
+    running: Running, params: dict[str, Any], reason: str
+) -> None:
+    """Time is that of this process, which holds the server, too: other programs on the machine do not count."""
+    good = {"foreground": [[1, 2, 3]], "label": "liver"}
+    assert running.slicer("medvl_interactive", **good).status_code == 200
+    started = time.process_time()
+    response = running.slicer("medvl_interactive", label="liver", **params)
+    seconds = time.process_time() - started
+    assert response.status_code == 400, response.text
+    assert reason in response.json()["detail"]
+    assert len(response.json()["detail"]) < 500
+    assert running.slicer("medvl_interactive", **good).status_code == 200
+    assert len(running.predictors[0].opened) == 1
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("key", ["foreground", "scribbles", "lasso"])
+def test_a_million_points_are_refused_in_time(running: Running, key: str) -> None:
+    line = [[1, 2, 3]] * 1_000_000
+    text = json.dumps({key: line if key == "foreground" else [line]})
+    started = time.process_time()
+    response = running.client.post(
+        "/infer/medvl_interactive", params={"image": "case_a"}, files={"params": (None, text)}
+    )
+    seconds = time.process_time() - started
+    assert response.status_code == 400, response.text
+    assert "maximum size" in response.json()["detail"]  # refused before it is read as JSON
+    assert seconds < 2
+    assert running.slicer("medvl_interactive", foreground=[[1, 2, 3]]).status_code == 200
 
 
 @pytest.mark.parametrize("image", ["no_such_case", "../case_a", "case_a.nii.gz"])

@@ -47,7 +47,12 @@ def test_named_segment_without_points_is_a_text_prompt(running: Running, read_la
     params, _, content = multipart(running.slicer("medvl_interactive", label="left adrenal", foreground=[]))
     assert params["label_names"] == {"left adrenal": 1}
     assert np.argwhere(read_label(content, tmp_path)).tolist() == [[0, 0, 0]]
-    assert running.predictors[0].prompts == []
+    name, prompt = running.predictors[0].prompts[0]
+    assert (name, prompt.text) == ("left adrenal", "left adrenal")
+    response = running.slicer("medvl_interactive", label="left adrenal", foreground=[[1, 2, 3]])
+    assert response.status_code == 200
+    name, prompt = running.predictors[0].prompts[1]  # goes on from the text's mask, in the same session
+    assert (name, prompt.text, prompt.points.tolist()) == ("left adrenal", None, [[1, 2, 3]])
 
 
 def test_ohif_click(running: Running) -> None:
@@ -241,3 +246,39 @@ def _nrrd(content: bytes) -> tuple[np.ndarray, dict[str, Any]]:
     stream = io.BytesIO(content)
     header = nrrd.read_header(stream)
     return nrrd.read_data(header, stream, index_order="F"), header
+
+
+def test_drawn_prompts_reach_the_predictor_in_stored_voxels(running: Running, read_label: Read, tmp_path: Path) -> None:
+    line, outline = [[1, 2, 3], [2, 2, 3]], [[5, 5, 9], [8, 5, 9], [8, 8, 9]]
+    for ask in (running.slicer, running.infer):
+        response = ask(
+            "medvl_interactive",
+            label="cyst",
+            scribbles=[line, {"points": [[1, 2, 4], [1, 3, 4]], "label": 0}],
+            lasso={"points": outline},
+            box=[[0, 0, 2], [9, 9, 12]],
+            accepted={"k": [4, 5], "i": [0]},
+            propagate=True,
+        )
+        assert response.status_code == 200
+    prompts = [prompt for _, prompt in running.predictors[0].prompts]
+    for prompt in prompts:
+        assert [(stroke.kind, stroke.label) for stroke in prompt.strokes] == [
+            ("scribble", 1),
+            ("scribble", 0),
+            ("lasso", 1),
+        ]
+        assert prompt.strokes[2].points.tolist() == outline
+        assert {(plane.axis, plane.index) for plane in prompt.accepted} == {(2, 4), (2, 5), (0, 0)}
+        assert prompt.propagate
+        assert prompt.box is not None
+        assert prompt.box.tolist() == [[0, 0, 2], [9, 9, 12]]
+    _, _, content = multipart(running.slicer("medvl_interactive", scribbles=[line]))
+    assert np.argwhere(read_label(content, tmp_path)).tolist() == line
+
+
+def test_words_may_be_given_with_points(running: Running) -> None:
+    assert running.infer("medvl_interactive", prompt="the liver", foreground=[[1, 2, 3]]).status_code == 200
+    _, prompt = running.predictors[0].prompts[0]
+    assert prompt.text == "the liver"
+    assert len(prompt.points) == 1

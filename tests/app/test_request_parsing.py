@@ -12,6 +12,7 @@ import pytest
 from lib import request_parsing as parsing
 from lib.request_parsing import Client, TextTooLongError, UnknownImageError
 from medvl_sam2.errors import PromptError
+from medvl_sam2.strokes import Plane
 from medvl_sam2.types import Geometry
 from medvl_sam2.vocabulary import CLASSES
 from medvl_sam2.volume_io import write_mask
@@ -143,3 +144,39 @@ def test_only_labels_ohif_ticked_alone_count() -> None:
     assert parsing.ticked_label({"label_prompt": [17]}) == 17
     for ticked in ([], [1, 2], [99], None, "17"):
         assert parsing.ticked_label({"label_prompt": ticked}) is None
+
+
+def test_drawn_lines_come_bare_or_with_a_label() -> None:
+    line = [[1, 2, 3], [4, 2, 3]]
+    prompt = parsing.parse_prompt({"scribbles": [line, {"points": line, "label": 0}], "lasso": []})
+    assert [(s.kind, s.label) for s in prompt.strokes] == [("scribble", 1), ("scribble", 0)]
+    assert prompt.strokes[0].points.tolist() == line
+    assert not prompt.names_only
+    alone = parsing.parse_prompt({"lasso": {"points": [[1, 2, 3], [4, 2, 3], [4, 5, 3]], "label": 0}})
+    assert [(s.kind, s.label) for s in alone.strokes] == [("lasso", 0)]
+
+
+def test_accepted_planes_are_those_of_k_unless_axes_are_named() -> None:
+    assert parsing.parse_prompt({"accepted": [4, 7]}).accepted == (Plane(2, 4), Plane(2, 7))
+    assert parsing.parse_prompt({"accepted": {"j": [1], "k": [4]}}).accepted == (Plane(1, 1), Plane(2, 4))
+    assert parsing.parse_prompt({"accepted": []}).accepted == ()
+
+
+def test_what_clients_send_of_their_own_asks_for_nothing_more() -> None:
+    """Slicer's options are strings and flags, OHIF repeats stale keys of other panels."""
+    prompt = parsing.parse_prompt(
+        {"prompt": " ", "scribbles": "", "propagate": "false", "slice": 3, "label_prompt": [2]}
+    )
+    assert prompt.names_only
+    assert prompt.text is None
+    assert not prompt.propagate
+    assert parsing.parse_prompt({"propagate": "true"}).propagate
+
+
+def test_a_flat_roi_is_a_box_on_one_plane_and_corners_are_a_box_too() -> None:
+    flat = parsing.parse_prompt({"roi": [120, 80, 180, 120, 40, 40]}).box
+    assert flat is not None
+    assert flat.tolist() == [[80, 120, 40], [120, 180, 40]]
+    corners = parsing.parse_prompt({"roi": [0, 1, 0, 1, 0, 1], "box": [[1, 2, 3], [4, 5, 6]]}).box
+    assert corners is not None
+    assert corners.tolist() == [[1, 2, 3], [4, 5, 6]]

@@ -12,8 +12,9 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.scene_pointer import SceneElements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt
+from medvl_sam2.predictor.edits import CanonicalClick
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
-from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.places import MatchRule, elements_at
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Modality

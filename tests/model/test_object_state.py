@@ -8,7 +8,8 @@ import torch
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.edits import CanonicalClick
+from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Modality
 from small_model import small_model
@@ -63,18 +64,22 @@ def test_a_wider_window_leaves_the_mask_as_it_is(state: ObjectState, thin: np.nd
     assert np.array_equal(moved.moved(window(42.0, state.stack.crop.size)).mask(), thin)
 
 
-def test_only_where_the_logits_change_sign_the_mask_follows_them(state: ObjectState, thin: np.ndarray) -> None:
+def test_only_where_the_logits_move_against_it_the_mask_follows_them(state: ObjectState, thin: np.ndarray) -> None:
     state.keep(thin)
     before = state.mask()
     size = state.stack.segmenter.mask_size
     state.logits[5] = state.logits[5].clone()
     state.logits[5][: size // 4] = -9.0  # a quarter of one slice is taken away
-    state.logits[6] = state.logits[6] * 2  # surer, but no other sign
+    state.logits[6] = state.logits[6] - 0.3  # hardly moved, though some change sign
     after = state.mask()
     changed = np.argwhere(before != after)
     assert set(changed[:, 0]) == {5}
     assert changed[:, 1].max() < 45
-    assert after[5].sum() < before[5].sum()
+    rows = state.stack.crop.forward_points(changed[:, 1:].astype(float))[:, 1] / state.stack.crop.size * size
+    assert rows.max() < size // 4 + 1
+    held = np.argwhere(before[5] & after[5]).astype(float)
+    left = state.stack.crop.forward_points(held)[:, 1] / state.stack.crop.size * size
+    assert left.min() > size // 4 - 1  # also where the cells had drawn nothing there is nothing left
 
 
 def test_slices_beyond_the_kept_ones_follow_the_logits(state: ObjectState, thin: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from medvl_sam2.predictor.places import (
     Part,
     agreement,
     element_in_box,
+    element_on_plane,
     elements_at,
     place_on_slices,
 )
@@ -127,3 +128,28 @@ def test_agreement_counts_what_lies_beyond_the_window(elements: SceneElements) -
     small = SliceCrop.around(np.array([[12, 24], [19, 31]]), spacing[1:], 1.0, 16, 1.0)
     inside = agreement(part, np.ones((16, 16), bool), small, 15, SHAPE, spacing)
     assert inside == pytest.approx(2 * 64 / (64 + 512))
+
+
+@pytest.mark.parametrize(
+    ("axis", "index", "box"),
+    [
+        (0, 15, [[15, 8, 16], [15, 23, 47]]),
+        (1, 18, [[8, 18, 16], [23, 18, 47]]),
+        (2, 20, [[8, 8, 20], [23, 23, 20]]),
+    ],
+)
+def test_a_box_on_any_plane_finds_the_element_it_cuts(
+    elements: SceneElements, axis: int, index: int, box: list[list[int]]
+) -> None:
+    drawn = np.array(box, dtype=float)
+    part = element_on_plane(elements, drawn, axis, SHAPE, MatchRule())
+    assert part is not None
+    assert part.box(SHAPE).tolist() == [[8, 8, 16], [23, 23, 47]]
+    assert part.fit == pytest.approx(1.0)
+    other = [n for n in range(3) if n != axis]
+    small = drawn.copy()
+    small[1, other] = small[0, other] + 5  # holds a corner of the section only
+    assert element_on_plane(elements, small, axis, SHAPE, MatchRule()) is None
+    away = drawn.copy()
+    away[:, axis] = (36, 36, 60)[axis]  # beyond the organ's last plane
+    assert element_on_plane(elements, away, axis, SHAPE, MatchRule()) is None

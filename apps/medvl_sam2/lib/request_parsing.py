@@ -18,13 +18,15 @@ import numpy as np
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from medvl_sam2.errors import PromptError, VolumeError
-from medvl_sam2.types import Prompt
+from medvl_sam2.strokes import Plane, Stroke, StrokeKind, most_points
+from medvl_sam2.types import MAX_POINTS, MAX_STROKES, Prompt
 from medvl_sam2.vocabulary import CLASSES, spoken
 from medvl_sam2.volume_io import read_mask
 
 MAX_TEXT = 10_000
 """Characters of a prompt or question."""
-MAX_POINTS = 1_000
+MAX_PLANES = 10_000
+"""Accepted planes of one axis."""
 EXTENSIONS = (".nrrd", ".nii.gz", ".nii")
 _SPOKEN = {spoken(name): name for name in CLASSES}
 
@@ -88,11 +90,16 @@ def parse_request(request: Mapping[str, Any]) -> InferRequest:
 
 
 def parse_prompt(request: Mapping[str, Any]) -> Prompt:
-    """Points, box and earlier mask of a request, in stored voxels; bounds are checked against the image later.
+    """All prompts of a request, in stored voxels; bounds are checked against the image later.
 
     Points come as ``foreground`` and ``background`` (deepgrow), as ``points`` and ``point_labels`` (vista3d), or under
     the name of the selected label (deepedit). The box is Slicer's ``roi``: ``[i, i, j, j, k, k]``, each pair in any
-    order. An uploaded ``label`` file is the mask to start from.
+    order, or ``box``: lowest and highest voxel. An uploaded ``label`` file is the mask to start from, ``prompt`` the
+    words to start from. ``scribbles`` and ``lasso`` are lists of lines, each a list of voxels or an object with
+    ``points`` and ``label`` (1 without it). ``accepted`` lists planes of k, or of every axis: ``{"i": [5], "k": [8]}``.
+
+    Raises:
+        PromptError: a value makes no sense in any volume.
     """
     foreground = _points(request, "foreground")
     background = _points(request, "background")
@@ -106,9 +113,13 @@ def parse_prompt(request: Mapping[str, Any]) -> Prompt:
     return Prompt(
         points=np.array([*foreground, *background], dtype=np.float64).reshape(-1, 3),
         labels=np.array([1] * len(foreground) + [0] * len(background), dtype=np.int64),
-        box=_box(request.get("roi")),
+        box=_corners(request.get("box")) if request.get("box") else _box(request.get("roi")),
         mask=_mask(name),
-    )
+        text=_words(request.get("prompt")),
+        strokes=(*_strokes(request, "scribbles", StrokeKind.SCRIBBLE), *_strokes(request, "lasso", StrokeKind.LASSO)),
+        accepted=_planes(request.get("accepted")),
+        propagate=_flag(request.get("propagate"), default=False),
+    ).well_formed()
 
 
 def parse_label(request: Mapping[str, Any]) -> str:
@@ -192,14 +203,14 @@ def _flag(value: Any, default: bool) -> bool:
     return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
 
 
-def _points(request: Mapping[str, Any], key: str) -> list[list[float]]:
+def _points(request: Mapping[str, Any], key: str, most: int = MAX_POINTS) -> list[list[float]]:
     value = request.get(key)
     if value is None or value == "":
         return []
     if not isinstance(value, list):
         raise PromptError(f"{key} must be a list of voxels [[i, j, k], ...], got {type(value).__name__}")
-    if len(value) > MAX_POINTS:
-        raise PromptError(f"{key} has {len(value)} points; give at most {MAX_POINTS}")
+    if len(value) > most:
+        raise PromptError(f"{key} has {len(value)} points; give at most {most}")
     points = []
     for item in value:
         numbers = _numbers(item)
@@ -226,6 +237,51 @@ def _box(value: Any) -> np.ndarray | None:
     if numbers is None or len(numbers) != 6:
         raise PromptError(f"roi {value!r} must be six numbers [i, i, j, j, k, k]")
     return np.sort(np.array(numbers, dtype=np.float64).reshape(3, 2).T, axis=0)
+
+
+def _corners(value: Any) -> np.ndarray:
+    corners = [_numbers(item) for item in value] if isinstance(value, list) else []
+    if len(corners) != 2 or any(corner is None or len(corner) != 3 for corner in corners):
+        raise PromptError(f"box {value!r} must be its lowest and its highest voxel [[i, j, k], [i, j, k]]")
+    return np.array(corners, dtype=np.float64)
+
+
+def _words(value: Any) -> str | None:
+    return _checked_text(value, "prompt") if isinstance(value, str) and value.strip() else None
+
+
+def _strokes(request: Mapping[str, Any], key: str, kind: StrokeKind) -> list[Stroke]:
+    value = request.get(key)
+    if value is None or value == "":
+        return []
+    lines = [value] if isinstance(value, dict) else value
+    if not isinstance(lines, list):
+        raise PromptError(f"{key} must be a list of lines, each a list of voxels, got {type(value).__name__}")
+    if len(lines) > MAX_STROKES:
+        raise PromptError(f"{key} has {len(lines)} lines; give at most {MAX_STROKES}")
+    strokes = []
+    for line in lines:
+        points, label = (line.get("points"), line.get("label", 1)) if isinstance(line, dict) else (line, 1)
+        if isinstance(label, bool) or label not in (0, 1):
+            raise PromptError(f"{key} label {label!r} must be 1 (object) or 0 (background)")
+        voxels = _points({key: points}, key, most_points(kind))
+        strokes.append(Stroke(kind, np.array(voxels, dtype=np.float64).reshape(-1, 3), int(label)))
+    return strokes
+
+
+def _planes(value: Any) -> tuple[Plane, ...]:
+    if not value:
+        return ()
+    by_axis = value if isinstance(value, dict) else {"k": value}
+    if not set(by_axis) <= set("ijk"):
+        raise PromptError(f"accepted has axes {sorted(by_axis)}; they are called i, j and k")
+    planes = []
+    for axis, indices in by_axis.items():
+        whole = isinstance(indices, list) and all(type(n) is int for n in indices)
+        if not whole or len(indices) > MAX_PLANES:
+            raise PromptError(f"accepted planes of {axis} must be a list of at most {MAX_PLANES} whole numbers")
+        planes += [Plane("ijk".index(axis), index) for index in indices]
+    return tuple(planes)
 
 
 def _numbers(value: Any) -> list[float] | None:

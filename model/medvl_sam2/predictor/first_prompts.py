@@ -16,11 +16,24 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.scene_pointer import SceneElements
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
-from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
-from medvl_sam2.predictor.places import MatchRule, Part, agreement, element_in_box, elements_at, place_on_slices
-from medvl_sam2.predictor.propagation import propagate
+from medvl_sam2.predictor.edits import CanonicalClick, Edit
+from medvl_sam2.predictor.objects import OUTSIDE, ObjectState
+from medvl_sam2.predictor.painting import Painted, grown_round_box, grown_round_click
+from medvl_sam2.predictor.places import (
+    MatchRule,
+    Part,
+    agreement,
+    element_in_box,
+    element_on_plane,
+    elements_at,
+    place_on_slices,
+)
+from medvl_sam2.predictor.planes import completed, thickened, thin_axis
+from medvl_sam2.predictor.propagation import MemoryRule, propagate
+from medvl_sam2.predictor.slice_points import box_points, click_points
 from medvl_sam2.predictor.stack import SliceStack, planned_slices
-from medvl_sam2.region_assist import GROW_BRUSH, IntensityRule, grown_at_click, grown_in_box
+from medvl_sam2.region_assist import GROW_BRUSH, IntensityRule
+from medvl_sam2.strokes import StrokeKind
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,9 @@ class InteractiveConfig:
     """Propagate in steps of about this; thinner slices are interpolated."""
     reach_mm: float = 12.0
     """A correction fades out over this distance in z."""
+    edit_reach_mm: float = 30.0
+    """A correction changes nothing farther away than this, or than ``edit_share`` of the object's diagonal."""
+    edit_share: float = 0.5
     min_window_mm: float = 12.0
     carry_clicks: bool = True
     """Carry a correction through the memory to further slices, as far as they change with it."""
@@ -44,6 +60,7 @@ class InteractiveConfig:
     """Share of the intensity-grown rough mask in the first logits."""
     scene_weight: float = 0.25
     """Share of the scene's map in the first logits, where the first prompt means an element of the scene."""
+    memory: MemoryRule = field(default_factory=MemoryRule)
     match: MatchRule = field(default_factory=MatchRule)
     assist_rule: IntensityRule = field(
         default_factory=lambda: IntensityRule(brush=replace(GROW_BRUSH, depth_share=1.5))
@@ -67,8 +84,22 @@ class FirstPrompts:
     ) -> ObjectState:
         """Start from a canonical 3D box (2, 3); the box bounds the object in z.
 
-        With the scene's ``elements`` a box round one of them starts from that element's map.
+        With the scene's ``elements`` a box round one of them starts from that element's map. A box one voxel thick
+        along one axis bounds the object on that plane alone (:meth:`_from_plane`).
         """
+        if thin_axis(box, image.shape) is not None:
+            return self._from_plane(image, spacing, intensity, box, elements)
+        return self._from_extent(image, spacing, intensity, box, elements)
+
+    def _from_extent(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        box: np.ndarray,
+        elements: SceneElements | None,
+    ) -> ObjectState:
+        """Start from a box that bounds the object in z."""
         low, high = (round(float(v)) for v in box[:, 0])
         crop = self._window(box[:, 1:], spacing)
         stack = SliceStack(self.segmenter, image, intensity, crop)
@@ -77,14 +108,79 @@ class FirstPrompts:
         points, labels = box_points(crop, box)
         prompt = SlicePrompt(points, labels)
         if self.config.assist:
-            self._lay_down(state, grown_in_box(image, spacing, box, self.config.assist_rule), low, high)
+            self._lay_down(state, grown_round_box(image, spacing, box, self.config.assist_rule))
         part = None if elements is None else element_in_box(elements, box, image.shape, self.config.match)
         if part is not None and self._box_agrees(state, part, prompt, spacing):
             return self._from_part(ObjectState(stack, low, high, box=box, start=start), part, spacing)
         prompt = self._with_rough(prompt, state, start)
         self._seed(state, start, prompt)
-        self._propagate(state, spacing, stop_when_empty=False)
+        self._propagate(state, spacing, open_ended=False)
         return state
+
+    def _from_plane(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        box: np.ndarray,
+        elements: SceneElements | None,
+    ) -> ObjectState:
+        """Start from the box of the object's outline on one plane.
+
+        An element of the scene with such a section there says how far it goes across the plane. Else, on a slice the
+        outline is decoded and carried both ways until the object ends; on the other planes the decoder's mask of the
+        middle slice, or the intensities there, tell the extent across.
+        """
+        axis = thin_axis(box, image.shape)
+        part = None
+        if elements is not None and axis is not None:
+            part = element_on_plane(elements, box, axis, image.shape, self.config.match)
+        if part is not None and axis is not None:
+            found = box.astype(np.float64)
+            span = part.box(image.shape)[:, axis]
+            found[:, axis] = min(span[0], box[0, axis]), max(span[1], box[1, axis])
+            return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
+        guess = thickened(box, image.shape, spacing)
+        grown = grown_round_box(image, spacing, guess, self.config.assist_rule)
+        crop = self._window(guess[:, 1:], spacing)
+        z = round(float(box[:, 0].mean()))
+        stack = SliceStack(self.segmenter, image, intensity, crop)
+        state = ObjectState(stack, z, z, box=box, start=z)
+        if self.config.assist:
+            self._lay_down(state, grown)
+        if axis == 0:
+            points, labels = box_points(crop, box)
+            self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
+            state.low, state.high = 0, image.shape[0] - 1
+            self._propagate(state, spacing, open_ended=True)
+            return state
+        middle = CanonicalClick((float(z), float(box[:, 1].mean()), float(box[:, 2].mean())), 1)
+        points, labels = click_points(crop, [middle])
+        self._seed(state, z, self._with_rough(SlicePrompt(points, labels), state, z))
+        drawn = crop.paste(state.logits[z][None], stack.plane, OUTSIDE)[0] > 0
+        found = completed(box, drawn.numpy(), grown.planes([z], stack.plane)[0] > 0)
+        return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
+
+    def from_edit(
+        self,
+        image: np.ndarray,
+        spacing: tuple[float, float, float],
+        intensity: SliceIntensity,
+        edit: Edit,
+        elements: SceneElements | None = None,
+    ) -> ObjectState:
+        """Start from a foreground edit: a click, the middle of a scribble, or the outline that a lasso draws.
+
+        Of a stroke this is only the start: it is still to be applied.
+        """
+        if isinstance(edit, CanonicalClick):
+            return self.from_click(image, spacing, intensity, edit, elements)
+        if edit.kind is StrokeKind.LASSO:
+            voxels = np.clip(edit.voxels, 0, np.array(image.shape) - 1).astype(np.float64)
+            box = np.stack([voxels.min(axis=0), voxels.max(axis=0)])
+            return replace(self.from_box(image, spacing, intensity, box, elements), box=None)
+        z, y, x = edit.anchors[len(edit.anchors) // 2].tolist()
+        return replace(self.from_click(image, spacing, intensity, CanonicalClick((z, y, x), 1), elements), clicks=[])
 
     def from_click(
         self,
@@ -112,9 +208,8 @@ class FirstPrompts:
             return self._from_part(ObjectState(stack, low, high, start=z, clicks=[click]), part, spacing)
         state.low, state.high = 0, image.shape[0] - 1
         if self.config.assist:
-            grown = grown_at_click(image, spacing, np.asarray(click.position), self.config.assist_rule)
-            self._lay_down(state, grown, 0, image.shape[0] - 1)
-        self._propagate(state, spacing, stop_when_empty=True)
+            self._lay_down(state, grown_round_click(image, spacing, np.array(click.position), self.config.assist_rule))
+        self._propagate(state, spacing, open_ended=True)
         return state
 
     def from_mask(
@@ -192,7 +287,7 @@ class FirstPrompts:
             height=torch.tensor(plan, dtype=torch.float32) / max(1, count - 1),
         )
         output = self.segmenter.decode(state.stack.features(plan), prompt)
-        state.logits = {z: self._blended(state, z, logits) for z, logits in zip(plan, output.logits[:, 0], strict=True)}
+        state.logits = {z: self.blended(state, z, logits) for z, logits in zip(plan, output.logits[:, 0], strict=True)}
         row = plan.index(state.start)
         state.score = float(output.iou[row])
         certain = output.presence[row : row + 1].clamp(min=1.0)
@@ -213,20 +308,20 @@ class FirstPrompts:
         """Decode the start slice and put it into the memory."""
         features = state.stack.features([z])
         output = self.segmenter.decode(features, prompt)
-        state.logits[z] = self._blended(state, z, output.logits[0, 0])
+        state.logits[z] = self.blended(state, z, output.logits[0, 0])
         state.score = float(output.iou)
         certain = output.presence.clamp(min=1.0)  # the annotator pointed here: the object is on this slice
         state.memory.conditioning[z] = self.segmenter.remember(
             features, output.logits, certain, output.pointer, prompted=True
         )
 
-    def _lay_down(self, state: ObjectState, mask: np.ndarray, low: int, high: int) -> None:
-        """Keep a canonical mask (Z, Y, X) as soft values (h, h) in [0, 1] of the slices low..high that hold it."""
-        shown = [z for z in range(low, high + 1) if mask[z].any()]
+    def _lay_down(self, state: ObjectState, grown: Painted) -> None:
+        """Keep a region as soft values (h, h) in [0, 1] of the slices that hold it."""
+        shown = grown.slices
         if not shown:
             return
         small = replace(state.stack.crop, size=self.segmenter.mask_size)
-        soft = small.sample(torch.from_numpy(mask[shown].astype(np.float32)))[:, 0]
+        soft = small.sample(torch.from_numpy(grown.planes(shown, state.stack.plane)))[:, 0]
         state.rough, state.rough_weight = dict(zip(shown, soft, strict=True)), self.config.rough_weight
 
     def _with_rough(self, prompt: SlicePrompt, state: ObjectState, z: int) -> SlicePrompt:
@@ -237,7 +332,7 @@ class FirstPrompts:
         present = torch.ones(1, dtype=torch.bool)
         return replace(prompt, mask_logits=soft[None, None] * 12 - 6, mask_present=present)
 
-    def _blended(self, state: ObjectState, z: int, logits: Tensor) -> Tensor:
+    def blended(self, state: ObjectState, z: int, logits: Tensor) -> Tensor:
         """Decoded logits pulled towards the rough mask, where there is one at all."""
         weight = state.rough_weight
         if not weight or not state.rough:
@@ -246,17 +341,15 @@ class FirstPrompts:
         rough = torch.full_like(logits, -4.0) if soft is None else soft * 8 - 4
         return logits.clamp(-8, 8) * (1 - weight) + weight * rough
 
-    def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], stop_when_empty: bool) -> None:
+    def _propagate(self, state: ObjectState, spacing: tuple[float, float, float], open_ended: bool) -> None:
         plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
-        if not stop_when_empty:
+        if not open_ended:
             state.stack.encode(plan)
-        outputs = propagate(state.stack, state.memory, plan, state.start, stop_when_empty)
+        outputs = propagate(state.stack, state.memory, plan, spacing[0], self.config.memory, open_ended)
         for z, output in outputs.items():
-            state.logits[z] = self._blended(state, z, output.logits[0, 0])
-        if stop_when_empty:
-            shown = [z for z, values in state.logits.items() if bool((values > 0).any())] or [state.start]
-            state.low, state.high = min(shown), max(shown)
-            state.logits = {z: v for z, v in state.logits.items() if state.low <= z <= state.high}
+            state.logits[z] = self.blended(state, z, output.logits[0, 0])
+        if open_ended:
+            state.trim()
 
     def _best_scale(
         self,
@@ -289,18 +382,3 @@ class FirstPrompts:
                 best = self._window(np.stack([low, high]), spacing)
                 best_score = score
         return best
-
-
-def box_points(crop: SliceCrop, box: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The in-plane edges of a canonical box (2, 3) as SAM2's two corner points: (1, 2, 2), (1, 2)."""
-    corners = crop.forward_points(box[:, 1:] + np.array([[-0.5], [0.5]]))
-    return torch.from_numpy(corners.astype(np.float32))[None], torch.tensor([[2, 3]], dtype=torch.int32)
-
-
-def click_points(crop: SliceCrop, clicks: list[CanonicalClick]) -> tuple[Tensor, Tensor]:
-    """Clicks as points (1, n, 2) in the window's pixels and labels (1, n); one empty point without clicks."""
-    if not clicks:
-        return torch.zeros(1, 1, 2), torch.full((1, 1), -1, dtype=torch.int32)
-    points = crop.forward_points(np.array([c.position[1:] for c in clicks]))
-    labels = torch.tensor([[c.label for c in clicks]], dtype=torch.int32)
-    return torch.from_numpy(points.astype(np.float32))[None], labels

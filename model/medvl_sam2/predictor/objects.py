@@ -11,46 +11,39 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
+from medvl_sam2.predictor.edits import Edit
 from medvl_sam2.predictor.propagation import ObjectMemory
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits
 
 OUTSIDE = -10.0
 """Logit of everything the window does not cover."""
-
-
-@dataclass(frozen=True)
-class CanonicalClick:
-    """A click in canonical voxels: ``position`` (z, y, x), ``label`` 1 object or 0 background."""
-
-    position: tuple[float, float, float]
-    label: int
-
-    @property
-    def z(self) -> int:
-        """Nearest slice."""
-        return round(self.position[0])
+_MOVED = 0.5
+"""Logits that moved by more than this mean something else than they did."""
+CanonicalPlane = tuple[int, int]
+"""Axis (0, 1, 2 for z, y, x) and index of a plane of the canonical grid."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeptSlice:
-    """A slice's mask at full resolution, which stands until the logits change sign.
+    """A slice's mask at full resolution, which stands until the logits move away from it.
 
     The logits' cells are coarser than the image: a mask pasted from them anew loses what was finer, as a thin rib in a
-    window that had to grow, or an earlier mask that was taken over. ``mask`` and ``drawn`` bool (y1 - y0, x1 - x0) over
-    the window: what the mask was, and what the logits alone drew then.
+    window that had to grow, or an earlier mask that was taken over. ``mask`` bool (y1 - y0, x1 - x0) over the window,
+    and ``logits`` (h, h) as they were then.
     """
 
     mask: np.ndarray
-    drawn: np.ndarray
+    logits: Tensor
 
-    def merged(self, drawn: np.ndarray) -> np.ndarray:
-        """The mask now that the logits draw ``drawn``."""
-        return np.where(drawn == self.drawn, self.mask, drawn)
+    def merged(self, drawn: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """The mask now that the logits draw ``drawn`` and have ``moved`` by so much, both over the window."""
+        left = np.where(self.mask, moved < -_MOVED, moved > _MOVED)
+        return np.where(left, drawn, self.mask)
 
 
 @dataclass(frozen=True)
 class PastedSlice:
-    """The mask of one canonical slice (y1 - y0, x1 - x0) bool over the window, and the logits it was made from."""
+    """The mask ``inside`` of one canonical slice (y1 - y0, x1 - x0) bool, and the logits it was made from."""
 
     below: Tensor
     above: Tensor
@@ -72,9 +65,16 @@ class ObjectState:
     from_scene: bool = False
     """Whether the first prompt was taken to mean an element of the scene, whose map ``rough`` is then."""
     memory: ObjectMemory = field(default_factory=ObjectMemory)
-    clicks: list[CanonicalClick] = field(default_factory=list)
+    clicks: list[Edit] = field(default_factory=list)
+    """Clicks, scribbles and lassos in the order they were applied."""
     box: np.ndarray | None = None
     """Canonical box (2, 3) the annotator gave, if any."""
+    text: str | None = None
+    """Words whose mask was the start, if any."""
+    accepted: dict[CanonicalPlane, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Planes the annotator is done with, and the bool mask they show."""
+    propagated: bool = False
+    """Whether everything prompted so far was carried through the whole object."""
     start: int = 0
     """The slice the propagation started from."""
     score: float = 0.0
@@ -112,29 +112,59 @@ class ObjectState:
         return self.logits[z] if z in self.logits else interpolate_logits(self.logits, [z])[0]
 
     def mask(self) -> np.ndarray:
-        """Canonical mask (Z, Y, X) bool; it holds every foreground click's voxel and no background click's."""
+        """Canonical mask (Z, Y, X) bool: every edit's own voxels by its label, and accepted planes as they were."""
         shape = self.stack.image.shape
         result = np.zeros(shape, dtype=bool)
         if self.logits:
-            self._paste_changed()
+            self.paste_changed()
             y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
             for z in range(self.low, self.high + 1):
-                drawn = self.pasted[z].inside
-                result[z, y0:y1, x0:x1] = self.kept[z].merged(drawn) if z in self.kept else drawn
-        for click in self.clicks:
-            z, y, x = (int(np.clip(round(c), 0, n - 1)) for c, n in zip(click.position, shape, strict=True))
-            result[z, y, x] = bool(click.label)
+                result[z, y0:y1, x0:x1] = self.on_window(z)
+        for edit in self.clicks:
+            z, y, x = np.clip(edit.voxels, 0, np.array(shape) - 1).T
+            result[z, y, x] = bool(edit.label)
+        for (axis, index), shown in self.accepted.items():
+            result[(slice(None),) * axis + (index,)] = shown
         return result
+
+    def on_window(self, z: int) -> np.ndarray:
+        """Mask of canonical slice ``z`` over the window (y1 - y0, x1 - x0) bool, as the logits and what was kept say.
+
+        Current after :meth:`paste_changed`; empty beyond the object's range.
+        """
+        if not self.logits or not self.low <= z <= self.high:
+            y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
+            return np.zeros((y1 - y0, x1 - x0), dtype=bool)
+        return self.pasted[z].inside
+
+    def trim(self) -> None:
+        """Let the range end with the outermost slices that show the object; with none it is the start slice."""
+        shown = [z for z, values in self.logits.items() if bool((values > 0).any())] or [self.start]
+        self.low, self.high = min(shown), max(shown)
+        self.logits = {z: values for z, values in self.logits.items() if self.low <= z <= self.high}
+
+    def snapshot(self) -> ObjectState:
+        """A copy to compare with after this one was changed; not a step of the history."""
+        return replace(self, logits=dict(self.logits), pasted=dict(self.pasted), clicks=list(self.clicks))
 
     def keep(self, mask: np.ndarray) -> None:
         """Let the canonical ``mask`` (Z, Y, X) stand for the present logits, inside the window and the range."""
-        self._paste_changed()
+        self.paste_changed()
         y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
         slices = range(self.low, self.high + 1)
-        self.kept = {z: KeptSlice(mask[z, y0:y1, x0:x1].copy(), self.pasted[z].inside) for z in slices}
+        logits = interpolate_logits(self.logits, list(slices))
+        self.kept = {z: KeptSlice(mask[z, y0:y1, x0:x1].copy(), logits[n]) for n, z in enumerate(slices)}
+        self.pasted = {z: replace(self.pasted[z], inside=kept.mask) for z, kept in self.kept.items()}
 
-    def _paste_changed(self) -> None:
+    def hold(self, z: int, shown: np.ndarray) -> None:
+        """Let ``shown`` (y1 - y0, x1 - x0) bool stand for slice ``z``; current after :meth:`paste_changed`."""
+        self.kept = {**self.kept, z: KeptSlice(shown, self.logits_at(z))}
+        self.pasted[z] = replace(self.pasted[z], inside=shown)
+
+    def paste_changed(self) -> None:
         """Bring ``pasted`` up to date for every slice low..high."""
+        if not self.logits:
+            return
         known = sorted(self.logits)
         stale: dict[int, tuple[Tensor, Tensor]] = {}
         for z in range(self.low, self.high + 1):
@@ -149,6 +179,12 @@ class ObjectState:
             values, _ = self.stack.crop.paste_region(logits, self.stack.plane)
             for (z, source), inside in zip(stale.items(), values.numpy() > 0, strict=True):
                 self.pasted[z] = PastedSlice(*source, inside.copy())
+            finer = [(n, z) for n, z in enumerate(stale) if z in self.kept]
+            if finer:
+                moves = torch.stack([logits[n] - self.kept[z].logits for n, z in finer])
+                moved, _ = self.stack.crop.paste_region(moves, self.stack.plane)
+                for (_, z), move in zip(finer, moved.numpy(), strict=True):
+                    self.pasted[z] = replace(self.pasted[z], inside=self.kept[z].merged(self.pasted[z].inside, move))
 
     def moved(self, crop: SliceCrop) -> ObjectState:
         """The same object seen through another window: logits resampled, memories dropped (they are window-bound).
@@ -170,12 +206,12 @@ class ObjectState:
         return moved
 
     def extent_yx(self) -> np.ndarray | None:
-        """Box (2, 2) of the current mask in canonical (y, x) voxels over all decoded slices, or None when empty."""
+        """Box (2, 2) of the current mask in canonical (y, x) voxels over all slices, or None when empty."""
         if not self.logits:
             return None
-        top = torch.stack(list(self.logits.values())).amax(dim=0)
-        values, (y0, _, x0, _) = self.stack.crop.paste_region(top[None], self.stack.plane)
-        ys, xs = np.nonzero(values[0].numpy() > 0)
+        self.paste_changed()
+        y0, _, x0, _ = self.stack.crop.bounds(self.stack.plane)
+        ys, xs = np.nonzero(np.logical_or.reduce([self.on_window(z) for z in range(self.low, self.high + 1)]))
         if len(ys) == 0:
             return None
         return np.array([[ys.min() + y0, xs.min() + x0], [ys.max() + y0, xs.max() + x0]])

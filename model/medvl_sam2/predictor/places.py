@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,21 +91,50 @@ def element_in_box(elements: SceneElements, box: np.ndarray, shape: tuple[int, .
     The box bounds the object in all three axes, or it was drawn on the middle slice and given the object's first and
     last slice. Of an element in several pieces (the colon often is) those in the box are meant.
     """
-    maps = elements.maps > 0
-    cells = np.array(maps.shape[1:])
-    scale = cells / np.array(shape)
-    low = np.minimum(np.floor(box[0] * scale + 0.25).astype(int), cells - 1)
-    high = np.maximum(np.ceil((box[1] + 1) * scale - 0.25).astype(int), low + 1)
-    window = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    middle = min(int((np.ceil(box[:, 0].mean()) + 0.5) * scale[0]), cells[0] - 1)
+    window = _cells(elements, box, shape)
+    cells = elements.maps.shape[1]
+    middle = min(int((np.ceil(box[:, 0].mean()) + 0.5) * cells / shape[0]), cells - 1)
     best, best_score = None, 0.0
-    for number in torch.nonzero(maps[(slice(None), *window)].any(dim=3).any(dim=2).any(dim=1))[:, 0].tolist():
-        labels, _ = ndimage.label(maps[number].cpu().numpy(), _NEIGHBOURS)
+    for number, labels in _within(elements, window):
         for part, shares in (_bounded(labels, window, rule), _bounded_on_slice(labels, window, middle, rule)):
             score = float(np.prod(shares))
             if min(shares) >= rule.filled and score > best_score:
                 best, best_score = Part(part, _alone(elements.maps[number], part), min(shares)), score
     return best
+
+
+def element_on_plane(
+    elements: SceneElements, box: np.ndarray, axis: int, shape: tuple[int, ...], rule: MatchRule
+) -> Part | None:
+    """The element whose section a canonical box (2, 3) on the plane across ``axis`` was drawn round; None for none."""
+    window = _cells(elements, box, shape)
+    flat = tuple(part for n, part in enumerate(window) if n != axis)
+    best, best_score = None, 0.0
+    for number, labels in _within(elements, window):
+        row = labels.take(window[axis].start, axis=axis)
+        section, shares = _bounded(row, flat, rule)
+        score = float(np.prod(shares))
+        if min(shares) >= rule.filled and score > best_score:
+            part = np.isin(labels, np.setdiff1d(row[section], [0]))
+            best, best_score = Part(part, _alone(elements.maps[number], part), min(shares)), score
+    return best
+
+
+def _cells(elements: SceneElements, box: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The cells of the scene's grid that a canonical box (2, 3), inclusive corners, covers."""
+    cells = np.array(elements.maps.shape[1:])
+    scale = cells / np.array(shape)
+    low = np.minimum(np.floor(box[0] * scale + 0.25).astype(int), cells - 1)
+    high = np.maximum(np.ceil((box[1] + 1) * scale - 0.25).astype(int), low + 1)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def _within(elements: SceneElements, window: tuple[slice, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    """Elements that show in a window: their number and their pieces (d, h, w), numbered from 1."""
+    maps = elements.maps > 0
+    shown = maps[(slice(None), *window)].flatten(1).any(dim=1)
+    for number in torch.nonzero(shown)[:, 0].tolist():
+        yield number, ndimage.label(maps[number].cpu().numpy(), _NEIGHBOURS)[0]
 
 
 def _bounded(labels: np.ndarray, window: tuple[slice, ...], rule: MatchRule) -> tuple[np.ndarray, list[float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text
+from medvl_sam2.predictor.asked import Asked
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
 from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
-from medvl_sam2.predictor.objects import CanonicalClick, ObjectState
+from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.phrases import (
     REPORT_REQUEST,
     asks_for_several,
@@ -99,51 +101,55 @@ class Predictor:
     def segment_prompt(self, session: Session, prompt: Prompt, name: str = "object") -> Segmentation:
         """Segment one object from all its prompts so far (cumulative).
 
-        Clicks that were already applied are recognised; only new ones cost time, and a click that is said twice counts
-        once, however many requests the clicks come in. When clicks were taken back, the
-        object goes back to its state before the first of them, bit by bit, and the clicks after it are applied again.
-        When the first prompt was taken back or the box changed, the object is built again.
+        Edits (clicks, scribbles, lassos) that were already applied are recognised; only new ones cost time, one that is
+        said twice counts once, and they change nothing beyond their region (:mod:`medvl_sam2.predictor.locality`)
+        unless propagation is asked for. When edits were taken back, the object goes back to its state before the first
+        of them, bit by bit, and those after it are applied again. When the first prompt was taken back or the box
+        changed, the object is built again.
+        What a text found stands under ``name`` for further prompts to correct; nothing found is an empty mask.
 
         Raises:
             PromptError: a prompt lies outside the volume, or nothing says where the object is.
         """
         prompt = prompt.validated(session.volume.geometry.shape)
+        geometry = session.volume.geometry
         with self._lock:
-            state = self._interactive_state(session, prompt, name)
+            asked = Asked.of(prompt, session.transform)
+            known = session.objects.get(name)
+            state = asked.latest_within(known)
+            if state is None:
+                said = self.segment_text(session, prompt.text or "") if asked.starts_with_text else None
+                if said is not None and not said.mask.any() and not asked.edits:
+                    return Segmentation(said.mask, geometry, (name,), {name: 0.0}, said.text)
+                state = self._first_state(session, asked, said)
+            state = asked.accepting(state, known)
+            for edit in asked.left(state):
+                state = self.interactive.edit(state, session.spacing, edit, asked.opens(edit, known))
+            if asked.propagate and not state.propagated:
+                state = self.interactive.propagate(state, session.spacing)
             session.objects[name] = state
             # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
-            mask = session.transform.inverse_array(state.mask()).astype(np.uint8)
-        return Segmentation(mask, session.volume.geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
+            mask = session.transform.inverse_array(state.mask().view(np.uint8))
+        return Segmentation(mask, geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
 
-    def _interactive_state(self, session: Session, prompt: Prompt, name: str) -> ObjectState:
-        clicks = _canonical_clicks(session, prompt)
-        box = None if prompt.box is None else session.transform.forward_box(prompt.box)
-        state = _latest_within(session.objects.get(name), clicks, box)
-        if state is None or prompt.mask is not None:
-            state, clicks = self._first_state(session, prompt, clicks, box)
-        else:
-            done = {(c.position, c.label) for c in state.clicks}
-            clicks = [c for c in clicks if (c.position, c.label) not in done]
-        for click in clicks:
-            state = self.interactive.click(state, session.spacing, click)
-        return state
+    def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:
+        """State from the strongest prompt; ``said`` is what the words gave.
 
-    def _first_state(
-        self, session: Session, prompt: Prompt, clicks: list[CanonicalClick], box: np.ndarray | None
-    ) -> tuple[ObjectState, list[CanonicalClick]]:
-        """State from the strongest prompt, and the clicks still to be applied."""
+        Edits are still to be applied, but for a click that was the start.
+        """
         args = (session.image, session.spacing, session.intensity)
-        if prompt.mask is not None and prompt.mask.any():
-            canonical = np.ascontiguousarray(session.transform.forward_array(prompt.mask))
-            return self.interactive.first.from_mask(*args, canonical), clicks
-        if box is not None:
-            return self.interactive.first.from_box(*args, box, self._look(session).elements), clicks
-        first = next((c for c in clicks if c.label == 1), None)
-        if first is None:
+        first = self.interactive.first
+        if asked.mask is not None:
+            return first.from_mask(*args, asked.mask)
+        if said is not None and said.mask.any():
+            found = np.ascontiguousarray(session.transform.forward_array(said.mask > 0))
+            return replace(first.from_mask(*args, found), text=asked.text, score=max(said.scores.values()))
+        if asked.box is not None:
+            return first.from_box(*args, asked.box, self._look(session).elements)
+        edit = next((edit for edit in asked.edits if edit.label == 1), None)
+        if edit is None:
             raise PromptError("nothing says where the object is; place a foreground point, a box or a mask")
-        rest = list(clicks)
-        rest.remove(first)
-        return self.interactive.first.from_click(*args, first, self._look(session).elements), rest
+        return first.from_edit(*args, edit, self._look(session).elements)
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -326,30 +332,3 @@ class Predictor:
         stored = np.ascontiguousarray(session.transform.inverse_array(label_map))
         scores = {name: float(np.clip(score, 0, 1)) for name, (_, score) in zip(names, standing[1:], strict=True)}
         return stored, scores
-
-
-def _canonical_clicks(session: Session, prompt: Prompt) -> list[CanonicalClick]:
-    """The clicks in their order, each once."""
-    points = session.transform.forward_points(prompt.points)
-    clicks = (
-        CanonicalClick((float(p[0]), float(p[1]), float(p[2])), int(label))
-        for p, label in zip(points, prompt.labels, strict=True)
-    )
-    return list(dict.fromkeys(clicks))
-
-
-def _latest_within(
-    state: ObjectState | None, clicks: list[CanonicalClick], box: np.ndarray | None
-) -> ObjectState | None:
-    """The newest state of an object in which everything applied is still asked for; None where there is none."""
-    return None if state is None else next((s for s in state.history() if _continues(s, clicks, box)), None)
-
-
-def _continues(state: ObjectState, clicks: list[CanonicalClick], box: np.ndarray | None) -> bool:
-    """True when everything applied so far is still asked for, so that only additions are left."""
-    if (box is None) != (state.box is None):
-        return False
-    if box is not None and state.box is not None and not np.array_equal(box, state.box):
-        return False
-    asked = {(c.position, c.label) for c in clicks}
-    return all((c.position, c.label) in asked for c in state.clicks)

@@ -60,7 +60,7 @@ class Session:
         logits = {id(values): values.nbytes for state in states for values in state.logits.values()}
         pasted = {id(plane): plane.inside.nbytes for state in states for plane in state.pasted.values()}
         held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values())
-        kept = {id(plane): plane.mask.nbytes for state in states for plane in state.kept.values()}
+        kept = {id(plane): plane.mask.nbytes + plane.logits.nbytes for state in states for plane in state.kept.values()}
         held += sum(logits.values()) + sum(pasted.values()) + sum(kept.values())
         if self.look is not None:
             held += self.look.tokens.nbytes

@@ -1,8 +1,9 @@
-"""``medvl_interactive``: clicks and boxes. Slicer's SmartEdit, OHIF's Point Prompts."""
+"""``medvl_interactive``: clicks, boxes, scribbles, lassos, words. Slicer's SmartEdit, OHIF's Point Prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from monailabel.interfaces.tasks.infer_v2 import InferType
@@ -16,10 +17,10 @@ from medvl_sam2.types import Prompt
 
 
 class InteractiveTask(MedVLTask):
-    """Segments what points, a box or an earlier mask show, as mask value 1 for both clients.
+    """Segments what the prompts show, as mask value 1 for both clients.
 
     Type deepgrow: OHIF gives any non-zero voxel the selected label, Slicer imports it under ``label``. A Slicer
-    segment named in words and run without any point is a text prompt.
+    segment named in words and run without any point is a text prompt, whose mask later points correct.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -28,30 +29,27 @@ class InteractiveTask(MedVLTask):
             InferType.DEEPGROW,
             LABEL_VALUES,
             "Click on a structure, or draw a box around it; more clicks correct the mask. Not for clinical use.",
+            {"prompt": "", "propagate": False},
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
-        if _names_only(_prompt(request)) and parse_label(request) == OBJECT_LABEL:
+        prompt = _prompt(request)
+        if prompt.names_only and not prompt.text and parse_label(request) == OBJECT_LABEL:
             raise PromptError("no prompt: place at least one foreground point, draw a box, or name the segment")
 
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
         name = parse_label(request)
         prompt = _prompt(request)
-        if _names_only(prompt):
-            segmentation = held.predictor.segment_text(held.session, name)
-        else:
-            prompt = prompt.validated(held.session.volume.geometry.shape)
-            segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
+        if prompt.names_only and not prompt.text:
+            prompt = replace(prompt, text=name)
+        segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
         params = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
         return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)
 
 
 def _prompt(request: Mapping[str, Any]) -> Prompt:
     prompt = parse_prompt(request)
-    if len(prompt.points) and prompt.box is None and prompt.mask is None and not prompt.labels.any():
+    placed = [*prompt.labels.tolist(), *(stroke.label for stroke in prompt.strokes)]
+    if placed and not any(placed) and prompt.box is None and prompt.mask is None and not prompt.text:
         raise PromptError("only background points: place at least one point inside the structure, or draw a box")
     return prompt
-
-
-def _names_only(prompt: Prompt) -> bool:
-    return len(prompt.points) == 0 and prompt.box is None and prompt.mask is None
