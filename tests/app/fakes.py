@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medvl_sam2.checkpoint import CheckpointMeta
+from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES, spoken
 
@@ -25,6 +26,9 @@ class FakeSession:
     def bytes(self) -> int:
         return self.volume.array.nbytes
 
+    def reset(self) -> None:
+        self.objects.clear()
+
 
 class FakePredictor:
     """Marks exactly the voxels a prompt names; a class is the slice ``k = value - 1`` of the stored grid."""
@@ -33,6 +37,7 @@ class FakePredictor:
         self.meta = CheckpointMeta("fake", version, NOTICE)
         self.opened: list[Path | None] = []
         self.prompts: list[tuple[str, Prompt]] = []
+        self.moves: list[tuple[str, int]] = []
         self.broken = False
 
     @classmethod
@@ -62,6 +67,17 @@ class FakePredictor:
         for stroke in prompt.strokes:
             mask[tuple(stroke.points.astype(int).T)] = stroke.label
         return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5})
+
+    def undo(self, session: FakeSession, name: str = "object", count: int = 1) -> Segmentation:
+        """An empty mask: the fake forgets the object."""
+        if name not in session.objects:
+            raise PromptError(f"there is no object {name!r} in this session")
+        del session.objects[name]
+        self.moves.append((name, -count))
+        return Segmentation(self._empty(session), session.volume.geometry, (name,), {name: 0.0})
+
+    def redo(self, session: FakeSession, name: str = "object", count: int = 1) -> Segmentation:
+        raise PromptError(f"{count} steps of {name!r} cannot be redone, 0 were undone")
 
     def segment_classes(self, session: FakeSession, classes: Sequence[str], progress: Any = None) -> Segmentation:
         mask = self._empty(session)

@@ -71,7 +71,7 @@ class Runtime:
             if session is None:
                 session = self._sessions[key] = predictor.open(self._volume(image, key.stamp))
             if reset:
-                session.objects.clear()  # the encoded image stays good
+                session.reset()
             self._sessions.move_to_end(key)
             try:
                 yield Held(predictor, session)

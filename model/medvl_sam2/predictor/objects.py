@@ -81,6 +81,8 @@ class ObjectState:
     """Slices on the canonical grid by z; a click pastes only those whose logits it changed."""
     before: ObjectState | None = field(default=None, repr=False, compare=False)
     """The state before the last click, so that taking it back costs nothing. It shares every slice left as it was."""
+    cut: bool = field(default=False, repr=False, compare=False)
+    """Whether ``before`` is None only because the states before were dropped to save memory."""
 
     def fork(self) -> ObjectState:
         """A state to change by one click, which leaves this one as it is."""
@@ -92,6 +94,7 @@ class ObjectState:
             clicks=list(self.clicks),
             pasted=dict(self.pasted),
             before=self,
+            cut=False,
         )
 
     def history(self) -> Iterator[ObjectState]:

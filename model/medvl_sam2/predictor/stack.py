@@ -15,8 +15,9 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceSegmenter
 
-ENCODE_BATCH = 16
-"""Slices encoded at once: enough to fill the CPU caches' worth of work, little enough to bound memory."""
+ENCODE_BATCH = {"cpu": 2, "cuda": 16}
+"""Slices encoded at once, always so many: sums of another batch size differ in the last bits, and a slice that is
+encoded again, or for somebody else, must be the same. On a CPU more at once was measured to be no faster."""
 
 
 class SliceStack:
@@ -31,9 +32,10 @@ class SliceStack:
     def encode(self, slices: Iterable[int]) -> None:
         """Encode those of ``slices`` (canonical z) that are not encoded yet."""
         missing = [z for z in dict.fromkeys(int(z) for z in slices) if z not in self._features]
-        for start in range(0, len(missing), ENCODE_BATCH):
-            part = missing[start : start + ENCODE_BATCH]
-            features = self.segmenter.encode(self.pixels(part))
+        size = ENCODE_BATCH.get(next(self.segmenter.parameters()).device.type, 1)
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            features = self.segmenter.encode(self.pixels([*part, *[part[-1]] * (size - len(part))]))
             for row, z in enumerate(part):
                 self._features[z] = features.rows(slice(row, row + 1))
 
@@ -53,6 +55,10 @@ class SliceStack:
             torch.cat([p.coarse for p in parts]),
             parts[0].position,
         )
+
+    def release(self) -> None:
+        """Forget what is encoded; it is encoded again where it is needed."""
+        self._features.clear()
 
     @property
     def plane(self) -> tuple[int, int]:
