@@ -21,6 +21,7 @@ NOTICE = "Trained on generated volumes."
 class FakeSession:
     volume: Volume
     objects: dict[str, Any] = field(default_factory=dict)
+    recorder: Any = None
 
     @property
     def bytes(self) -> int:
@@ -28,6 +29,9 @@ class FakeSession:
 
     def reset(self) -> None:
         self.objects.clear()
+
+    def restore(self, changes: Sequence[Any]) -> None:
+        assert not changes  # the fake records nothing
 
 
 class FakePredictor:

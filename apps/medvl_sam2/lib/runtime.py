@@ -2,7 +2,8 @@
 
 The predictor and all sessions stand behind one lock: a model answers one question at a time, and a session is one
 annotator's work on one image. Weights are looked up anew before every use, so a published version is served without
-a restart; sessions of the old weights go with them.
+a restart; sessions of the old weights go with them. What was asked in a session stands in its journal on disk, so it
+goes on after a restart, with other weights and after it was dropped to save memory.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
-from medvl_sam2.errors import CheckpointError, MedVLError
+from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
 from medvl_sam2.volume_io import read_volume
 
 if TYPE_CHECKING:
     from medvl_sam2.predictor import Predictor, Session
+    from medvl_sam2.predictor.journal import Journal
+    from medvl_sam2.predictor.timeline import Change
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,15 @@ class Held(NamedTuple):
 
     predictor: Predictor
     session: Session
+    notes: dict[str, bool]
+    """What the annotator should know of the session; empty when there is nothing."""
+
+
+@dataclass
+class _Open:
+    session: Session
+    journal: Journal | None = None
+    notes: dict[str, bool] = field(default_factory=dict)
 
 
 class _Key(NamedTuple):
@@ -54,7 +68,7 @@ class Runtime:
         self._predictor: Predictor | None = None
         self._served: Path | None = None
         self._refused: Path | None = None
-        self._sessions: OrderedDict[_Key, Session] = OrderedDict()
+        self._sessions: OrderedDict[_Key, _Open] = OrderedDict()
         self._volumes: weakref.WeakValueDictionary[tuple[Path, int], Volume] = weakref.WeakValueDictionary()
         self._geometries: dict[tuple[Path, int], Geometry] = {}
 
@@ -67,14 +81,17 @@ class Runtime:
         with self._lock:
             predictor = self._current_predictor()
             key = _Key(client, image, image.stat().st_mtime_ns)
-            session = self._sessions.get(key)
-            if session is None:
-                session = self._sessions[key] = predictor.open(self._volume(image, key.stamp))
+            held = self._sessions.get(key)
+            if held is None:
+                held = self._sessions[key] = self._open(predictor, key)
             if reset:
-                session.reset()
+                held.session.reset()
+                if held.journal is not None:
+                    held.journal.remove()
+                held.notes.clear()
             self._sessions.move_to_end(key)
             try:
-                yield Held(predictor, session)
+                yield Held(predictor, held.session, held.notes)
             except MedVLError:
                 raise
             except BaseException:
@@ -134,6 +151,27 @@ class Runtime:
         self._predictor, self._served, self._refused = predictor, wanted, None
         return predictor
 
+    def _open(self, predictor: Predictor, key: _Key) -> _Open:
+        """A session with the timelines its journal has; their states are computed when somebody asks for them."""
+        from medvl_sam2.predictor.journal import Journal, JournalHeader, remove_old, session_name
+
+        session = predictor.open(self._volume(key.image, key.stamp))
+        if not self._config.journal_days:
+            return _Open(session)
+        folder = self._config.store / "sessions"
+        remove_old(folder, self._config.journal_days, [session_name(k.client, str(k.image)) for k in self._sessions])
+        header = JournalHeader(predictor.meta.version, predictor.meta.sha256, str(key.image), key.stamp)
+        journal = Journal(folder / session_name(key.client, str(key.image)), header)
+        try:
+            session.restore(journal.changes)
+        except (PromptError, ValueError) as error:
+            session.reset()
+            journal.set_aside(str(error))
+        session.recorder = partial(_record, session, journal)
+        notes = {"restored": True, "weights_changed": journal.weights_changed} if journal.changes else {}
+        journal.changes = []  # the session has them
+        return _Open(session, journal, notes)
+
     def _volume(self, image: Path, stamp: int) -> Volume:
         volume = self._volumes.get((image, stamp))
         if volume is None:
@@ -146,10 +184,19 @@ class Runtime:
         budget = self._config.session_megabytes * 1_000_000
         while len(self._sessions) > 1 and (
             len(self._sessions) > self._config.max_sessions
-            or sum(session.bytes for session in self._sessions.values()) > budget
+            or sum(held.session.bytes for held in self._sessions.values()) > budget
         ):
             key, _ = self._sessions.popitem(last=False)
             logger.info("Dropped the session of %s on %s", key.client, key.image.name)
+
+
+def _record(session: Session, journal: Journal, change: Change) -> None:
+    """Write a change down; a full disk costs the annotator the journal, not the mask."""
+    try:
+        journal.append(change)
+    except OSError:
+        logger.exception("The session in %s is not written any further", journal.folder)
+        session.recorder = None
 
 
 def load_predictor(path: Path | None) -> Predictor:

@@ -38,6 +38,8 @@ class AppConfig:
     """Open sessions (annotator and image), least recently used dropped first."""
     session_megabytes: int = 1500
     """Memory all open sessions may hold together."""
+    journal_days: int = 14
+    """For how long the prompts of a session nobody works on are kept on disk; 0: they are never written."""
 
     @classmethod
     def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
@@ -46,11 +48,12 @@ class AppConfig:
             store=Path(conf.get("store") or app_dir / "model").resolve(),
             max_sessions=_positive(conf, "max_sessions", cls.max_sessions),
             session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
+            journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
         )
 
 
-def _positive(conf: Mapping[str, str], name: str, default: int) -> int:
+def _positive(conf: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
     text = str(conf.get(name, default)).strip()
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--conf {name} {text!r} must be a whole number from 1 on")
+    if not text.isdigit() or int(text) < least:
+        raise ConfigError(f"--conf {name} {text!r} must be a whole number from {least} on")
     return int(text)

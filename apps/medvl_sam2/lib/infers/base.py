@@ -68,6 +68,7 @@ class MedVLTask(InferTask):
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
                 version = held.predictor.meta.version
+                notes = {"session": held.notes} if held.notes else {}
             inferred = time.perf_counter()
             file = reply.file
             if reply.mask is not None and reply.geometry is not None:
@@ -82,4 +83,4 @@ class MedVLTask(InferTask):
             "total": round(written - started, 3),
             "transform": {},
         }
-        return file, {**reply.params, "model_version": version, "latencies": latencies}
+        return file, {**reply.params, **notes, "model_version": version, "latencies": latencies}
