@@ -48,6 +48,9 @@ class FakePredictor:
     def load(cls, path: Path | None) -> FakePredictor:
         return cls(path.name if path else "shipped-1")
 
+    def close(self) -> None:
+        self.opened.clear()
+
     def open(self, volume: Volume) -> FakeSession:
         self.opened.append(volume.source)
         return FakeSession(volume)

@@ -148,6 +148,8 @@ class Runtime:
             self._refused = wanted
             return self._predictor
         self._sessions.clear()
+        if self._predictor is not None:
+            self._predictor.close()
         self._predictor, self._served, self._refused = predictor, wanted, None
         return predictor
 

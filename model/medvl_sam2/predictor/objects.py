@@ -180,7 +180,7 @@ class ObjectState:
         The mask stays as it is where the new window shows it.
         """
         old = self.stack
-        stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
+        stack = SliceStack(old.segmenter, old.image, old.intensity, crop, old.cache)
         logits: dict[int, Tensor] = {}
         if self.logits:
             order = sorted(self.logits)

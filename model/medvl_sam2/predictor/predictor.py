@@ -7,6 +7,7 @@ device gains nothing from interleaving and a session's caches are not thread-saf
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text
 from medvl_sam2.predictor.asked import Asked
+from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
 from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
@@ -38,6 +40,7 @@ from medvl_sam2.predictor.phrases import (
     vocabulary_matches,
 )
 from medvl_sam2.predictor.session import Session, SessionConfig
+from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.predictor.timeline import Change, Step, Timeline
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import spoken
@@ -62,13 +65,16 @@ class Predictor:
         named: NamedConfig | None = None,
         image_text: ImageTextModel | None = None,
         sessions: SessionConfig | None = None,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.sessions = sessions or SessionConfig()
+        self.cache = FeatureCache(cache)
+        self._shared: weakref.WeakValueDictionary[int, SharedVolume] = weakref.WeakValueDictionary()
         self.image_text = None if image_text is None else image_text.eval()
         self.model = model.eval()
         self.meta = meta
-        self.interactive = InteractiveEngine(model.segmenter, interactive)
-        self.named = NamedEngine(model.segmenter, named)
+        self.interactive = InteractiveEngine(model.segmenter, interactive, self.cache)
+        self.named = NamedEngine(model.segmenter, named, self.cache)
         self._lock = threading.RLock()
 
     @classmethod
@@ -95,8 +101,15 @@ class Predictor:
         return self.model.config.classes
 
     def open(self, volume: Volume) -> Session:
-        """Start a session. Costs nothing until the first request."""
-        return Session(volume)
+        """Start a session. Costs nothing until the first request; sessions on one volume share what is made of it."""
+        shared = self._shared.get(id(volume))
+        if shared is None:
+            shared = self._shared[id(volume)] = SharedVolume(volume)
+        return Session(shared)
+
+    def close(self) -> None:
+        """Drop the encoded slices and remove their files; the predictor stays usable."""
+        self.cache.close()
 
     # --- interactive ----------------------------------------------------------------------------------------------
 
@@ -359,12 +372,11 @@ class Predictor:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _look(self, session: Session) -> GlobalLook:
-        if session.look is None:
+        shared = session.shared
+        if shared.look is None:
             size = self.config.vision.input_size
-            session.look = self.model.look(
-                *language_view(session.image, session.spacing, session.volume.modality, size)
-            )
-        return session.look
+            shared.look = self.model.look(*language_view(session.image, session.spacing, session.volume.modality, size))
+        return shared.look
 
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:
         requests = [segment_prompt([spoken(n)]) for n in names]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.modeling.unified import GlobalLook
 from medvl_sam2.predictor.holdings import Tally
 from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
 from medvl_sam2.types import Prompt, Volume
@@ -33,13 +32,11 @@ class Session:
     Caches fill lazily: opening costs nothing, the first use of each path pays for its encoding.
     """
 
-    volume: Volume
+    shared: SharedVolume
     timelines: dict[str, Timeline] = field(default_factory=dict)
     """What was asked of each object, by the name the annotator gave it."""
     whole: SliceStack | None = None
     """Whole slices that text prompts are laid out on."""
-    look: GlobalLook | None = None
-    """Global view for the language model."""
     recorder: Callable[[Change], None] | None = None
     """Told of every change of a timeline."""
     _order: int = 0
@@ -93,15 +90,12 @@ class Session:
         return list(found.values())
 
     def trim(self, budget: int) -> None:
-        """Hold at most ``budget`` bytes of states that do not stand: the oldest go, and old windows' encoded slices."""
+        """Hold at most ``budget`` bytes of states that do not stand: the oldest go."""
         states, standing = self.states(), {id(state) for state in self.objects.values()}
-        current = {id(state.stack) for state in self.objects.values()}
         tally = Tally(states)
         spare = budget + Tally(state for state in states if id(state) in standing).bytes
         gone: set[int] = set()
         for state in states:
-            if id(state.stack) not in current:
-                state.stack.release()
             if tally.bytes > spare and id(state) not in standing:
                 tally.remove(state)
                 gone.add(id(state))
@@ -113,20 +107,25 @@ class Session:
                 if id(step.state) in gone:
                     step.state = None
 
-    @cached_property
+    @property
+    def volume(self) -> Volume:
+        """The image as it is stored."""
+        return self.shared.volume
+
+    @property
     def transform(self) -> CanonicalTransform:
         """Stored to canonical voxels and back."""
-        return CanonicalTransform(self.volume.geometry)
+        return self.shared.transform
 
-    @cached_property
+    @property
     def image(self) -> np.ndarray:
         """Canonical image (Z, Y, X), contiguous."""
-        return np.ascontiguousarray(self.transform.forward_array(self.volume.array))
+        return self.shared.image
 
-    @cached_property
+    @property
     def intensity(self) -> SliceIntensity:
         """Grey mapping of the whole volume."""
-        return SliceIntensity.of(self.image, self.volume.modality)
+        return self.shared.intensity
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -135,14 +134,10 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Memory held, what is shared counted once: image, encoded slices, states, prompts' masks, the scene."""
-        states = self.states()
-        stacks = [state.stack for state in states] + ([self.whole] if self.whole is not None else [])
+        """Memory held, what states share counted once: image, states, prompts' masks, the scene.
+
+        Encoded slices are the predictor's, with a budget of their own.
+        """
         steps = [step for timeline in self.timelines.values() for step in timeline.steps]
         masks = {id(step.prompt.mask): step.prompt.mask.nbytes for step in steps if step.prompt.mask is not None}
-        held = self.volume.array.nbytes + Tally(states).bytes + sum(masks.values())
-        held += sum({id(stack): stack.bytes for stack in stacks}.values())
-        if self.look is not None:
-            held += self.look.tokens.nbytes
-            held += self.look.elements.maps.nbytes if self.look.elements is not None else 0
-        return held + (self.image.nbytes if "image" in self.__dict__ else 0)
+        return self.shared.bytes + Tally(self.states()).bytes + sum(masks.values())
