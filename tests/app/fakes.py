@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class FakePredictor:
         self.opened: list[Path | None] = []
         self.prompts: list[tuple[str, Prompt]] = []
         self.moves: list[tuple[str, int]] = []
+        self.prepared: list[Path | None] = []
         self.broken = False
 
     @classmethod
@@ -50,6 +51,10 @@ class FakePredictor:
 
     def close(self) -> None:
         self.opened.clear()
+
+    def prepare(self, session: FakeSession) -> Iterator[None]:
+        self.prepared.append(session.volume.source)
+        yield
 
     def open(self, volume: Volume) -> FakeSession:
         self.opened.append(volume.source)

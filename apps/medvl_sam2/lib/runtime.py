@@ -1,15 +1,20 @@
 """One predictor per process, loaded when first asked, and the sessions annotators hold with it.
 
-The predictor and all sessions stand behind one lock: a model answers one question at a time, and a session is one
-annotator's work on one image. Weights are looked up anew before every use, so a published version is served without
-a restart; sessions of the old weights go with them. What was asked in a session stands in its journal on disk, so it
-goes on after a restart, with other weights and after it was dropped to save memory.
+Concurrency: the predictor, the sessions and everything in this class stand behind one lock
+(:mod:`lib.preparation`): a model answers one question at a time, and a session is one annotator's work on one image. A
+request holds it from the look-up of its session to its answer, so that annotators take turns by whole requests and
+never see each other's objects; masks are written and sent after it. Preparing an image takes turns by single steps
+while no request waits. What sessions on one image share (its array, the global look, encoded slices) never changes once
+it is made. Other requests of the server (``/info/``, images, labels) do not take the lock.
+
+Weights are looked up anew before every use, so a published version is served without a restart; sessions of the old
+weights go with them. What was asked in a session stands in its journal on disk, so it goes on after a restart, with
+other weights and after it was dropped to save memory.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
+from lib.preparation import Preparation, Turns
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREPARED = 2
+"""Images kept in memory because they were prepared, whether or not somebody opens them."""
 Loader = Callable[[Path | None], "Predictor"]
 
 
@@ -64,7 +72,9 @@ class Runtime:
     def __init__(self, config: AppConfig, load: Loader | None = None) -> None:
         self._config = config
         self._load = load or load_predictor
-        self._lock = threading.RLock()
+        self._turns = Turns()
+        self._preparation = Preparation(self._turns, self._prepare) if config.prepare else None
+        self._ahead: OrderedDict[tuple[Path, int], Session] = OrderedDict()
         self._predictor: Predictor | None = None
         self._served: Path | None = None
         self._refused: Path | None = None
@@ -73,17 +83,20 @@ class Runtime:
         self._geometries: dict[tuple[Path, int], Geometry] = {}
 
     @contextmanager
-    def use(self, image: Path, client: str, reset: bool = False) -> Iterator[Held]:
+    def use(self, image: Path, client: str, reset: bool = False, ahead: bool = False) -> Iterator[Held]:
         """Hold the lock, the current predictor and this annotator's session of this image.
 
-        ``reset`` forgets what the annotator placed so far. Raises :class:`MedVLError` of reading image or weights.
+        ``reset`` forgets what the annotator placed so far, ``ahead`` prepares what the next requests on a new session
+        may want. Raises :class:`MedVLError` of reading image or weights.
         """
-        with self._lock:
+        with self._turns.foreground():
             predictor = self._current_predictor()
             key = _Key(client, image, image.stat().st_mtime_ns)
             held = self._sessions.get(key)
             if held is None:
                 held = self._sessions[key] = self._open(predictor, key)
+                if ahead:
+                    self.expect(image)
             if reset:
                 held.session.reset()
                 if held.journal is not None:
@@ -100,9 +113,32 @@ class Runtime:
             finally:
                 self._evict()
 
+    def expect(self, image: Path) -> None:
+        """Prepare an image that an annotator is about to open."""
+        if self._preparation is not None:
+            self._preparation.ask(image)
+
+    def close(self) -> None:
+        """Prepare nothing any more."""
+        if self._preparation is not None:
+            self._preparation.stop()
+
+    def _prepare(self, image: Path) -> Iterator[None]:
+        """Steps that do ahead what the first request on an image would wait for."""
+        key = (image, image.stat().st_mtime_ns)
+        predictor = self._current_predictor()
+        yield
+        # Kept for a while, so that the sessions opened on the volume find it: they share what was made of it.
+        session = self._ahead.pop(key, None) or predictor.open(self._volume(*key))
+        self._ahead[key] = session
+        while len(self._ahead) > PREPARED:
+            self._ahead.popitem(last=False)
+        yield
+        yield from predictor.prepare(session)
+
     def forget(self, image: Path, client: str) -> None:
         """Close this annotator's sessions of an image."""
-        with self._lock:
+        with self._turns.foreground():
             for key in [key for key in self._sessions if key.client == client and key.image == image]:
                 del self._sessions[key]
 
@@ -148,6 +184,7 @@ class Runtime:
             self._refused = wanted
             return self._predictor
         self._sessions.clear()
+        self._ahead.clear()
         if self._predictor is not None:
             self._predictor.close()
         self._predictor, self._served, self._refused = predictor, wanted, None

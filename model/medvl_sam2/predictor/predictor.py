@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +106,18 @@ class Predictor:
         if shared is None:
             shared = self._shared[id(volume)] = SharedVolume(volume)
         return Session(shared)
+
+    def prepare(self, session: Session) -> Iterator[None]:
+        """Do ahead what the first request on a volume would wait for, a part at each step of the iterator.
+
+        Between the steps other requests may use the predictor and the session; the results are the same.
+        """
+        with self._lock:
+            _ = session.image, session.intensity
+        yield
+        with self._lock, torch.inference_mode():
+            self._look(session)
+        yield
 
     def close(self) -> None:
         """Drop the encoded slices and remove their files; the predictor stays usable."""

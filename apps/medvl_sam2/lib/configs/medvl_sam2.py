@@ -41,6 +41,9 @@ class AppConfig:
     journal_days: int = 14
     """For how long the prompts of a session nobody works on are kept on disk; 0: they are never written."""
 
+    prepare: bool = True
+    """Read an image and look at it ahead of its first prompt, while no request waits."""
+
     @classmethod
     def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
         """Read the settings; unknown names belong to MONAI Label and are left alone."""
@@ -49,6 +52,7 @@ class AppConfig:
             max_sessions=_positive(conf, "max_sessions", cls.max_sessions),
             session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
             journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
+            prepare=_truth(conf, "prepare", cls.prepare),
         )
 
 
@@ -57,3 +61,10 @@ def _positive(conf: Mapping[str, str], name: str, default: int, least: int = 1) 
     if not text.isdigit() or int(text) < least:
         raise ConfigError(f"--conf {name} {text!r} must be a whole number from {least} on")
     return int(text)
+
+
+def _truth(conf: Mapping[str, str], name: str, default: bool) -> bool:
+    text = str(conf.get(name, default)).strip().lower()
+    if text not in ("true", "false"):
+        raise ConfigError(f"--conf {name} {text!r} must be true or false")
+    return text == "true"

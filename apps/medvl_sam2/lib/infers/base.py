@@ -64,7 +64,7 @@ class MedVLTask(InferTask):
         with http_errors(str(request.get("model") or type(self).__name__)):
             parsed = parse_request(request)
             self.check(request)
-            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset) as held:
+            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset, ahead=True) as held:
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
                 version = held.predictor.meta.version
