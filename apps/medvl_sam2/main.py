@@ -129,7 +129,10 @@ class MyApp(MONAILabelApp):
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         _require("strategy", request.get("strategy") or "random", self._strategies)
-        return super().next_sample(request)
+        sample: dict[str, Any] = super().next_sample(request)
+        if sample.get("path"):
+            self.runtime.expect(Path(sample["path"]))
+        return sample
 
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("scoring method", request.get("method"), self._scoring_methods)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medvl_sam2.checkpoint import CheckpointMeta
+from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import CLASSES, spoken
 
@@ -20,10 +21,17 @@ NOTICE = "Trained on generated volumes."
 class FakeSession:
     volume: Volume
     objects: dict[str, Any] = field(default_factory=dict)
+    recorder: Any = None
 
     @property
     def bytes(self) -> int:
         return self.volume.array.nbytes
+
+    def reset(self) -> None:
+        self.objects.clear()
+
+    def restore(self, changes: Sequence[Any]) -> None:
+        assert not changes  # the fake records nothing
 
 
 class FakePredictor:
@@ -33,11 +41,20 @@ class FakePredictor:
         self.meta = CheckpointMeta("fake", version, NOTICE)
         self.opened: list[Path | None] = []
         self.prompts: list[tuple[str, Prompt]] = []
+        self.moves: list[tuple[str, int]] = []
+        self.prepared: list[Path | None] = []
         self.broken = False
 
     @classmethod
     def load(cls, path: Path | None) -> FakePredictor:
         return cls(path.name if path else "shipped-1")
+
+    def close(self) -> None:
+        self.opened.clear()
+
+    def prepare(self, session: FakeSession) -> Iterator[None]:
+        self.prepared.append(session.volume.source)
+        yield
 
     def open(self, volume: Volume) -> FakeSession:
         self.opened.append(volume.source)
@@ -62,6 +79,17 @@ class FakePredictor:
         for stroke in prompt.strokes:
             mask[tuple(stroke.points.astype(int).T)] = stroke.label
         return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5})
+
+    def undo(self, session: FakeSession, name: str = "object", count: int = 1) -> Segmentation:
+        """An empty mask: the fake forgets the object."""
+        if name not in session.objects:
+            raise PromptError(f"there is no object {name!r} in this session")
+        del session.objects[name]
+        self.moves.append((name, -count))
+        return Segmentation(self._empty(session), session.volume.geometry, (name,), {name: 0.0})
+
+    def redo(self, session: FakeSession, name: str = "object", count: int = 1) -> Segmentation:
+        raise PromptError(f"{count} steps of {name!r} cannot be redone, 0 were undone")
 
     def segment_classes(self, session: FakeSession, classes: Sequence[str], progress: Any = None) -> Segmentation:
         mask = self._empty(session)

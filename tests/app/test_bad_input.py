@@ -175,7 +175,8 @@ def test_images_that_cannot_be_read(running: Running, spoil: Callable[[Path], No
     assert running.slicer("medvl_semantic", classes="liver").status_code == 200
 
 
-def test_a_failure_inside_states_a_reason_and_spoils_no_session(running: Running) -> None:
+def test_a_failure_inside_states_a_reason_and_spoils_no_session(start: Callable[..., Running]) -> None:
+    running = start(prepare="false")  # opens no session besides
     click = {"foreground": [[1, 1, 1]], "label": "liver"}
     running.slicer("medvl_interactive", **click)
     running.predictors[0].broken = True

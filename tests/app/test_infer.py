@@ -282,3 +282,15 @@ def test_words_may_be_given_with_points(running: Running) -> None:
     _, prompt = running.predictors[0].prompts[0]
     assert prompt.text == "the liver"
     assert len(prompt.points) == 1
+
+
+def test_undo_and_redo_by_request(running: Running, read_label: Read, tmp_path: Path) -> None:
+    assert running.slicer("medvl_interactive", label="liver", undo=True).status_code == 400  # nothing placed yet
+    assert running.slicer("medvl_interactive", label="liver", foreground=[[1, 2, 3]]).status_code == 200
+    _, _, content = multipart(running.slicer("medvl_interactive", label="liver", undo=2))
+    assert not read_label(content, tmp_path).any()
+    assert running.predictors[0].moves == [("liver", -2)]
+    refused = running.slicer("medvl_interactive", label="liver", redo=True)
+    assert (refused.status_code, "cannot be redone" in refused.text) == (400, True)
+    for bad in ({"undo": True, "redo": True}, {"undo": -1}, {"redo": "yes"}):
+        assert running.slicer("medvl_interactive", label="liver", **bad).status_code == 400

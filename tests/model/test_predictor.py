@@ -104,7 +104,7 @@ def test_going_back_needs_no_network_and_going_forth_again_is_bit_equal(
         no_network.setattr(predictor.model.segmenter, "decode", None)
         for n in range(4, 0, -1):
             assert np.array_equal(predictor.segment_prompt(session, clicks(*placed[:n])).mask, masks[n - 1])
-    assert session.bytes < held
+    assert session.bytes == held  # what was taken back is kept to be redone
     for n in range(2, 6):
         assert np.array_equal(predictor.segment_prompt(session, clicks(*placed[:n])).mask, masks[n - 1])
 

@@ -130,6 +130,14 @@ def parse_label(request: Mapping[str, Any]) -> str:
     return _checked_text(name, "label")
 
 
+def parse_move(request: Mapping[str, Any]) -> int:
+    """Steps of the timeline to go: ``redo`` (true or a count) forth, ``undo`` back, 0 when neither is asked for."""
+    undo, redo = _steps(request, "undo"), _steps(request, "redo")
+    if undo and redo:
+        raise PromptError("undo and redo in one request; send one of them")
+    return redo - undo
+
+
 def parse_text(request: Mapping[str, Any], key: str, example: str) -> str:
     """A text option, stripped.
 
@@ -201,6 +209,15 @@ def _flag(value: Any, default: bool) -> bool:
     if value is None:
         return default
     return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else bool(value)
+
+
+def _steps(request: Mapping[str, Any], key: str) -> int:
+    value = request.get(key)
+    if value is None or isinstance(value, bool) or value == "":
+        return int(bool(value))
+    if not isinstance(value, int) or value < 1:
+        raise PromptError(f"{key} {value!r} must be true or how many steps, from 1 on")
+    return value
 
 
 def _points(request: Mapping[str, Any], key: str, most: int = MAX_POINTS) -> list[list[float]]:

@@ -1,32 +1,45 @@
 """One predictor per process, loaded when first asked, and the sessions annotators hold with it.
 
-The predictor and all sessions stand behind one lock: a model answers one question at a time, and a session is one
-annotator's work on one image. Weights are looked up anew before every use, so a published version is served without
-a restart; sessions of the old weights go with them.
+Concurrency: the predictor, the sessions and everything in this class stand behind one lock
+(:mod:`lib.preparation`): a model answers one question at a time, and a session is one annotator's work on one image. A
+request holds it from the look-up of its session to its answer, so that annotators take turns by whole requests and
+never see each other's objects; masks are written and sent after it. Preparing an image takes turns by single steps
+while no request waits. What sessions on one image share (its array, the global look, encoded slices) never changes once
+it is made. Other requests of the server (``/info/``, images, labels) do not take the lock.
+
+Weights are looked up anew before every use, so a published version is served without a restart; sessions of the old
+weights go with them. What was asked in a session stands in its journal on disk, so it goes on after a restart, with
+other weights and after it was dropped to save memory.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
-from medvl_sam2.errors import CheckpointError, MedVLError
+from lib.preparation import Preparation, Turns
+from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
 from medvl_sam2.volume_io import read_volume
 
 if TYPE_CHECKING:
     from medvl_sam2.predictor import Predictor, Session
+    from medvl_sam2.predictor.journal import Journal
+    from medvl_sam2.predictor.timeline import Change
 
 logger = logging.getLogger(__name__)
 
+PREPARED = 2
+"""Images kept in memory because they were prepared, whether or not somebody opens them."""
 Loader = Callable[[Path | None], "Predictor"]
 
 
@@ -35,6 +48,15 @@ class Held(NamedTuple):
 
     predictor: Predictor
     session: Session
+    notes: dict[str, bool]
+    """What the annotator should know of the session; empty when there is nothing."""
+
+
+@dataclass
+class _Open:
+    session: Session
+    journal: Journal | None = None
+    notes: dict[str, bool] = field(default_factory=dict)
 
 
 class _Key(NamedTuple):
@@ -50,31 +72,39 @@ class Runtime:
     def __init__(self, config: AppConfig, load: Loader | None = None) -> None:
         self._config = config
         self._load = load or load_predictor
-        self._lock = threading.RLock()
+        self._turns = Turns()
+        self._preparation = Preparation(self._turns, self._prepare) if config.prepare else None
+        self._ahead: OrderedDict[tuple[Path, int], Session] = OrderedDict()
         self._predictor: Predictor | None = None
         self._served: Path | None = None
         self._refused: Path | None = None
-        self._sessions: OrderedDict[_Key, Session] = OrderedDict()
+        self._sessions: OrderedDict[_Key, _Open] = OrderedDict()
         self._volumes: weakref.WeakValueDictionary[tuple[Path, int], Volume] = weakref.WeakValueDictionary()
         self._geometries: dict[tuple[Path, int], Geometry] = {}
 
     @contextmanager
-    def use(self, image: Path, client: str, reset: bool = False) -> Iterator[Held]:
+    def use(self, image: Path, client: str, reset: bool = False, ahead: bool = False) -> Iterator[Held]:
         """Hold the lock, the current predictor and this annotator's session of this image.
 
-        ``reset`` forgets what the annotator placed so far. Raises :class:`MedVLError` of reading image or weights.
+        ``reset`` forgets what the annotator placed so far, ``ahead`` prepares what the next requests on a new session
+        may want. Raises :class:`MedVLError` of reading image or weights.
         """
-        with self._lock:
+        with self._turns.foreground():
             predictor = self._current_predictor()
             key = _Key(client, image, image.stat().st_mtime_ns)
-            session = self._sessions.get(key)
-            if session is None:
-                session = self._sessions[key] = predictor.open(self._volume(image, key.stamp))
+            held = self._sessions.get(key)
+            if held is None:
+                held = self._sessions[key] = self._open(predictor, key)
+                if ahead:
+                    self.expect(image)
             if reset:
-                session.objects.clear()  # the encoded image stays good
+                held.session.reset()
+                if held.journal is not None:
+                    held.journal.remove()
+                held.notes.clear()
             self._sessions.move_to_end(key)
             try:
-                yield Held(predictor, session)
+                yield Held(predictor, held.session, held.notes)
             except MedVLError:
                 raise
             except BaseException:
@@ -83,9 +113,32 @@ class Runtime:
             finally:
                 self._evict()
 
+    def expect(self, image: Path) -> None:
+        """Prepare an image that an annotator is about to open."""
+        if self._preparation is not None:
+            self._preparation.ask(image)
+
+    def close(self) -> None:
+        """Prepare nothing any more."""
+        if self._preparation is not None:
+            self._preparation.stop()
+
+    def _prepare(self, image: Path) -> Iterator[None]:
+        """Steps that do ahead what the first request on an image would wait for."""
+        key = (image, image.stat().st_mtime_ns)
+        predictor = self._current_predictor()
+        yield
+        # Kept for a while, so that the sessions opened on the volume find it: they share what was made of it.
+        session = self._ahead.pop(key, None) or predictor.open(self._volume(*key))
+        self._ahead[key] = session
+        while len(self._ahead) > PREPARED:
+            self._ahead.popitem(last=False)
+        yield
+        yield from predictor.prepare(session)
+
     def forget(self, image: Path, client: str) -> None:
         """Close this annotator's sessions of an image."""
-        with self._lock:
+        with self._turns.foreground():
             for key in [key for key in self._sessions if key.client == client and key.image == image]:
                 del self._sessions[key]
 
@@ -131,8 +184,32 @@ class Runtime:
             self._refused = wanted
             return self._predictor
         self._sessions.clear()
+        self._ahead.clear()
+        if self._predictor is not None:
+            self._predictor.close()
         self._predictor, self._served, self._refused = predictor, wanted, None
         return predictor
+
+    def _open(self, predictor: Predictor, key: _Key) -> _Open:
+        """A session with the timelines its journal has; their states are computed when somebody asks for them."""
+        from medvl_sam2.predictor.journal import Journal, JournalHeader, remove_old, session_name
+
+        session = predictor.open(self._volume(key.image, key.stamp))
+        if not self._config.journal_days:
+            return _Open(session)
+        folder = self._config.store / "sessions"
+        remove_old(folder, self._config.journal_days, [session_name(k.client, str(k.image)) for k in self._sessions])
+        header = JournalHeader(predictor.meta.version, predictor.meta.sha256, str(key.image), key.stamp)
+        journal = Journal(folder / session_name(key.client, str(key.image)), header)
+        try:
+            session.restore(journal.changes)
+        except (PromptError, ValueError) as error:
+            session.reset()
+            journal.set_aside(str(error))
+        session.recorder = partial(_record, session, journal)
+        notes = {"restored": True, "weights_changed": journal.weights_changed} if journal.changes else {}
+        journal.changes = []  # the session has them
+        return _Open(session, journal, notes)
 
     def _volume(self, image: Path, stamp: int) -> Volume:
         volume = self._volumes.get((image, stamp))
@@ -146,10 +223,19 @@ class Runtime:
         budget = self._config.session_megabytes * 1_000_000
         while len(self._sessions) > 1 and (
             len(self._sessions) > self._config.max_sessions
-            or sum(session.bytes for session in self._sessions.values()) > budget
+            or sum(held.session.bytes for held in self._sessions.values()) > budget
         ):
             key, _ = self._sessions.popitem(last=False)
             logger.info("Dropped the session of %s on %s", key.client, key.image.name)
+
+
+def _record(session: Session, journal: Journal, change: Change) -> None:
+    """Write a change down; a full disk costs the annotator the journal, not the mask."""
+    try:
+        journal.append(change)
+    except OSError:
+        logger.exception("The session in %s is not written any further", journal.folder)
+        session.recorder = None
 
 
 def load_predictor(path: Path | None) -> Predictor:

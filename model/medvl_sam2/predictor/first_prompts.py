@@ -17,6 +17,7 @@ from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.scene_pointer import SceneElements
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.edits import CanonicalClick, Edit
+from medvl_sam2.predictor.feature_cache import FeatureCache
 from medvl_sam2.predictor.objects import OUTSIDE, ObjectState
 from medvl_sam2.predictor.painting import Painted, grown_round_box, grown_round_click
 from medvl_sam2.predictor.places import (
@@ -70,8 +71,8 @@ class InteractiveConfig:
 class FirstPrompts:
     """Stateless over volumes: what it makes lies in :class:`ObjectState`."""
 
-    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig) -> None:
-        self.segmenter = segmenter
+    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig, cache: FeatureCache | None = None) -> None:
+        self.segmenter, self.cache = segmenter, cache or FeatureCache()
         self.config = config
 
     def from_box(
@@ -102,7 +103,7 @@ class FirstPrompts:
         """Start from a box that bounds the object in z."""
         low, high = (round(float(v)) for v in box[:, 0])
         crop = self._window(box[:, 1:], spacing)
-        stack = SliceStack(self.segmenter, image, intensity, crop)
+        stack = SliceStack(self.segmenter, image, intensity, crop, self.cache)
         start = (low + high + 1) // 2
         state = ObjectState(stack, low, high, box=box, start=start)
         points, labels = box_points(crop, box)
@@ -144,7 +145,7 @@ class FirstPrompts:
         grown = grown_round_box(image, spacing, guess, self.config.assist_rule)
         crop = self._window(guess[:, 1:], spacing)
         z = round(float(box[:, 0].mean()))
-        stack = SliceStack(self.segmenter, image, intensity, crop)
+        stack = SliceStack(self.segmenter, image, intensity, crop, self.cache)
         state = ObjectState(stack, z, z, box=box, start=z)
         if self.config.assist:
             self._lay_down(state, grown)
@@ -198,7 +199,7 @@ class FirstPrompts:
         z = int(np.clip(click.z, 0, image.shape[0] - 1))
         crop = self._best_scale(image, spacing, intensity, click, z)
         points, labels = click_points(crop, [click])
-        stack = SliceStack(self.segmenter, image, intensity, crop)
+        stack = SliceStack(self.segmenter, image, intensity, crop, self.cache)
         state = ObjectState(stack, z, z, start=z, clicks=[click])
         self._seed(state, z, SlicePrompt(points, labels))
         part = None if elements is None else self._part_meant(state, elements, click, spacing)
@@ -219,7 +220,7 @@ class FirstPrompts:
         where = np.argwhere(mask)
         low, high = where.min(axis=0), where.max(axis=0)
         crop = self._window(np.stack([low[1:], high[1:]]), spacing)
-        stack = SliceStack(self.segmenter, image, intensity, crop)
+        stack = SliceStack(self.segmenter, image, intensity, crop, self.cache)
         state = ObjectState(stack, int(low[0]), int(high[0]), start=int(low[0] + high[0]) // 2)
         small = replace(crop, size=self.segmenter.mask_size)
         planes = torch.from_numpy(mask[low[0] : high[0] + 1].astype(np.float32))
@@ -266,7 +267,7 @@ class FirstPrompts:
         stack, shape = state.stack, state.stack.image.shape
         corners = part.box(shape) if state.box is None else np.concatenate([part.box(shape), state.box])
         crop = self._window(np.stack([corners[:, 1:].min(axis=0), corners[:, 1:].max(axis=0)]), spacing)
-        state = replace(state, stack=SliceStack(self.segmenter, stack.image, stack.intensity, crop))
+        state = replace(state, stack=SliceStack(self.segmenter, stack.image, stack.intensity, crop, self.cache))
         self._take_part(state, part, state.low, state.high)
         self._outline(state, spacing)
         return state

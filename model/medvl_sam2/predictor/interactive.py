@@ -20,6 +20,7 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit
+from medvl_sam2.predictor.feature_cache import FeatureCache
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
 from medvl_sam2.predictor.full_propagation import FullPropagation
 from medvl_sam2.predictor.locality import EditRegion, opened, restrict
@@ -34,10 +35,12 @@ Spacing = tuple[float, float, float]
 class InteractiveEngine:
     """Stateless over volumes: all state lies in :class:`ObjectState`."""
 
-    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig | None = None) -> None:
+    def __init__(
+        self, segmenter: SliceSegmenter, config: InteractiveConfig | None = None, cache: FeatureCache | None = None
+    ) -> None:
         self.segmenter = segmenter
         self.config = config or InteractiveConfig()
-        self.first = FirstPrompts(segmenter, self.config)
+        self.first = FirstPrompts(segmenter, self.config, cache)
         self._everywhere = FullPropagation(self.first)
 
     def edit(self, state: ObjectState, spacing: Spacing, edit: Edit, opens: bool = True) -> ObjectState:

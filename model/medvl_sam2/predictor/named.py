@@ -21,6 +21,7 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.unified import Grounding
+from medvl_sam2.predictor.feature_cache import FeatureCache
 from medvl_sam2.predictor.places import place_on_slices
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits, planned_slices
 
@@ -86,8 +87,10 @@ class NamedResult:
 class NamedEngine:
     """Finds and delineates objects given what the language side says of them."""
 
-    def __init__(self, segmenter: SliceSegmenter, config: NamedConfig | None = None) -> None:
-        self.segmenter = segmenter
+    def __init__(
+        self, segmenter: SliceSegmenter, config: NamedConfig | None = None, cache: FeatureCache | None = None
+    ) -> None:
+        self.segmenter, self.cache = segmenter, cache or FeatureCache()
         self.config = config or NamedConfig()
 
     def whole_stack(
@@ -97,7 +100,7 @@ class NamedEngine:
         crop = SliceCrop.whole(
             (image.shape[1], image.shape[2]), spacing[1:], self.segmenter.config.image_size, MIN_MM_PER_PX
         )
-        return SliceStack(self.segmenter, image, intensity, crop)
+        return SliceStack(self.segmenter, image, intensity, crop, self.cache)
 
     def locate(self, stack: SliceStack, spacing: tuple[float, float, float], grounding: Grounding) -> Located:
         """Where K requests are on the searched slices of the whole stack.
@@ -206,7 +209,7 @@ class NamedEngine:
         )
         start = self.start_slice(located, request, part)
         plan = planned_slices(low, high, start, spacing[0], self.config.delineate_step_mm)
-        window = SliceStack(self.segmenter, stack.image, stack.intensity, crop)
+        window = SliceStack(self.segmenter, stack.image, stack.intensity, crop, stack.cache)
         window.encode(plan)
         # Only this component's own coarse evidence is the rough mask; its neighbours are pushed below the threshold.
         reach = max(1, round(_REACH_MM / (stack.crop.extent_mm / part.shape[-1])))

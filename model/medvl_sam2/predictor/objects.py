@@ -84,6 +84,8 @@ class ObjectState:
     """Slices on the canonical grid by z; a click pastes only those whose logits it changed."""
     before: ObjectState | None = field(default=None, repr=False, compare=False)
     """The state before the last click, so that taking it back costs nothing. It shares every slice left as it was."""
+    cut: bool = field(default=False, repr=False, compare=False)
+    """Whether ``before`` is None only because the states before were dropped to save memory."""
 
     def fork(self) -> ObjectState:
         """A state to change by one click, which leaves this one as it is."""
@@ -95,6 +97,7 @@ class ObjectState:
             clicks=list(self.clicks),
             pasted=dict(self.pasted),
             before=self,
+            cut=False,
         )
 
     def history(self) -> Iterator[ObjectState]:
@@ -192,7 +195,7 @@ class ObjectState:
         The mask stays as it is where the new window shows it.
         """
         old = self.stack
-        stack = SliceStack(old.segmenter, old.image, old.intensity, crop)
+        stack = SliceStack(old.segmenter, old.image, old.intensity, crop, old.cache)
         logits: dict[int, Tensor] = {}
         if self.logits:
             order = sorted(self.logits)

@@ -7,7 +7,8 @@ device gains nothing from interleaving and a session's caches are not thread-saf
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text
 from medvl_sam2.predictor.asked import Asked
+from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
 from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
@@ -37,7 +39,9 @@ from medvl_sam2.predictor.phrases import (
     spoken_request,
     vocabulary_matches,
 )
-from medvl_sam2.predictor.session import Session
+from medvl_sam2.predictor.session import Session, SessionConfig
+from medvl_sam2.predictor.shared_volume import SharedVolume
+from medvl_sam2.predictor.timeline import Change, Step, Timeline
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import spoken
 
@@ -60,12 +64,17 @@ class Predictor:
         interactive: InteractiveConfig | None = None,
         named: NamedConfig | None = None,
         image_text: ImageTextModel | None = None,
+        sessions: SessionConfig | None = None,
+        cache: CacheConfig | None = None,
     ) -> None:
+        self.sessions = sessions or SessionConfig()
+        self.cache = FeatureCache(cache)
+        self._shared: weakref.WeakValueDictionary[int, SharedVolume] = weakref.WeakValueDictionary()
         self.image_text = None if image_text is None else image_text.eval()
         self.model = model.eval()
         self.meta = meta
-        self.interactive = InteractiveEngine(model.segmenter, interactive)
-        self.named = NamedEngine(model.segmenter, named)
+        self.interactive = InteractiveEngine(model.segmenter, interactive, self.cache)
+        self.named = NamedEngine(model.segmenter, named, self.cache)
         self._lock = threading.RLock()
 
     @classmethod
@@ -92,8 +101,27 @@ class Predictor:
         return self.model.config.classes
 
     def open(self, volume: Volume) -> Session:
-        """Start a session. Costs nothing until the first request."""
-        return Session(volume)
+        """Start a session. Costs nothing until the first request; sessions on one volume share what is made of it."""
+        shared = self._shared.get(id(volume))
+        if shared is None:
+            shared = self._shared[id(volume)] = SharedVolume(volume)
+        return Session(shared)
+
+    def prepare(self, session: Session) -> Iterator[None]:
+        """Do ahead what the first request on a volume would wait for, a part at each step of the iterator.
+
+        Between the steps other requests may use the predictor and the session; the results are the same.
+        """
+        with self._lock:
+            _ = session.image, session.intensity
+        yield
+        with self._lock, torch.inference_mode():
+            self._look(session)
+        yield
+
+    def close(self) -> None:
+        """Drop the encoded slices and remove their files; the predictor stays usable."""
+        self.cache.close()
 
     # --- interactive ----------------------------------------------------------------------------------------------
 
@@ -101,36 +129,104 @@ class Predictor:
     def segment_prompt(self, session: Session, prompt: Prompt, name: str = "object") -> Segmentation:
         """Segment one object from all its prompts so far (cumulative).
 
-        Edits (clicks, scribbles, lassos) that were already applied are recognised; only new ones cost time, one that is
-        said twice counts once, and they change nothing beyond their region (:mod:`medvl_sam2.predictor.locality`)
-        unless propagation is asked for. When edits were taken back, the object goes back to its state before the first
-        of them, bit by bit, and those after it are applied again. When the first prompt was taken back or the box
-        changed, the object is built again.
+        A prompt that stands already or was just undone costs nothing: the object moves to it on its timeline. Of
+        another one, edits (clicks, scribbles, lassos) that were already applied are recognised and one that is said
+        twice counts once; only new ones cost time, and they change nothing beyond their region
+        (:mod:`medvl_sam2.predictor.locality`) unless propagation is asked for. When edits were taken back, the object
+        goes back to its state before the first of them, bit by bit, and those after it are applied again. When the
+        first prompt was taken back or the box changed, the object is built again.
         What a text found stands under ``name`` for further prompts to correct; nothing found is an empty mask.
 
         Raises:
             PromptError: a prompt lies outside the volume, or nothing says where the object is.
         """
         prompt = prompt.validated(session.volume.geometry.shape)
-        geometry = session.volume.geometry
         with self._lock:
-            asked = Asked.of(prompt, session.transform)
-            known = session.objects.get(name)
+            timeline = session.timelines.get(name, Timeline())
+            step = session.step(prompt)
+            place = timeline.place_of(step.key)
+            if place is not None:
+                return self._stand(session, name, place)
+            at = timeline.position
+            self._compute(session, timeline, step, at)
+            timeline.place(at, step)
+            session.timelines[name] = timeline
+            session.record(Change(name, at, prompt))
+            return self._shown(session, name)
+
+    def undo(self, session: Session, name: str = "object", count: int = 1) -> Segmentation:
+        """The object without its last ``count`` prompts, bit for bit as it was; an empty mask before the first one.
+
+        Raises:
+            PromptError: no such object, or no such count.
+        """
+        with self._lock:
+            timeline = _timeline(session, name, count)
+            return self._stand(session, name, max(0, timeline.position - count))
+
+    def redo(self, session: Session, name: str = "object", count: int = 1) -> Segmentation:
+        """The object with ``count`` prompts that were undone, bit for bit as it was.
+
+        Raises:
+            PromptError: fewer were undone, or no such object or count.
+        """
+        with self._lock:
+            timeline = _timeline(session, name, count)
+            left = len(timeline.steps) - timeline.position
+            if count > left:
+                raise PromptError(f"{count} steps of {name!r} cannot be redone, {left} were undone; place a prompt")
+            return self._stand(session, name, timeline.position + count)
+
+    def _stand(self, session: Session, name: str, place: int) -> Segmentation:
+        timeline = session.timelines[name]
+        if place != timeline.position:
+            self._rebuild(session, timeline, place)
+            timeline.position = place
+            session.record(Change(name, place))
+        return self._shown(session, name)
+
+    @torch.inference_mode()
+    def _shown(self, session: Session, name: str) -> Segmentation:
+        """The object as it stands."""
+        timeline, geometry = session.timelines[name], session.volume.geometry
+        self._rebuild(session, timeline, timeline.position)
+        session.trim(int(self.sessions.history_megabytes * 1e6))
+        step = timeline.standing
+        if step is None or step.state is None:
+            nothing = np.zeros(geometry.shape, dtype=np.uint8)
+            return Segmentation(nothing, geometry, (name,), {name: 0.0}, None if step is None else step.reply)
+        # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
+        mask = session.transform.inverse_array(step.state.mask().view(np.uint8))
+        return Segmentation(mask, geometry, (name,), {name: float(np.clip(step.state.score, 0, 1))})
+
+    def _rebuild(self, session: Session, timeline: Timeline, count: int) -> None:
+        """Compute dropped states anew, up to what the first ``count`` steps left."""
+        for n in timeline.missing(count):
+            self._compute(session, timeline, timeline.steps[n], n)
+
+    @torch.inference_mode()
+    def _compute(self, session: Session, timeline: Timeline, step: Step, at: int) -> None:
+        """Give ``step`` its state (or its empty answer), going on from the first ``at`` steps of ``timeline``."""
+        self._rebuild(session, timeline, at)
+        asked, known = Asked.of(step.prompt, session.transform), timeline.known(at)
+        state = asked.latest_within(known)
+        if state is None and asked.mask is None and known is not None and any(s.cut for s in known.history()):
+            timeline.drop(at)  # an earlier state may hold all that is asked: with none dropped it would be found
+            self._rebuild(session, timeline, at)
+            known = timeline.known(at)
             state = asked.latest_within(known)
-            if state is None:
-                said = self.segment_text(session, prompt.text or "") if asked.starts_with_text else None
-                if said is not None and not said.mask.any() and not asked.edits:
-                    return Segmentation(said.mask, geometry, (name,), {name: 0.0}, said.text)
-                state = self._first_state(session, asked, said)
-            state = asked.accepting(state, known)
-            for edit in asked.left(state):
-                state = self.interactive.edit(state, session.spacing, edit, asked.opens(edit, known))
-            if asked.propagate and not state.propagated:
-                state = self.interactive.propagate(state, session.spacing)
-            session.objects[name] = state
-            # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
-            mask = session.transform.inverse_array(state.mask().view(np.uint8))
-        return Segmentation(mask, geometry, (name,), {name: float(np.clip(state.score, 0, 1))})
+        if state is None:
+            said = self.segment_text(session, step.prompt.text or "") if asked.starts_with_text else None
+            if said is not None and not said.mask.any() and not asked.edits:
+                step.empty, step.reply = True, said.text
+                return
+            state = self._first_state(session, asked, said)
+        state = asked.accepting(state, known)
+        for edit in asked.left(state):
+            state = self.interactive.edit(state, session.spacing, edit, asked.opens(edit, known))
+        if asked.propagate and not state.propagated:
+            state = self.interactive.propagate(state, session.spacing)
+        step.state = state
 
     def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:
         """State from the strongest prompt; ``said`` is what the words gave.
@@ -288,12 +384,11 @@ class Predictor:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _look(self, session: Session) -> GlobalLook:
-        if session.look is None:
+        shared = session.shared
+        if shared.look is None:
             size = self.config.vision.input_size
-            session.look = self.model.look(
-                *language_view(session.image, session.spacing, session.volume.modality, size)
-            )
-        return session.look
+            shared.look = self.model.look(*language_view(session.image, session.spacing, session.volume.modality, size))
+        return shared.look
 
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:
         requests = [segment_prompt([spoken(n)]) for n in names]
@@ -332,3 +427,12 @@ class Predictor:
         stored = np.ascontiguousarray(session.transform.inverse_array(label_map))
         scores = {name: float(np.clip(score, 0, 1)) for name, (_, score) in zip(names, standing[1:], strict=True)}
         return stored, scores
+
+
+def _timeline(session: Session, name: str, count: int) -> Timeline:
+    if count < 1:
+        raise PromptError(f"{count} steps cannot be undone or redone; give a whole number from 1 on")
+    if name not in session.timelines:
+        known = ", ".join(repr(known) for known in session.timelines) or "none yet"
+        raise PromptError(f"there is no object {name!r} in this session; its objects: {known}")
+    return session.timelines[name]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.modeling.unified import GlobalLook
+from medvl_sam2.predictor.holdings import Tally
 from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.predictor.stack import SliceStack
-from medvl_sam2.types import Volume
+from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
+from medvl_sam2.types import Prompt, Volume
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """What sessions may hold."""
+
+    history_megabytes: float = 256
+    """States to go back and forth to, a session; beyond it the oldest are dropped and computed anew when asked for."""
 
 
 @dataclass
@@ -22,28 +32,100 @@ class Session:
     Caches fill lazily: opening costs nothing, the first use of each path pays for its encoding.
     """
 
-    volume: Volume
-    objects: dict[str, ObjectState] = field(default_factory=dict)
-    """Interactive objects by the name the annotator gave them."""
+    shared: SharedVolume
+    timelines: dict[str, Timeline] = field(default_factory=dict)
+    """What was asked of each object, by the name the annotator gave it."""
     whole: SliceStack | None = None
     """Whole slices that text prompts are laid out on."""
-    look: GlobalLook | None = None
-    """Global view for the language model."""
+    recorder: Callable[[Change], None] | None = None
+    """Told of every change of a timeline."""
+    _order: int = 0
 
-    @cached_property
+    @property
+    def objects(self) -> dict[str, ObjectState]:
+        """The standing state of every object that has one in memory, by name."""
+        known = {name: timeline.known(timeline.position) for name, timeline in self.timelines.items()}
+        return {name: state for name, state in known.items() if state is not None}
+
+    def step(self, prompt: Prompt) -> Step:
+        """A step for a validated prompt, still without its state."""
+        self._order += 1
+        return Step(prompt, prompt_key(prompt), self._order)
+
+    def record(self, change: Change) -> None:
+        """Tell the recorder, if there is one."""
+        if self.recorder is not None:
+            self.recorder(change)
+
+    def restore(self, changes: Sequence[Change]) -> None:
+        """Make the timelines anew from what a recorder was told, without computing a state.
+
+        Raises:
+            PromptError: a prompt does not fit the volume. ValueError: the changes do not follow one another.
+        """
+        for change in changes:
+            timeline = self.timelines.setdefault(change.name, Timeline())
+            if not 0 <= change.at <= len(timeline.steps):
+                raise ValueError(f"{change.at} steps of {change.name!r} cannot stand, there are {len(timeline.steps)}")
+            if change.prompt is None:
+                timeline.position = change.at
+            else:
+                timeline.place(change.at, self.step(change.prompt.validated(self.volume.geometry.shape)))
+
+    def reset(self) -> None:
+        """Forget the objects; what is encoded stays good."""
+        self.timelines.clear()
+
+    def states(self) -> list[ObjectState]:
+        """Every state in memory once, oldest first."""
+        steps = [step for timeline in self.timelines.values() for step in timeline.steps if step.state is not None]
+        found: dict[int, ObjectState] = {}
+        for step in sorted(steps, key=lambda step: step.order):
+            newer = []
+            for state in step.state.history() if step.state is not None else ():
+                if id(state) in found:
+                    break
+                newer.append(state)
+            found |= {id(state): state for state in reversed(newer)}
+        return list(found.values())
+
+    def trim(self, budget: int) -> None:
+        """Hold at most ``budget`` bytes of states that do not stand: the oldest go."""
+        states, standing = self.states(), {id(state) for state in self.objects.values()}
+        tally = Tally(states)
+        spare = budget + Tally(state for state in states if id(state) in standing).bytes
+        gone: set[int] = set()
+        for state in states:
+            if tally.bytes > spare and id(state) not in standing:
+                tally.remove(state)
+                gone.add(id(state))
+        for state in states:
+            if id(state) not in gone and id(state.before) in gone:
+                state.before, state.cut = None, True
+        for timeline in self.timelines.values():
+            for step in timeline.steps:
+                if id(step.state) in gone:
+                    step.state = None
+
+    @property
+    def volume(self) -> Volume:
+        """The image as it is stored."""
+        return self.shared.volume
+
+    @property
     def transform(self) -> CanonicalTransform:
         """Stored to canonical voxels and back."""
-        return CanonicalTransform(self.volume.geometry)
+        return self.shared.transform
 
-    @cached_property
+    @property
     def image(self) -> np.ndarray:
         """Canonical image (Z, Y, X), contiguous."""
-        return np.ascontiguousarray(self.transform.forward_array(self.volume.array))
+        return self.shared.image
 
-    @cached_property
+    @property
     def intensity(self) -> SliceIntensity:
         """Grey mapping of the whole volume."""
-        return SliceIntensity.of(self.image, self.volume.modality)
+        return self.shared.intensity
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -52,17 +134,10 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Approximate memory held: image, encoded and decoded slices, image tokens and the scene's maps."""
-        states = [state for newest in self.objects.values() for state in newest.history()]
-        stacks = {
-            id(stack): stack for stack in [s.stack for s in states] + ([self.whole] if self.whole is not None else [])
-        }
-        logits = {id(values): values.nbytes for state in states for values in state.logits.values()}
-        pasted = {id(plane): plane.inside.nbytes for state in states for plane in state.pasted.values()}
-        held = self.volume.array.nbytes + sum(stack.bytes for stack in stacks.values())
-        kept = {id(plane): plane.mask.nbytes + plane.logits.nbytes for state in states for plane in state.kept.values()}
-        held += sum(logits.values()) + sum(pasted.values()) + sum(kept.values())
-        if self.look is not None:
-            held += self.look.tokens.nbytes
-            held += self.look.elements.maps.nbytes if self.look.elements is not None else 0
-        return held + (self.image.nbytes if "image" in self.__dict__ else 0)
+        """Memory held, what states share counted once: image, states, prompts' masks, the scene.
+
+        Encoded slices are the predictor's, with a budget of their own.
+        """
+        steps = [step for timeline in self.timelines.values() for step in timeline.steps]
+        masks = {id(step.prompt.mask): step.prompt.mask.nbytes for step in steps if step.prompt.mask is not None}
+        return self.shared.bytes + Tally(self.states()).bytes + sum(masks.values())

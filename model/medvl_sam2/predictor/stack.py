@@ -14,28 +14,41 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceSegmenter
+from medvl_sam2.predictor.feature_cache import FeatureCache
 
-ENCODE_BATCH = 16
-"""Slices encoded at once: enough to fill the CPU caches' worth of work, little enough to bound memory."""
+ENCODE_BATCH = {"cpu": 1, "cuda": 4}
+"""Slices encoded at once, always so many: sums of another batch size differ in the last bits, and a slice that is
+encoded again, or for somebody else, must be the same. On a CPU larger batches were measured to gain little, and a
+single slice, as propagation asks for, would cost as much as a batch."""
 
 
 class SliceStack:
-    """Features of canonical slices in one :class:`SliceCrop`; every slice is encoded at most once."""
+    """Features of canonical slices in one :class:`SliceCrop`, held by a cache that all stacks of a predictor share."""
 
     def __init__(
-        self, segmenter: SliceSegmenter, image: np.ndarray, intensity: SliceIntensity, crop: SliceCrop
+        self,
+        segmenter: SliceSegmenter,
+        image: np.ndarray,
+        intensity: SliceIntensity,
+        crop: SliceCrop,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.segmenter, self.image, self.intensity, self.crop = segmenter, image, intensity, crop
-        self._features: dict[int, SliceFeatures] = {}
+        self.cache = cache or FeatureCache()
 
-    def encode(self, slices: Iterable[int]) -> None:
-        """Encode those of ``slices`` (canonical z) that are not encoded yet."""
-        missing = [z for z in dict.fromkeys(int(z) for z in slices) if z not in self._features]
-        for start in range(0, len(missing), ENCODE_BATCH):
-            part = missing[start : start + ENCODE_BATCH]
-            features = self.segmenter.encode(self.pixels(part))
+    def encode(self, slices: Iterable[int]) -> dict[int, SliceFeatures]:
+        """Features (1 row) by canonical z; only those that are not in the cache are encoded."""
+        known = {z: self.cache.get(self.image, self.crop, z) for z in dict.fromkeys(int(z) for z in slices)}
+        found = {z: features for z, features in known.items() if features is not None}
+        missing = [z for z in known if z not in found]
+        size = ENCODE_BATCH.get(next(self.segmenter.parameters()).device.type, 1)
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            features = self.segmenter.encode(self.pixels([*part, *[part[-1]] * (size - len(part))]))
             for row, z in enumerate(part):
-                self._features[z] = features.rows(slice(row, row + 1))
+                found[z] = features.rows(slice(row, row + 1))
+                self.cache.put(self.image, self.crop, z, found[z])
+        return found
 
     def pixels(self, slices: list[int]) -> Tensor:
         """Model input (N, 3, S, S) of canonical slices."""
@@ -45,8 +58,8 @@ class SliceStack:
 
     def features(self, slices: list[int]) -> SliceFeatures:
         """Features of ``slices`` as rows (a slice may repeat)."""
-        self.encode(slices)
-        parts = [self._features[int(z)] for z in slices]
+        found = self.encode(slices)
+        parts = [found[int(z)] for z in slices]
         return SliceFeatures(
             torch.cat([p.fine for p in parts]),
             torch.cat([p.middle for p in parts]),
@@ -56,8 +69,8 @@ class SliceStack:
 
     def coarse(self, slices: list[int]) -> Tensor:
         """The coarse features alone (N, C, S/16, S/16), a quarter of what :meth:`features` would copy."""
-        self.encode(slices)
-        return torch.cat([self._features[int(z)].coarse for z in slices])
+        found = self.encode(slices)
+        return torch.cat([found[int(z)].coarse for z in slices])
 
     @property
     def plane(self) -> tuple[int, int]:
@@ -65,11 +78,9 @@ class SliceStack:
         return int(self.image.shape[1]), int(self.image.shape[2])
 
     @property
-    def bytes(self) -> int:
-        """Memory held by the encoded slices."""
-        return sum(
-            t.element_size() * t.nelement() for f in self._features.values() for t in (f.fine, f.middle, f.coarse)
-        )
+    def encoded(self) -> set[int]:
+        """Slices whose features are held."""
+        return self.cache.slices(self.image, self.crop)
 
 
 def planned_slices(low: int, high: int, start: int, spacing: float, target_mm: float) -> list[int]:

@@ -38,6 +38,11 @@ class AppConfig:
     """Open sessions (annotator and image), least recently used dropped first."""
     session_megabytes: int = 1500
     """Memory all open sessions may hold together."""
+    journal_days: int = 14
+    """For how long the prompts of a session nobody works on are kept on disk; 0: they are never written."""
+
+    prepare: bool = True
+    """Read an image and look at it ahead of its first prompt, while no request waits."""
 
     @classmethod
     def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
@@ -46,11 +51,20 @@ class AppConfig:
             store=Path(conf.get("store") or app_dir / "model").resolve(),
             max_sessions=_positive(conf, "max_sessions", cls.max_sessions),
             session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
+            journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
+            prepare=_truth(conf, "prepare", cls.prepare),
         )
 
 
-def _positive(conf: Mapping[str, str], name: str, default: int) -> int:
+def _positive(conf: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
     text = str(conf.get(name, default)).strip()
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--conf {name} {text!r} must be a whole number from 1 on")
+    if not text.isdigit() or int(text) < least:
+        raise ConfigError(f"--conf {name} {text!r} must be a whole number from {least} on")
     return int(text)
+
+
+def _truth(conf: Mapping[str, str], name: str, default: bool) -> bool:
+    text = str(conf.get(name, default)).strip().lower()
+    if text not in ("true", "false"):
+        raise ConfigError(f"--conf {name} {text!r} must be true or false")
+    return text == "true"

@@ -64,10 +64,11 @@ class MedVLTask(InferTask):
         with http_errors(str(request.get("model") or type(self).__name__)):
             parsed = parse_request(request)
             self.check(request)
-            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset) as held:
+            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset, ahead=True) as held:
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
                 version = held.predictor.meta.version
+                notes = {"session": held.notes} if held.notes else {}
             inferred = time.perf_counter()
             file = reply.file
             if reply.mask is not None and reply.geometry is not None:
@@ -82,4 +83,4 @@ class MedVLTask(InferTask):
             "total": round(written - started, 3),
             "transform": {},
         }
-        return file, {**reply.params, "model_version": version, "latencies": latencies}
+        return file, {**reply.params, **notes, "model_version": version, "latencies": latencies}

@@ -10,7 +10,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
-from lib.request_parsing import InferRequest, parse_label, parse_prompt
+from lib.request_parsing import InferRequest, parse_label, parse_move, parse_prompt
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Prompt
@@ -33,16 +33,23 @@ class InteractiveTask(MedVLTask):
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
+        if parse_move(request):
+            return
         prompt = _prompt(request)
         if prompt.names_only and not prompt.text and parse_label(request) == OBJECT_LABEL:
             raise PromptError("no prompt: place at least one foreground point, draw a box, or name the segment")
 
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
-        name = parse_label(request)
-        prompt = _prompt(request)
-        if prompt.names_only and not prompt.text:
-            prompt = replace(prompt, text=name)
-        segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
+        name, move = parse_label(request), parse_move(request)
+        if move < 0:
+            segmentation = held.predictor.undo(held.session, name, -move)
+        elif move > 0:
+            segmentation = held.predictor.redo(held.session, name, move)
+        else:
+            prompt = _prompt(request)
+            if prompt.names_only and not prompt.text:
+                prompt = replace(prompt, text=name)
+            segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
         params = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
         return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)
 

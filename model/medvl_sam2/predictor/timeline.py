@@ -1,0 +1,110 @@
+"""What was asked of one object, step by step, and how many of the steps stand: undo and redo without limit.
+
+The timeline does not look into prompts: it knows whether two are the same, so every kind can be undone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.types import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One accepted change of an object's timeline, enough to make it again.
+
+    With a ``prompt``: the first ``at`` steps are kept and the prompt comes after them. Without: ``at`` steps stand.
+    """
+
+    name: str
+    at: int
+    prompt: Prompt | None = None
+
+
+@dataclass(eq=False)
+class Step:
+    """A validated prompt as it was sent, and the state after it.
+
+    ``state`` is None where the answer was ``empty`` (the words found nothing; ``reply`` is what was said) and where the
+    state was dropped to save memory: computed anew when it is needed. ``order`` runs through a session's steps.
+    """
+
+    prompt: Prompt
+    key: str
+    order: int
+    state: ObjectState | None = None
+    empty: bool = False
+    reply: str | None = None
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the state has to be computed anew."""
+        return self.state is None and not self.empty
+
+
+@dataclass(eq=False)
+class Timeline:
+    """``steps[:position]`` stand, those after it were undone and can be redone until another prompt cuts them off."""
+
+    steps: list[Step] = field(default_factory=list)
+    position: int = 0
+
+    @property
+    def standing(self) -> Step | None:
+        """The last step that stands; None at the start."""
+        return self.steps[self.position - 1] if self.position else None
+
+    def known(self, count: int) -> ObjectState | None:
+        """The state the first ``count`` steps left, which an empty answer does not change; None where there is none."""
+        return next((step.state for step in reversed(self.steps[:count]) if not step.empty), None)
+
+    def place_of(self, key: str) -> int | None:
+        """How many steps stand once a prompt is placed that is known already; None for a new one.
+
+        The step after the present one is redone; an earlier one is what a client sends that took prompts back.
+        """
+        if self.position < len(self.steps) and self.steps[self.position].key == key:
+            return self.position + 1
+        return next((n for n in range(self.position, 0, -1) if self.steps[n - 1].key == key), None)
+
+    def place(self, at: int, step: Step) -> None:
+        """Let ``step`` follow the first ``at`` steps; what came after them is gone."""
+        alike = next((s.prompt.mask for s in self.steps[:at] if _same_mask(s.prompt, step.prompt)), None)
+        if alike is not None:
+            step.prompt = replace(step.prompt, mask=alike)  # clients send an earlier mask again with every click
+        self.steps[at:] = [step]
+        self.position = at + 1
+
+    def missing(self, count: int) -> list[int]:
+        """Steps to compute, in order, for the state after the first ``count`` ones."""
+        first = count
+        while first > 0 and self.steps[first - 1].state is None:
+            first -= 1
+        return [n for n in range(first, count) if self.steps[n].dropped]
+
+    def drop(self, count: int) -> None:
+        """Drop the states of the first ``count`` steps."""
+        for step in self.steps[:count]:
+            step.state = None
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Digest of a validated prompt by value: two with the same key ask for the same."""
+    digest = hashlib.sha256()
+    for array in (prompt.points, prompt.labels, prompt.box):
+        digest.update(repr(None if array is None else (array.shape, array.tolist())).encode())
+    if prompt.mask is not None:
+        digest.update(repr(prompt.mask.shape).encode() + np.packbits(prompt.mask).tobytes())
+    for stroke in prompt.strokes:
+        digest.update(repr((stroke.kind.value, stroke.label, stroke.points.shape)).encode() + stroke.points.tobytes())
+    digest.update(repr((prompt.text, prompt.accepted, prompt.propagate)).encode())
+    return digest.hexdigest()
+
+
+def _same_mask(one: Prompt, other: Prompt) -> bool:
+    return one.mask is not None and other.mask is not None and np.array_equal(one.mask, other.mask)

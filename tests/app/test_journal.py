@@ -1,0 +1,197 @@
+"""A session goes on where it was after the server was stopped or killed: a small model behind the real runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from lib.configs.medvl_sam2 import AppConfig
+from lib.runtime import Held, Runtime
+from medvl_sam2.errors import PromptError
+from medvl_sam2.predictor.journal import FILE, session_name
+from medvl_sam2.strokes import Plane, Stroke, StrokeKind
+from medvl_sam2.types import Prompt
+from small_model import oblique_volume, small_predictor
+
+CLIENT = "../ä user/..\n\0"
+SCRIBBLE = Stroke(StrokeKind.SCRIBBLE, np.array([[10.0, 18, 7], [14, 19, 7], [15, 22, 7]]))
+
+
+def click(*point: int, label: int = 1, mask: np.ndarray | None = None) -> Prompt:
+    return Prompt(points=np.array([point], dtype=float), labels=np.array([label]), mask=mask)
+
+
+PROMPTS = (
+    click(15, 20, 9),
+    dataclasses.replace(click(15, 20, 9), strokes=(SCRIBBLE,), accepted=(Plane(2, 9),)),
+    click(16, 21, 9, label=0, mask=oblique_volume()[1]),
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AppConfig:
+    return AppConfig(store=tmp_path / "store")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    volume, _ = oblique_volume()
+    path = tmp_path / "case.nii.gz"
+    nib.save(nib.Nifti1Image(volume.array, volume.geometry.affine), path)
+    return path
+
+
+def runtime(config: AppConfig, seed: int = 0, version: str = "0") -> Runtime:
+    """A server's runtime; another seed and version are other weights."""
+    predictor = small_predictor(seed)
+    predictor.meta = dataclasses.replace(predictor.meta, version=version)
+    return Runtime(config, lambda _: predictor)
+
+
+def place(held: Held, prompts: tuple[Prompt, ...] = PROMPTS) -> list[np.ndarray]:
+    return [held.predictor.segment_prompt(held.session, prompt, "a").mask for prompt in prompts]
+
+
+def journal_of(config: AppConfig, image: Path, client: str = CLIENT) -> Path:
+    return config.store / "sessions" / session_name(client, str(image)) / FILE
+
+
+def go_on(held: Held) -> Iterator[np.ndarray]:
+    """A next click, undo and redo."""
+    extra = Prompt(points=np.array([[16.0, 21, 9], [18, 22, 11]]), labels=np.array([0, 1]), mask=PROMPTS[2].mask)
+    yield held.predictor.segment_prompt(held.session, extra, "a").mask
+    yield held.predictor.undo(held.session, "a", 3).mask
+    yield held.predictor.redo(held.session, "a", 2).mask
+    yield held.predictor.undo(held.session, "a").mask
+    with pytest.raises(PromptError):
+        held.predictor.undo(held.session, "b")
+
+
+def test_a_session_goes_on_in_a_new_process_bit_for_bit(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        assert held.notes == {}
+        masks = place(held)
+        held.predictor.undo(held.session, "a", 2)
+        held.predictor.redo(held.session, "a")
+        held.predictor.redo(held.session, "a")
+    apart = runtime(dataclasses.replace(config, journal_days=0))
+    with runtime(config).use(image, CLIENT) as held, apart.use(image, CLIENT) as uninterrupted:
+        assert held.notes == {"restored": True, "weights_changed": False}
+        assert not held.session.states()  # nothing is computed before somebody asks
+        assert all(np.array_equal(one, other) for one, other in zip(place(uninterrupted), masks, strict=True))
+        for one, other in zip(go_on(held), go_on(uninterrupted), strict=True):
+            assert np.array_equal(one, other)
+    with runtime(config).use(image, "somebody else") as other:
+        assert not other.session.timelines
+    assert uninterrupted.notes == {}
+
+
+def test_other_weights_answer_the_same_prompts_and_say_so(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[:1])
+    with runtime(config, 1, "1").use(image, CLIENT) as held:
+        assert held.notes == {"restored": True, "weights_changed": True}
+        mask = held.predictor.segment_prompt(held.session, PROMPTS[0], "a").mask
+        place(held, PROMPTS[1:2])
+    fresh = small_predictor(1)
+    assert np.array_equal(fresh.segment_prompt(fresh.open(held.session.volume), PROMPTS[0]).mask, mask)
+    with runtime(config, 1, "1").use(image, CLIENT) as held:
+        assert held.notes == {"restored": True, "weights_changed": False}
+        assert len(held.session.timelines["a"].steps) == 2
+
+
+def test_a_line_cut_off_by_a_crash_is_ignored(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[:1])
+    path = journal_of(config, image)
+    path.write_bytes(path.read_bytes() + b'{"object": "a", "at": 1, "prom')
+    with runtime(config).use(image, CLIENT) as held:
+        assert len(held.session.timelines["a"].steps) == 1
+        place(held, PROMPTS[:2])
+    with runtime(config).use(image, CLIENT) as held:
+        assert len(held.session.timelines["a"].steps) == 2
+
+
+@pytest.mark.parametrize("harm", ["image", "line", "mask", "order", "format"])
+def test_what_does_not_fit_is_put_aside(config: AppConfig, image: Path, harm: str) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[2:])
+    path = journal_of(config, image)
+    lines = path.read_text().splitlines(keepends=True)
+    if harm == "image":
+        os.utime(image, ns=(0, 1))
+    elif harm == "mask":
+        next(path.parent.glob("*.npz")).write_bytes(b"PK torn")
+    elif harm == "order":
+        path.write_text("".join([*lines, json.dumps({"object": "a", "stand": 7}) + "\n"]))
+    else:
+        path.write_text("junk\n" + lines[1] if harm == "line" else lines[0].replace("session-1", "session-9"))
+    with runtime(config).use(image, CLIENT) as held:
+        assert held.notes == {}
+        assert not held.session.timelines
+        place(held, PROMPTS[:1])
+    assert path.is_file()
+    assert len(list(path.parent.parent.glob(f"{path.parent.name}.aside-*"))) == 1
+
+
+def test_reset_begins_anew_and_old_journals_go(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[:1])
+    running = runtime(config)
+    with running.use(image, CLIENT, reset=True) as held:
+        assert held.notes == {}
+        assert not journal_of(config, image).exists()
+        place(held, PROMPTS[1:2])
+    assert len(journal_of(config, image).read_text().splitlines()) == 2
+    old = time.time() - 15 * 86_400
+    os.utime(journal_of(config, image), (old, old))
+    with running.use(image, "b"):
+        assert journal_of(config, image).exists()  # its session is open
+    with runtime(config).use(image, "b"):
+        assert not journal_of(config, image).exists()
+    with runtime(dataclasses.replace(config, journal_days=0)).use(image, "c") as held:
+        place(held, PROMPTS[:1])
+    assert not journal_of(config, image, "c").exists()
+
+
+_SERVER = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from app.test_journal import CLIENT, place, runtime
+from lib.configs.medvl_sam2 import AppConfig
+with runtime(AppConfig(store=Path(sys.argv[1]))).use(Path(sys.argv[2]), CLIENT) as held:
+    place(held)
+    print("placed", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_session_outlives_kill_9(config: AppConfig, image: Path, repository: Path) -> None:
+    paths = [str(repository / folder) for folder in ("model", "apps/medvl_sam2", "tests")]
+    command = [sys.executable, "-c", _SERVER, str(config.store), str(image), *paths]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    with server.stdout:
+        assert server.stdout.readline() == "placed\n"
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    apart = runtime(dataclasses.replace(config, journal_days=0))
+    with runtime(config).use(image, CLIENT) as held, apart.use(image, CLIENT) as uninterrupted:
+        assert held.notes["restored"]
+        place(uninterrupted)
+        for one, other in zip(go_on(held), go_on(uninterrupted), strict=True):
+            assert np.array_equal(one, other)
