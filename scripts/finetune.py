@@ -22,10 +22,8 @@ from pathlib import Path
 
 import torch
 
-from medvl_sam2.checkpoint import shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
-from medvl_sam2.publishing import read_published
 from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress
 from medvl_sam2.training.finetune_samples import samples_from_folder
@@ -76,9 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda *_: (stop.set(), signal.signal(signal.SIGINT, signal.default_int_handler)))
     try:
         config = settings(options)
-        base = options.base or read_published(options.store) or shipped_checkpoint()
         samples = samples_from_folder(options.folder)
-        result = run_finetune(config, samples, base, options.store, _show, stop.is_set, default_backend())
+        result = run_finetune(config, samples, options.base, options.store, _show, stop.is_set, default_backend())
     except (MedVLError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

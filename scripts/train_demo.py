@@ -93,8 +93,8 @@ def joint(options: argparse.Namespace, segmentation: Path, scene: Path, language
     """Join the halves, train the seam and save the checkpoint."""
     config = ModelConfig.tiny()
     model = UnifiedModel(config, Tokenizer.load(language / "tokenizer.json"))
-    weights = language / "vision_language.safetensors"
-    load_part(model.language, load_file(weights), weights)
+    trained = language / "vision_language.safetensors"
+    load_part(model.language, load_file(trained), trained)
     first = options.seed + UNSEEN_SEED
     seeds = range(first, first + options.joint_cases)
     cases = [spoken_case(seed) for seed in tqdm(seeds, desc="spoken cases")]

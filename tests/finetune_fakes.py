@@ -172,5 +172,5 @@ class FakeBackend:
         self.stages.append(FakeStage(base, config, data, self))
         return self.stages[-1]
 
-    def backend(self) -> FinetuneBackend:
-        return FinetuneBackend(self.stage, FakePredictor, make_case, from_case)
+    def backend(self, shipped: Path) -> FinetuneBackend:
+        return FinetuneBackend(self.stage, FakePredictor, make_case, from_case, lambda: shipped)

@@ -146,7 +146,7 @@ def verify_checkpoint(directory: Path) -> CheckpointMeta:
     beside = directory / ALIGNMENT_FOLDER
     if beside.is_dir():
         verify_checkpoint(beside)
-        if _read_config(beside).alignment is None:
+        if read_config(beside).alignment is None:
             raise CheckpointError(f"{beside} holds no image-text model; put the folder of an alignment stage there")
     return meta
 
@@ -159,7 +159,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """
     directory = Path(directory)
     meta = verify_checkpoint(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     state: dict[str, torch.Tensor] = {}
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt", device="cpu") as file:
@@ -224,7 +224,11 @@ def _storable(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return tensors, tied
 
 
-def _read_config(directory: Path) -> ModelConfig:
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration of a checkpoint folder alone; its weights are not looked at.
+
+    Raises :class:`CheckpointError` when it does not fit this release, :class:`OSError` when it cannot be read.
+    """
     try:
         return ModelConfig.from_json((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:

@@ -177,6 +177,10 @@ def test_masks_alone_are_enough(manifest: Path, listed: Manifest, tmp_path: Path
     before, after = metrics["held_out"]["before"], metrics["held_out"]["after"]
     assert set(after) == {"loss", "report", "organs", "rebuilt"}
     assert after["rebuilt"] < 0.9 * before["rebuilt"]
+    write_manifest(place, [r for r in listed.records if r.id.endswith("s0000")])  # nothing is held out
+    metrics = run(settings(tmp_path, 1, data={"held_out": 0}), place, tmp_path / "all")
+    assert metrics["held_out_cases"] == 0
+    assert (tmp_path / "all" / "alignment" / "meta.json").exists()
 
 
 def test_converted_parts_are_a_start(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def run(
     if not base.exists():
         write_model(base, skill)
     listen = (lambda _: None) if told is None else told.append
-    return run_finetune(config, samples, base, tmp_path / "store", listen, should_stop, fake.backend())
+    return run_finetune(config, samples, base, tmp_path / "store", listen, should_stop, fake.backend(base))
 
 
 def gates(result: FinetuneResult) -> dict[str, bool]:
@@ -210,6 +210,27 @@ def test_a_model_published_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     assert result.published is None
     assert "compare again" in result.reason
     assert read_published(tmp_path / "store") == done[0]
+
+
+def test_a_start_from_an_older_model_is_measured_against_the_served_one(tmp_path: Path) -> None:
+    publish(tmp_path / "store", write_model(tmp_path / "served", 0.95))
+    result = run(tmp_path, make_samples(tmp_path, 5), FakeBackend(gain=0.02), skill=0.6)
+    assert result.published is None
+    assert result.served is not None
+    assert result.candidate is not None
+    assert result.served["holdout"] > result.candidate["holdout"] > 0.6
+    assert gates(result)["holdout"] is False
+
+
+def test_the_served_model_is_measured_again_when_another_is_served_by_then(tmp_path: Path) -> None:
+    samples = make_samples(tmp_path, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, samples, FakeBackend(gain=0.02, fail_at=10))
+    publish(tmp_path / "store", write_model(tmp_path / "better", 0.95))
+    result = run(tmp_path, samples, FakeBackend(gain=0.02))
+    assert result.resumed
+    assert result.published is None
+    assert gates(result)["holdout"] is False
 
 
 def test_unusable_labels_are_skipped_with_their_reason(tmp_path: Path) -> None:

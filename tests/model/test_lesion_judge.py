@@ -120,24 +120,26 @@ def judge_of(trainer: LanguageTrainer) -> LesionJudge:
 def test_the_language_phase_fits_once_and_keeps_the_judge(
     cases: list[LanguageCase], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = tmp_path / "judge.safetensors"
-    blind = trainer(cases, tokenizer)
-    with pytest.raises(DataError, match="no lesion was found"):  # an untrained map sees none
-        blind.fit_judge(kept)
-    assert not kept.exists()
+    def seeing() -> LanguageTrainer:
+        made = trainer(cases, tokenizer)
+        assert made.model.scene is not None
+        with torch.no_grad():
+            made.model.scene.lesion_head[-1].bias.fill_(9.0)  # one great lesion, taken for every finding
+        return made
 
-    first = trainer(cases, tokenizer)
-    scene = first.model.scene
-    assert scene is not None
-    with torch.no_grad():
-        scene.lesion_head[-1].bias.fill_(9.0)  # one great lesion, taken for every finding
+    with pytest.raises(DataError, match="no lesion was found"):  # an untrained map sees none
+        trainer(cases, tokenizer).fit_judge(tmp_path)
+    assert not list(tmp_path.glob("judge_*"))
     monkeypatch.setattr(language_phase, "slot_lies_on", lambda slot, finding: True)
-    first.fit_judge(kept)
+    first, second = seeing(), seeing()
+    first.fit_judge(tmp_path)
     assert not any(p.requires_grad for p in judge_of(first).parameters())
-    second = trainer(cases, tokenizer)  # its map sees none, so that it cannot have been fitted again
-    second.fit_judge(kept)
+    second.cases = [replace(case, findings=()) for case in cases]  # of these it could not be fitted again
+    second.fit_judge(tmp_path)
     assert torch.equal(judge_of(first).linear.weight, judge_of(second).linear.weight)
     assert torch.equal(judge_of(first).mean, judge_of(second).mean)
+    with pytest.raises(DataError, match="no lesion was found"):  # another map is not judged by this one's judge
+        trainer(cases, tokenizer).fit_judge(tmp_path)
 
 
 def test_a_lesion_is_said_in_the_words_of_its_kind_and_organ() -> None:

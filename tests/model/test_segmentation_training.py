@@ -16,7 +16,7 @@ from medvl_sam2.synthesis import generate_case
 from medvl_sam2.training.batch_stream import BatchShape, batch_stream
 from medvl_sam2.training.joint_phase import JointConfig, JointPhase, spoken_case
 from medvl_sam2.training.losses import LossWeights, dice_score, mask_loss
-from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, from_masks
+from medvl_sam2.training.samples import CONCEPTS, LabelledVolume, Target, from_masks
 from medvl_sam2.training.scene_looks import SceneLooks
 from medvl_sam2.training.segmentation_phase import SegmentationPhase, SegmentationPhaseConfig
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps
@@ -257,6 +257,9 @@ def test_requests_mean_their_organ_the_found_lesions_or_nothing(generated: Label
     looks._looks[0] = replace(seen, maps=maps)
     liver = organs.index("liver")
     assert torch.nonzero(looks.wanted(0, "liver", generated.find("liver"))).flatten().tolist() == [liver]
+    both = Target("liver and spleen", 0, (1, 2), members=("liver", "spleen"))
+    meant = sorted([liver, organs.index("spleen")])
+    assert torch.nonzero(looks.wanted(0, both.name, both)).flatten().tolist() == meant
     assert not looks.wanted(0, "liver", None).any()
     assert torch.nonzero(looks.wanted(0, "lesion", lesion)).flatten().tolist() == [len(organs)]
     place = looks.place(0, "lesion", lesion)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from medvl_sam2.training.stage import Draw
-from medvl_sam2.training.throughput import Meter, Work, known_peak
+from medvl_sam2.training.throughput import Meter, Work, known_peak, peak_of
 from medvl_sam2.training.trainer import Trainer
 from trainer_toy import TOY, Toy
 
@@ -66,3 +67,30 @@ def test_the_log_has_the_rates_of_stages_that_tell_their_work() -> None:
     known = Trainer(Told(), replace(TOY, peak_tflops=1.0))
     known.run()
     assert all(0 < line["mfu"] < 1 for line in known.history)
+
+
+def test_a_run_that_goes_on_counts_no_step_again(tmp_path: Path) -> None:
+    config = replace(TOY, steps=3, peak_tflops=1.0, log_steps=1)
+    first = Trainer(Told(), replace(config, steps=1), tmp_path)
+    first.run()
+    assert first.progress.flops[1] == TOY.accumulate
+    second = Trainer(Told(), config, tmp_path)
+    second.run()
+    assert second.progress.flops[1] == 2 * TOY.accumulate
+    straight = Trainer(Told(), config)
+    straight.run()
+    assert second.progress.flops == straight.progress.flops
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 0.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10G", 0.0),
+        ("H100 80GB", 989.0),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(name: str, peak: float) -> None:
+    assert peak_of(name) == peak

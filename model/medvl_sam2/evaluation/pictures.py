@@ -5,6 +5,7 @@ Radiological display: patient right on the left of the picture, anterior up on a
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ _PLANES = (("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1))
 """Name, canonical axis cut, and the canonical axes drawn down and across."""
 _TRUTH_COLOUR = "#39d353"
 _MASK_COLOUR = "#ff5d5d"
+_COLUMNS = 9
+"""Names side by side in the legend."""
 
 
 def draw(
@@ -68,11 +71,13 @@ def draw(
             _draw_prompt(axes, points, np.asarray(prompt.labels).reshape(-1), box, axis, cut, (down, across))
         axes.set_title(f"{plane}, slice {cut}", color="white", fontsize=10)
         axes.axis("off")
-    _legend(figure, labels, names, target is not None)
+    rows = _legend(figure, labels, names, target is not None)
     figure.suptitle(title, color="white", fontsize=12)
     if text:
         figure.text(0.02, 0.01, "\n".join(_wrap(text)), color="white", fontsize=9, va="bottom")
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.08 + 0.035 * len(_wrap(text)), wspace=0.03)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=0.905 - 0.035 * rows, bottom=0.08 + 0.035 * len(_wrap(text)), wspace=0.03
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="black")
 
@@ -141,16 +146,18 @@ def _draw_prompt(
         axes.add_patch(Rectangle(corner, size[across], size[down], fill=False, edgecolor="#4da3ff", linewidth=1.2))
 
 
-def _legend(figure: Figure, labels: np.ndarray, names: Sequence[str], with_truth: bool) -> None:
+def _legend(figure: Figure, labels: np.ndarray, names: Sequence[str], with_truth: bool) -> int:
+    """Names of the colours above the cuts; returns how many rows they take."""
     present = [value for value in range(1, len(names) + 1) if (labels == value).any()]
     lines = [Line2D([], [], color=_colour(value, len(names)), label=names[value - 1]) for value in present]
     if with_truth:
         lines.append(Line2D([], [], color=_TRUTH_COLOUR, label="truth"))
     if lines:
         figure.legend(
-            handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=min(len(lines), 9), fontsize=8,
+            handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=_COLUMNS, fontsize=8,
             labelcolor="white", frameon=False,
         )  # fmt: skip
+    return math.ceil(len(lines) / _COLUMNS)
 
 
 def _wrap(text: str, width: int = 190) -> list[str]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ from medvl_sam2.training.alignment_records import AlignmentRecord, GeneratedReco
 from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.corpus import build_tokenizer
 from medvl_sam2.training.language_data import CaseStore
-from medvl_sam2.training.manifest_feed import held_out_figures, manifest_feed, trained_tokenizer
+from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures, manifest_feed, trained_tokenizer
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import image_text_config, image_text_tokenizer, load_image_text_starts
@@ -51,7 +52,7 @@ class Sides:
     """Cases to learn from and cases to measure on; ``tokenizer`` makes one of the texts of the first."""
 
     training: CaseFeed[AlignmentRecord]
-    held_out: CaseFeed[AlignmentRecord]
+    held_out: CaseFeed[AlignmentRecord] | None
     tokenizer: Callable[[], Tokenizer]
 
 
@@ -76,14 +77,15 @@ def manifest_sides(config: AlignmentStageConfig, manifest: Manifest, vision: Vis
             )
         return manifest_feed(records, manifest.root, reduced, config.data, config.trainer.seed, config.batch)
 
-    return Sides(feed(Split.TRAIN), feed(Split.VALIDATION), lambda: trained_tokenizer(manifest, config.head.vocab_size))
+    held_out = feed(Split.VALIDATION) if config.data.held_out else None
+    return Sides(feed(Split.TRAIN), held_out, lambda: trained_tokenizer(manifest, config.head.vocab_size))
 
 
 def generated_sides(config: AlignmentStageConfig, vision: VisionConfig, cache: Path) -> Sides:
     """Generated cases, made when they are first needed and kept in the folder ``cache``."""
     data = config.data
     cases = CaseStore(range(data.generated + data.without_report), vision, cache, wordings=_WORDINGS)
-    unseen = CaseStore(range(HELD_OUT_SEED, HELD_OUT_SEED + data.held_out), vision, cache)
+    unseen = range(HELD_OUT_SEED, HELD_OUT_SEED + data.held_out)
 
     def feed(records: GeneratedRecords) -> CaseFeed[AlignmentRecord]:
         keep = max(data.keep, 2 * config.batch)
@@ -91,9 +93,20 @@ def generated_sides(config: AlignmentStageConfig, vision: VisionConfig, cache: P
 
     return Sides(
         feed(GeneratedRecords(cases, data.generated)),
-        feed(GeneratedRecords(unseen)),
+        feed(GeneratedRecords(CaseStore(unseen, vision, cache))) if unseen else None,
         lambda: build_tokenizer(cases[: min(_SURVEYED, data.generated)], config.head.vocab_size),
     )
+
+
+def held_out_scores(
+    config: AlignmentStageConfig, learner: AlignmentLearner, feed: CaseFeed[AlignmentRecord]
+) -> dict[str, float]:
+    """Losses of ``learner`` on the held-out cases of ``feed`` and, where some have a report, how well it is found."""
+    stage, cases = AlignmentStage(config, learner, feed), min(config.data.held_out, len(feed))
+    learner.eval()
+    scores = held_out_figures(stage, config.trainer, held_out_draws(cases, config.batch))
+    records = feed.readable(cases)
+    return {**scores, **(retrieval_scores(learner, records) if any(record.reports for record in records) else {})}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,32 +148,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = trainer.weights()  # in every process: under FSDP each has a part of them
     if not ranks.first:
         return
-    history, cases = trainer.history, min(data.held_out, len(sides.held_out))
+    history = trainer.history
     del trainer, stage  # room for the two that are compared
-
-    def measured(learner: AlignmentLearner) -> dict[str, float]:
-        stage = AlignmentStage(config, learner, sides.held_out)
-        learner.eval()
-        scores = held_out_figures(stage, config.trainer, config.batch, cases)
-        records = sides.held_out.readable(cases)
-        told = any(record.reports for record in records)
-        return {**scores, **(retrieval_scores(learner, records) if told else {})}
-
-    scores = {"before": measured(begun())}
     trained = ImageTextModel(model, tokenizer)
     result, place = out / "alignment.safetensors", out / ALIGNMENT_FOLDER
     load_part(trained, read_weights(result), result)
-    meta = CheckpointMeta("alignment", "0", f"Image-text model after {progress.step} steps.")
-    save_checkpoint(place, trained.state_dict(), trained.config, out / "tokenizer.json", meta, overwrite=True)
-    learner = begun()
-    learner.load_state_dict(weights)
-    stored = load_checkpoint(place).state  # what is scored is what is stored, in half precision
-    load_part(learner, stored, place, parts=("vision.", "alignment."))
-    scores["after"] = measured(learner)
-    meta = replace(meta, metrics=scores["after"])
-    save_checkpoint(place, trained.state_dict(), trained.config, out / "tokenizer.json", meta, overwrite=True)
-    metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": cases, "held_out": scores}
-    skipped = {**sides.training.skipped, **sides.held_out.skipped}
+
+    def save(scores: Mapping[str, float]) -> None:
+        meta = CheckpointMeta("alignment", "0", f"Image-text model after {progress.step} steps.", metrics=dict(scores))
+        save_checkpoint(place, trained.state_dict(), trained.config, out / "tokenizer.json", meta, overwrite=True)
+
+    save({})
+    metrics: dict[str, Any] = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": 0}
+    skipped = dict(sides.training.skipped)
+    if sides.held_out is not None:
+        scores = {"before": held_out_scores(config, begun(), sides.held_out)}
+        learner = begun()
+        learner.load_state_dict(weights)
+        stored = load_checkpoint(place).state  # what is scored is what is stored, in half precision
+        load_part(learner, stored, place, parts=("vision.", "alignment."))
+        scores["after"] = held_out_scores(config, learner, sides.held_out)
+        save(scores["after"])
+        metrics |= {"held_out_cases": min(data.held_out, len(sides.held_out)), "held_out": scores}
+        skipped |= sides.held_out.skipped
     told = {"skipped_cases": skipped, "history": history, "config": json.loads(json.dumps(asdict(config), default=str))}
     write_json_atomically(out / "metrics.json", {**metrics, **told})
     print(json.dumps(metrics, indent=2))

@@ -33,14 +33,18 @@ class CaseFeed(Generic[T]):
         seed: int,
         keep: int = 16,
         workers: int = 0,
+        facts: object = None,
     ) -> None:
         """``read`` makes the case ``names[n]`` of its number ``n``; ``workers`` threads call it.
 
-        It raises :class:`MedVLError` for a case that cannot be used. Raises :class:`DataError` without names.
+        It raises :class:`MedVLError` for a case that cannot be used. ``facts``: plain values that tell the cases from
+        others of the same names. Raises :class:`DataError` without names.
         """
         if not names:
             raise DataError("no case to learn from; give a manifest with cases on this side, or generate some")
         self.skipped: dict[str, str] = {}
+        self.digest = digest(names, facts)
+        """Which cases they are, with what is known of each, in which order; files are named and not opened."""
         self._names, self._read, self._seed, self._keep = tuple(names), read, seed, keep
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._held: OrderedDict[int, Future[T | None]] = OrderedDict()
@@ -48,11 +52,6 @@ class CaseFeed(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-    @property
-    def digest(self) -> str:
-        """Which cases they are, in which order."""
-        return digest(self._names)
 
     def cases(self, first: int, count: int, ahead: int | None = None) -> list[T]:
         """Cases number ``first`` to ``first + count - 1``; as many from ``ahead`` on are read meanwhile.

@@ -27,9 +27,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from medvl_sam2.checkpoint import CheckpointMeta, verify_checkpoint
+from medvl_sam2.checkpoint import CheckpointMeta, shipped_checkpoint, verify_checkpoint
 from medvl_sam2.errors import Cancelled, CheckpointError, DataError
-from medvl_sam2.publishing import publish, published_version
+from medvl_sam2.publishing import SHIPPED_VERSION, publish, read_published
 from medvl_sam2.synthesis.records import Case
 from medvl_sam2.training.finetune_gates import (
     figures,
@@ -109,31 +109,34 @@ class FinetuneBackend:
     """Generated case of a seed."""
     replay_volume: Callable[[Case], LabelledVolume]
     """A generated case as the stage sees it."""
+    shipped: Callable[[], Path] = shipped_checkpoint
+    """The checkpoint that a store serves before anything is published."""
 
 
 def run_finetune(
     config: FinetuneConfig,
     samples: Sequence[FinetuneSample],
-    base: Path,
+    base: Path | None,
     store: Path,
     progress: Callable[[FinetuneProgress], None],
     should_stop: Callable[[], bool],
     backend: FinetuneBackend,
 ) -> FinetuneResult:
-    """Finetune the served checkpoint ``base`` and publish the outcome into ``store`` if it is better.
+    """Finetune a checkpoint and publish the outcome into ``store`` if it is better than the one served there.
 
-    ``should_stop`` is asked between steps; a stopped run goes on after its last step, a killed one after its last saved
-    state, by the next call on the same inputs.
+    ``base``: where training starts; None takes the served checkpoint. ``should_stop`` is asked between steps; a
+    stopped run goes on after its last step, a killed one after its last saved state, by the next call on the same
+    inputs.
 
     Raises:
         DataError: no label can be used, or another finetuning runs in this store.
-        CheckpointError: ``base`` is damaged, or the run to go on with was begun otherwise.
+        CheckpointError: the checkpoint is damaged, or the run to go on with was begun otherwise.
         TrainingError: the loss is not finite.
     """
     store = Path(store)
     store.mkdir(parents=True, exist_ok=True)
     with _alone(store, Ranks.join(config.device)):
-        return _Finetuning(config, samples, Path(base), store, progress, should_stop, backend).run()
+        return _Finetuning(config, samples, base, store, progress, should_stop, backend).run()
 
 
 @contextmanager
@@ -158,18 +161,22 @@ class _Finetuning:
         self,
         config: FinetuneConfig,
         samples: Sequence[FinetuneSample],
-        base: Path,
+        base: Path | None,
         store: Path,
         progress: Callable[[FinetuneProgress], None],
         should_stop: Callable[[], bool],
         backend: FinetuneBackend,
     ) -> None:
-        self.config, self.base, self.store, self.backend = config, base, store, backend
+        self.config, self.store, self.backend = config, store, backend
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
         self.ranks = Ranks.join(config.device)
-        self.meta = verify_checkpoint(base)
-        self.version = published_version(store)
+        published = read_published(store)  # what the candidate is measured against, and nothing else, may be replaced
+        self.version = SHIPPED_VERSION if published is None else int(published.name)
+        self.served = published or backend.shipped()
+        self.base = self.served if base is None else Path(base)
+        self.meta = verify_checkpoint(self.base)
+        self.served_sha256 = verify_checkpoint(self.served).sha256
         loaded, self.skipped = load_samples(samples)
         patients = [one.sample.patient for one in loaded]
         self.split = assign_patients(store / "holdout.json", patients, config.holdout_fraction)
@@ -237,10 +244,10 @@ class _Finetuning:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def _measure_served(self) -> tuple[Measurement | None, Measurement]:
-        known = self.run_folder.served()
+        known = self.run_folder.served(self.served_sha256)
         if known is None:
-            known = self._measure(self.base, "served")
-            self.run_folder.keep_served(*known)
+            known = self._measure(self.served, "served")
+            self.run_folder.keep_served(self.served_sha256, *known)
         if known[0] is not None:
             self._best = known[0].overall
         return known

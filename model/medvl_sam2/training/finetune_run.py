@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from medvl_sam2 import __version__
 from medvl_sam2.files import file_sha256, write_json_atomically
 from medvl_sam2.training.finetune_records import FREE_SETTINGS, FinetuneConfig, FinetuneResult
 from medvl_sam2.training.finetune_samples import LoadedSample
@@ -65,19 +66,22 @@ class FinetuneRun:
         with open(self.path / self.METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
-    def served(self) -> tuple[Measurement | None, Measurement] | None:
-        """Scores of the served model on hold-out and generated cases, if measured before."""
+    def served(self, weights: str) -> tuple[Measurement | None, Measurement] | None:
+        """Scores of the served ``weights`` (SHA-256) on hold-out and generated cases, if this release measured them."""
         path = self.path / "served.json"
         if not path.exists():
             return None
         data = json.loads(path.read_text(encoding="utf-8"))
+        if (data.get("weights"), data.get("release")) != (weights, __version__):
+            return None
         holdout = None if data["holdout"] is None else _measurement(data["holdout"])
         return holdout, _measurement(data["generated"])
 
-    def keep_served(self, holdout: Measurement | None, generated: Measurement) -> None:
-        """Remember the served model's scores."""
+    def keep_served(self, weights: str, holdout: Measurement | None, generated: Measurement) -> None:
+        """Remember the scores of the served ``weights`` (SHA-256): another release may click and segment otherwise."""
         plain = None if holdout is None else dataclasses.asdict(holdout)
-        write_json_atomically(self.path / "served.json", {"holdout": plain, "generated": dataclasses.asdict(generated)})
+        record = {"weights": weights, "release": __version__, "holdout": plain}
+        write_json_atomically(self.path / "served.json", {**record, "generated": dataclasses.asdict(generated)})
 
     def finish(self, result: FinetuneResult) -> None:
         """Write ``result.json`` and drop the state: this run is not resumed any more."""

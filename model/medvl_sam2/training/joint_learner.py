@@ -328,7 +328,8 @@ class _Masks:
             found.append((len(mine), sheet_loss(self._model, sheet, vectors[mine], self._stage._steps.weights)))
             self.slices += config.sheet
         masks = torch.stack([count * part.masks for count, part in found]).sum() / len(numbers)
-        scores = torch.stack([part.scores for _, part in found]).mean()
+        scores = torch.stack([part.placed * part.scores for _, part in found]).sum()
+        scores = scores / max(1, sum(part.placed for _, part in found))
         figures["masks"], figures["spoken"] = masks.item(), _mean([part.dice for _, part in found])
         if self._model.segmenter.scorer is not None:
             figures["scores"], figures["started"] = scores.item(), _mean([part.right for _, part in found])

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.presets import preset
 from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
-from medvl_sam2.training.manifest_feed import held_out_figures, manifest_feed, trained_tokenizer
+from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures, manifest_feed, trained_tokenizer
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import load_starts, start_config, start_tokenizer
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load_starts(model, config.start)
         return model
 
-    held_out = feed_of(manifest, Split.VALIDATION, config, model_config, tokenizer)
+    wanted = config.data.held_out
+    held_out = feed_of(manifest, Split.VALIDATION, config, model_config, tokenizer) if wanted else None
     feed = feed_of(manifest, Split.TRAIN, config, model_config, tokenizer)
     stage = JointStage(config, begun(), feed, out, ranks.world)
     trainer = Trainer(stage, config.trainer, out)
@@ -93,17 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     history = trainer.history
     del trainer, stage  # room for the two that are compared
-    cases = min(config.data.held_out, len(held_out))
-
-    def measured(model: UnifiedModel) -> dict[str, float]:
-        return held_out_figures(JointStage(config, model, held_out), config.trainer, config.batch, cases)
-
-    scores = {"before": measured(begun())}
-    trained = UnifiedModel(model_config, tokenizer)
-    load_into(trained, load_checkpoint(out / "checkpoint").state)
-    scores["after"] = measured(trained)
-    metrics = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": cases, "held_out": scores}
-    skipped = {**feed.skipped, **held_out.skipped}
+    metrics: dict[str, Any] = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": 0}
+    skipped = dict(feed.skipped)
+    if held_out is not None:
+        draws = held_out_draws(min(wanted, len(held_out)), config.batch)
+        scores = {"before": held_out_figures(JointStage(config, begun(), held_out), config.trainer, draws)}
+        trained = UnifiedModel(model_config, tokenizer)
+        load_into(trained, load_checkpoint(out / "checkpoint").state)
+        scores["after"] = held_out_figures(JointStage(config, trained, held_out), config.trainer, draws)
+        metrics |= {"held_out_cases": min(draws * config.batch, len(held_out)), "held_out": scores}
+        skipped |= held_out.skipped
     told = {"skipped_cases": skipped, "history": history, "config": json.loads(json.dumps(asdict(config), default=str))}
     write_json_atomically(out / "metrics.json", {**metrics, **told})
     print(json.dumps(metrics, indent=2))

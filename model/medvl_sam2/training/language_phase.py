@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import DataError
+from medvl_sam2.modeling.lesion_judge import LesionJudge
 from medvl_sam2.modeling.scene_facts import SceneFacts, lesion_parts
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.vision_language import VisionLanguage
@@ -34,7 +35,7 @@ from medvl_sam2.training.language_metrics import language_scores
 from medvl_sam2.training.language_weights import load_language, load_scene, model_state
 from medvl_sam2.training.pointing import pointing_loss, slot_lies_on, wanted_elements
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.run_settings import digest, plain_settings
+from medvl_sam2.training.run_settings import digest, frozen_digest, plain_settings
 from medvl_sam2.training.stage import Draw, ParameterGroup, Stage
 from medvl_sam2.training.trainer import ReportProgress, Trainer, TrainerConfig
 from medvl_sam2.training.trainer_state import write_tensors
@@ -185,13 +186,15 @@ class LanguageTrainer(nn.Module, Stage):
     def _wanted(self, target: SegTarget, found: Tensor) -> Tensor:
         """Elements (E,) in {0, 1} that a target is, given which slot lies on which finding (slots, findings)."""
         slots = found[:, list(target.findings)].any(dim=1)
-        return wanted_elements(target.name, self.model.config.scene_organs, slots)
+        return wanted_elements([target.name], self.model.config.scene_organs, slots)
 
     @torch.no_grad()
-    def fit_judge(self, kept: Path | None) -> None:
-        """Fit the scene's judge of lesions to what the frozen map finds in the cases, or take the ``kept`` one.
+    def fit_judge(self, run: Path | None) -> None:
+        """Fit the scene's judge of lesions to what the frozen map finds in the cases.
 
-        A model that has no words for lesions yet begins with those of its language model.
+        An earlier start in the folder ``run``, with the same map, cases and seed, may have fitted it already; of
+        several processes the first does it for all. A model that has no words for lesions yet begins with those of
+        its language model.
 
         Raises :class:`DataError` when no lesion of a known kind is found there.
         """
@@ -200,23 +203,30 @@ class LanguageTrainer(nn.Module, Stage):
             return
         organs = [spoken(name) for name in self.model.config.scene_organs]
         scene.words.learn(self.model.word_embedding, scene.scene.kinds, organs)
-        if kept is not None and kept.exists():
-            load_part(scene.judge, read_weights(kept), kept)
+        if run is None:
+            self._fit_to_cases(scene.judge, scene.scene.kinds)
             return
+        ranks = Ranks.join(self.config.device)
+        kept = run / f"judge_{digest(frozen_digest(self), seeds_of(self.cases), self.config.seed)}.safetensors"
+        if ranks.first and not kept.exists():
+            self._fit_to_cases(scene.judge, scene.scene.kinds)
+            write_tensors(kept, model_state(scene.judge))
+        ranks.wait()
+        load_part(scene.judge, read_weights(kept), kept)
+
+    def _fit_to_cases(self, judge: LesionJudge, named: Sequence[str]) -> None:
         rows, kinds = [], []
         numbers = np.unique(np.linspace(0, len(self.cases) - 1, _JUDGED).astype(int)).tolist()
         for number in tqdm(numbers, desc="lesions of known kind", mininterval=10):
             encoded = self._encode(number, 0)
             assert encoded.facts is not None
-            known = [1 + scene.scene.kinds.index(finding.kind) for finding in self.cases[number].findings]
+            known = [1 + named.index(finding.kind) for finding in self.cases[number].findings]
             for slot in torch.nonzero(encoded.facts.lesions[0, :, 0] > 0)[:, 0].tolist():
                 rows.append(encoded.facts.lesions[0, slot])
                 kinds.append(max((k for k, on in zip(known, encoded.found[slot], strict=True) if on), default=0))
         if not any(kinds):
             raise DataError(f"no lesion was found in {len(numbers)} cases; train the scene for longer")
-        scene.judge.fit(torch.stack(rows), torch.tensor(kinds, device=rows[0].device))
-        if kept is not None and Ranks.join(self.config.device).first:
-            write_tensors(kept, model_state(scene.judge))
+        judge.fit(torch.stack(rows), torch.tensor(kinds, device=rows[0].device))
 
     @torch.no_grad()
     def _encode(self, number: int, window: int) -> EncodedCase:
@@ -287,7 +297,7 @@ def train_language(
         raise DataError("the language phase got no case; generate or load at least one")
     torch.manual_seed(config.seed)
     stage = LanguageTrainer(model, config, cases, surveyed).to(config.device)
-    stage.fit_judge(None if run is None else run / "judge.safetensors")
+    stage.fit_judge(run)
     trainer = TrainerConfig(
         steps=config.steps, warmup=config.warmup, seed=config.seed, device=config.device,
         precision="auto" if config.bfloat16 else "float32", accumulate=config.accumulate,

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from medvl_sam2.datasets.case_cache import CaseCache
+from medvl_sam2.datasets.json_records import to_plain
 from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Split
 from medvl_sam2.datasets.volumes import LoadedCase, read_case
 from medvl_sam2.modeling.tokenizer import Tokenizer
@@ -24,8 +25,8 @@ from medvl_sam2.training.trainer import TrainerConfig
 
 _SURVEYED = 400
 """So many cases, spread over the training side, give the texts for a tokenizer where none is given."""
-_LEAST_ROUNDS = 4
-"""Micro-batches that the held-out loss is taken over at least."""
+_LEAST_DRAWS = 4
+"""Batches that the held-out loss is taken over at least."""
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class FeedConfig:
     workers: int = 2
     """Threads of every process that read ahead."""
     held_out: int = 50
-    """Held-out cases measured before and after."""
+    """Held-out cases measured before and after; 0: none, and none need be there."""
 
 
 def manifest_feed(
@@ -66,7 +67,8 @@ def manifest_feed(
         return reduced(read_case(record, root) if cache is None else cache.read(record, root))
 
     names = [record.id for record in records]
-    return CaseFeed(names, read, seed, max(config.keep, 2 * batch), config.workers)
+    facts = [to_plain(record) for record in records]
+    return CaseFeed(names, read, seed, max(config.keep, 2 * batch), config.workers, facts)
 
 
 def trained_tokenizer(manifest: Manifest, vocab_size: int) -> Tokenizer:
@@ -76,10 +78,15 @@ def trained_tokenizer(manifest: Manifest, vocab_size: int) -> Tokenizer:
     return Tokenizer.train((text for n in numbers for text in corpus_of(records[n])), vocab_size)
 
 
-def held_out_figures(stage: Stage, loop: TrainerConfig, batch: int, cases: int) -> dict[str, float]:
-    """Mean loss and figures over the first ``cases`` of the stage's feed; the same tasks and noise every time."""
+def held_out_draws(cases: int, batch: int) -> int:
+    """Batches that show ``cases`` held-out cases; of few cases each comes several times, with other tasks."""
+    return max(_LEAST_DRAWS, -(-cases // batch))
+
+
+def held_out_figures(stage: Stage, loop: TrainerConfig, draws: int) -> dict[str, float]:
+    """Mean loss and figures over ``draws`` batches of the stage's feed; the same cases, tasks and noise every time."""
     sums: dict[str, list[float]] = {}
-    for step in tqdm(range(max(_LEAST_ROUNDS, -(-cases // batch))), desc="held-out cases", mininterval=5):
+    for step in tqdm(range(draws), desc="held-out batches", mininterval=5):
         torch.manual_seed(step)
         with torch.no_grad(), autocast(loop.device, loop.precision):
             loss, figures = stage.loss(Draw(loop.seed, step))

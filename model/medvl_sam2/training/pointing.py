@@ -17,11 +17,12 @@ def slot_lies_on(slot: Tensor, target: Tensor) -> bool:
     return bool(slot.any()) and float((slot & target).sum()) >= _LEAST_OVERLAP * float(slot.sum())
 
 
-def wanted_elements(name: str, organs: Sequence[str], slots: Tensor) -> Tensor:
-    """Elements (organs + slots,) in {0, 1} that a target is: its organ, or else the lesion ``slots`` (bool) on it."""
+def wanted_elements(names: Sequence[str], organs: Sequence[str], slots: Tensor) -> Tensor:
+    """Elements (organs + slots,) in {0, 1} that a target is: its organs, or else the lesion ``slots`` (bool) on it."""
     wanted = torch.zeros(len(organs) + len(slots))
-    if name in organs:
-        wanted[organs.index(name)] = 1.0
+    meant = [organs.index(name) for name in names if name in organs]
+    if meant:
+        wanted[meant] = 1.0
     else:
         wanted[len(organs) :] = slots.float()
     return wanted

@@ -22,11 +22,15 @@ CONCEPTS: tuple[str, ...] = (*CLASSES, *(f"lesion_in_{organ}" for organ in LESIO
 
 @dataclass(frozen=True)
 class Target:
-    """One object: ``values`` of label map number ``map``. ``concept`` is None for objects without a known name."""
+    """One object: ``values`` of label map number ``map``. ``concept`` is None for objects without a known name.
+
+    ``members``: the structures that an object is made of which has no name of its own.
+    """
 
     name: str
     map: int
     values: tuple[int, ...]
+    members: tuple[str, ...] = ()
 
     @property
     def concept(self) -> int | None:

@@ -55,7 +55,7 @@ class SceneLooks:
         self._looks[number] = SeenVolume(look.tokens, elements, maps)
 
     def wanted(self, number: int, name: str, target: Target | None) -> Tensor:
-        """Which elements (E,) in {0, 1} a request for ``name`` means: its organ, or the lesion slots on ``target``.
+        """Which elements (E,) in {0, 1} a request for ``name`` means: its organs, or the lesion slots on ``target``.
 
         None are wanted where the volume has no such thing (``target`` None).
         """
@@ -64,11 +64,12 @@ class SceneLooks:
             organs = self.model.config.scene_organs
             slots = self.of(number).maps[len(organs) :] > 0
             on_target = torch.zeros(len(slots), dtype=torch.bool)
-            if target is not None and name not in organs:
+            names = () if target is None else target.members or (name,)
+            if target is not None and not set(names) & set(organs):
                 mask = torch.from_numpy(self.volume_at(number).mask(target, slice(None)).astype(np.float32))
                 cells = F.adaptive_max_pool3d(mask[None, None], slots.shape[1:])[0, 0] > 0.5
                 on_target = torch.tensor([slot_lies_on(slot, cells) for slot in slots])
-            self._wanted[key] = wanted_elements(name if target else "", organs, on_target)
+            self._wanted[key] = wanted_elements(names, organs, on_target)
         return self._wanted[key]
 
     def place(self, number: int, name: str, target: Target | None) -> Tensor | None:

@@ -27,12 +27,16 @@ class SpokenRow(NamedTuple):
 
 
 class SheetLoss(NamedTuple):
-    """Loss of the masks, mean Dice where there is one, loss of the slices' scores and share of right start slices."""
+    """Loss of the masks, mean Dice where there is one, loss of the slices' scores and share of right start slices.
+
+    ``placed``: requests that have a mask on some slice; the last two figures are over them alone.
+    """
 
     masks: Tensor
     dice: float
     scores: Tensor
     right: float
+    placed: int
 
 
 def spoken_rows_loss(
@@ -66,7 +70,8 @@ def sheet_loss(model: UnifiedModel, sheet: Sheet, vectors: Tensor, weights: Loss
     scores, right = vectors.sum() * 0, float("nan")
     if segmenter.scorer is not None:
         scores, right = slice_score_loss(segmenter.scorer(vectors, features.coarse), sheet.areas.to(device))
-    return SheetLoss(mask_loss(output, masks, weights), _mean_dice(output, masks), scores, right)
+    placed = int((sheet.areas.sum(dim=1) > 0).sum())
+    return SheetLoss(mask_loss(output, masks, weights), _mean_dice(output, masks), scores, right, placed)
 
 
 def _mean_dice(output: SliceOutput, masks: Tensor) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from medvl_sam2.checkpoint import META_FILE, TOKENIZER_FILE, load_checkpoint
+from medvl_sam2.checkpoint import META_FILE, TOKENIZER_FILE, read_config
 from medvl_sam2.config import AlignmentConfig, ModelConfig
 from medvl_sam2.converters.load import load_parts
 from medvl_sam2.converters.parts import ALIGNMENT, config_from_parts
@@ -60,7 +60,7 @@ def image_text_config(base: ModelConfig, head: AlignmentConfig, starts: Sequence
     """``base`` with the text tower of ``starts``, or else with ``head``, and changed so that converted parts fit."""
     config = start_config(replace(base, alignment=head), starts)
     towers = [path for path in starts if _is_image_text(path)]
-    return replace(config, alignment=load_checkpoint(towers[-1]).config.alignment) if towers else config
+    return replace(config, alignment=read_config(towers[-1]).alignment) if towers else config
 
 
 def image_text_tokenizer(starts: Sequence[Path]) -> Tokenizer | None:
@@ -89,7 +89,7 @@ def load_image_text_starts(model: ImageTextModel, starts: Sequence[Path]) -> Non
 
 def _is_image_text(path: Path) -> bool:
     """A checkpoint folder of an image-text model."""
-    return (path / META_FILE).exists() and load_checkpoint(path).config.alignment is not None
+    return (path / META_FILE).exists() and read_config(path).alignment is not None
 
 
 def _is_part(path: Path) -> bool:
@@ -98,4 +98,4 @@ def _is_part(path: Path) -> bool:
 
 def _is_whole(path: Path) -> bool:
     """A checkpoint folder of the unified model, not of an image-text model."""
-    return (path / META_FILE).exists() and load_checkpoint(path).config.alignment is None
+    return (path / META_FILE).exists() and read_config(path).alignment is None

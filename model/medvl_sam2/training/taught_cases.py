@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -20,6 +20,7 @@ from medvl_sam2.errors import DataError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.modeling.tokenizer import SEG
 from medvl_sam2.modeling.unified import language_view
+from medvl_sam2.training.real_cases import vocabulary_class
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES, merge_class
@@ -148,8 +149,15 @@ class _Masks:
         groups = [(name,) for name in item.targets] if count == len(item.targets) else [item.targets]
         if count > len(groups):
             return None
-        masks = [self.add(" and ".join(group), group) for group in groups]
+        masks = [self._united(group) for group in groups]
         return TaughtReference(item.text, answer, tuple(m for m in masks if m)) if all(masks) else None
+
+    def _united(self, group: Sequence[str]) -> Target | None:
+        """The target that is a group of labels together."""
+        target = self.add(" and ".join(group), group)
+        if target is not None and len(group) > 1:
+            target = self.targets[target.name] = replace(target, members=tuple(vocabulary_class(n) or n for n in group))
+        return target
 
     def volume(
         self,

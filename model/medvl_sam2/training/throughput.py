@@ -1,13 +1,15 @@
 """How fast a training is: samples, tokens and slices a second, memory, and the share of the device's arithmetic used.
 
 Model FLOPs utilisation (MFU, PaLM, arXiv 2204.02311, appendix B) counts what the model needs. torch counts it in the
-first two steps of a process, forward and backward, and their mean micro-batch stands for all; these steps are in no
-rate. With gradient checkpointing the recomputed activations are in the count, so the figure is called ``hfu`` (hardware
-FLOPs utilisation) then. Where the device's peak is not known, as on a CPU, there is neither.
+first two steps of a run, forward and backward, and their mean micro-batch stands for all; these steps are in no rate. A
+run that goes on keeps the count: under torch's counter some results differ in the last digit. With gradient
+checkpointing the recomputed activations are in the count, so the figure is called ``hfu`` (hardware FLOPs utilisation)
+then. Where the device's peak is not known, as on a CPU, there is neither.
 """
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ PEAK_TFLOPS: Mapping[str, float] = MappingProxyType(
     {
         "H200": 989.0,
         "H100 PCIe": 756.0,
+        "H100 NVL": 835.0,
         "H100": 989.0,
         "A100": 312.0,
         "L40S": 362.0,
@@ -49,12 +52,24 @@ class Work:
 class Meter:
     """Adds up work and time between two lines of the log."""
 
-    def __init__(self, device: str, peak_tflops: float = 0.0, recomputes: bool = False) -> None:
-        """``peak_tflops``: of one device; 0 asks :data:`PEAK_TFLOPS`. ``recomputes``: with gradient checkpointing."""
+    def __init__(
+        self,
+        device: str,
+        peak_tflops: float = 0.0,
+        recomputes: bool = False,
+        steps: int = 0,
+        counted: tuple[float, int] = (0.0, 0),
+    ) -> None:
+        """``peak_tflops``: of one device; 0 asks :data:`PEAK_TFLOPS`. ``recomputes``: with gradient checkpointing.
+
+        ``steps`` and ``counted``: steps done before, and what :attr:`counted` was then.
+        """
         self._device = torch.device(device)
         self._peak = 1e12 * (peak_tflops or known_peak(self._device))
         self._share_name = "hfu" if recomputes else "mfu"
-        self._flops, self._counted, self._steps = 0.0, 0, 0
+        self._steps = steps
+        self.counted = counted
+        """Operations counted, and in how many micro-batches."""
         self._forget()
 
     def _forget(self) -> None:
@@ -68,8 +83,8 @@ class Meter:
             return
         with FlopCounterMode(display=False) as counter:
             yield
-        self._flops += counter.get_total_flops()
-        self._counted += 1
+        flops, batches = self.counted
+        self.counted = (flops + counter.get_total_flops(), batches + 1)
 
     def add(self, work: Work | None) -> None:
         """Count a micro-batch."""
@@ -97,8 +112,9 @@ class Meter:
         names = ("samples_per_s", "tokens_per_s", "slices_per_s")
         found = {name: rate for name, rate in zip(names, totals, strict=True) if rate > 0}
         found["peak_memory_mib"] = peak_memory(self._device) / 2**20
-        if self._counted:
-            found[self._share_name] = self._flops / self._counted * batches / (seconds * self._peak)
+        flops, counted = self.counted
+        if self._peak and counted:
+            found[self._share_name] = flops / counted * batches / (seconds * self._peak)
         return found
 
 
@@ -107,7 +123,12 @@ def known_peak(device: torch.device) -> float:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+    return peak_of(name)
+
+
+def peak_of(name: str) -> float:
+    """The peak of the first entry of :data:`PEAK_TFLOPS` that stands in a device's ``name`` as whole words, else 0."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
 
 
 def peak_memory(device: torch.device) -> int:

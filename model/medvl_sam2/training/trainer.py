@@ -116,7 +116,6 @@ class Trainer:
         """
         self.stage, self.config, self.out = stage, config, out
         self.ranks = Ranks.join(config.device)
-        self._meter = Meter(config.device, config.peak_tflops, config.checkpointing)
         self._settings = {} if out is None else self._run_settings()  # before weights are sharded
         if config.checkpointing:
             _switch_checkpointing_on(stage.module)
@@ -130,6 +129,8 @@ class Trainer:
         )
         self._report_progress = report_progress
         self.progress = self._resume()
+        done = self.progress
+        self._meter = Meter(config.device, config.peak_tflops, config.checkpointing, done.step, done.flops)
         self._saved_step, self._saved_seconds = self.progress.step, self.progress.seconds
         self.log = self._open_log(log)
 
@@ -219,6 +220,7 @@ class Trainer:
         seconds = self.ranks.from_first(time.monotonic() - begun)
         progress.seconds += seconds
         self._meter.step(seconds)
+        progress.flops = self._meter.counted
         if progress.skipped_on_end >= config.most_skips:
             before = f"{progress.skipped_on_end} steps on end, up to " if config.most_skips > 1 else ""
             raise TrainingError(

@@ -36,6 +36,8 @@ class Progress:
     """Skipped steps since the last good one."""
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Figures since the last line of the log: sum and count."""
+    flops: tuple[float, int] = (0.0, 0)
+    """Operations counted for the throughput, and in how many micro-batches."""
     tracking: str = ""
     """MLflow's id of the run."""
 
@@ -97,7 +99,8 @@ def read_state(
         if found:  # the step count stays on the CPU, where AdamW keeps it
             optimiser.state[parameter] = {k: v if k == "step" else as_like(v, parameter) for k, v in found.items()}
     sums = {name: (float(total), int(count)) for name, (total, count) in counters.pop("sums").items()}
-    return Progress(**counters, sums=sums)
+    flops, batches = counters.pop("flops", (0.0, 0))  # earlier releases did not keep the count
+    return Progress(**counters, sums=sums, flops=(float(flops), int(batches)))
 
 
 def _moving(module: nn.Module) -> dict[str, Tensor]:

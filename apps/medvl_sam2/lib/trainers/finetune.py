@@ -22,10 +22,8 @@ from lib.configs.medvl_sam2 import AppConfig
 from lib.label_names import stored_names
 from lib.result_writing import http_errors
 from lib.retrain_schedule import RetrainSchedule
-from medvl_sam2.checkpoint import shipped_checkpoint
 from medvl_sam2.errors import ConfigError, DataError, MedVLError
 from medvl_sam2.files import write_json_atomically
-from medvl_sam2.publishing import read_published
 from medvl_sam2.training.finetune import FinetuneBackend, run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
 from medvl_sam2.training.holdout import patient_key
@@ -74,8 +72,7 @@ class FinetuneTask(TrainTask):
             # From here on the labels count as used; those that come later are the next training's.
             self._schedule.training_started()
             samples = datastore_samples(datastore)
-            base = read_published(self._store) or shipped_checkpoint()
-            result = run_finetune(config, samples, base, self._store, self._tell, lambda: False, load_backend())
+            result = run_finetune(config, samples, None, self._store, self._tell, lambda: False, load_backend())
         self._finish(result)
         logger.info("%s (%d epochs, %.0f s)", result.reason, result.epochs, result.seconds)
         return {
