@@ -117,6 +117,28 @@ def totalsegmentator(root: Path, cases: tuple[str, ...] = ("s0000", "s0003", "s0
     return patients
 
 
+def ct_rate(
+    root: Path, names: dict[str, str], orientation: dict[str, str], part: str = "train", table: str = "train"
+) -> dict[str, Phantom]:
+    """Volumes and reports as CT-RATE stores them: no header, slope and intercept only in the table."""
+    base = root / "dataset"
+    reports, metadata, patients = [], [], {}
+    for number, (name, findings_) in enumerate(names.items()):
+        axes = "RAS" if orientation.get(name, "").startswith("[-1") else "LPS"
+        patients[name] = case = phantom(axes_affine(axes), number)
+        study = name.rsplit("_", 1)[0]
+        path = base / part / study.rsplit("_", 1)[0] / study / name
+        save_nifti(path, ((case.array + 8192) // 2).astype(np.int16), None)
+        reports.append({"VolumeName": name, "Findings_EN": findings_, "Impressions_EN": "Not given."})
+        row = {"VolumeName": name, "RescaleSlope": "2", "RescaleIntercept": "-8192.0", "XYSpacing": "[3.0, 2.5]"}
+        metadata.append({**row, "ZSpacing": "5.0", "ImageOrientationPatient": orientation.get(name, "")})
+    save_table(base / f"radiology_text_reports/{table}_reports.csv", reports)
+    save_table(base / f"metadata/{table}_metadata.csv", metadata)
+    labels = [{"VolumeName": name, "Cardiomegaly": "1", "Lung nodule": "0"} for name in names]
+    save_table(base / f"multi_abnormality_labels/{part}_predicted_labels.csv", labels)
+    return patients
+
+
 def labelled(root: Path, image: str, label: str, axes: str, seed: int = 0, turn: bool = True) -> Phantom:
     """A NIfTI image and its label map."""
     case = phantom(axes_affine(axes, turn=turn), seed)

@@ -14,10 +14,10 @@ import dataset_folders as folders
 from dataset_folders import (
     NAMES,
     SHAPE,
-    Phantom,
     assert_right_side_right,
     axes_affine,
     by_id,
+    ct_rate,
     found,
     phantom,
     reasons,
@@ -36,26 +36,6 @@ from medvl_sam2.types import Modality
 SUPINE, PRONE = "[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]", "[-1.0, 0.0, 0.0, 0.0, -1.0, 0.0]"
 
 
-def _ct_rate(root: Path, names: dict[str, str], orientation: dict[str, str]) -> dict[str, Phantom]:
-    """Volumes as CT-RATE stores them: no header, slope and intercept only in the table."""
-    base = root / "dataset"
-    reports, metadata, patients = [], [], {}
-    for number, (name, findings_) in enumerate(names.items()):
-        axes = "RAS" if orientation.get(name) == PRONE else "LPS"
-        patients[name] = case = phantom(axes_affine(axes), number)
-        study = name.rsplit("_", 1)[0]
-        path = base / "train" / study.rsplit("_", 1)[0] / study / name
-        save_nifti(path, ((case.array + 8192) // 2).astype(np.int16), None)
-        reports.append({"VolumeName": name, "Findings_EN": findings_, "Impressions_EN": "Not given."})
-        row = {"VolumeName": name, "RescaleSlope": "2", "RescaleIntercept": "-8192.0", "XYSpacing": "[3.0, 2.5]"}
-        metadata.append({**row, "ZSpacing": "5.0", "ImageOrientationPatient": orientation.get(name, "")})
-    save_table(base / "radiology_text_reports/train_reports.csv", reports)
-    save_table(base / "metadata/train_metadata.csv", metadata)
-    labels = [{"VolumeName": name, "Cardiomegaly": "1", "Lung nodule": "0"} for name in names]
-    save_table(base / "multi_abnormality_labels/train_predicted_labels.csv", labels)
-    return patients
-
-
 def test_ct_rate(tmp_path: Path) -> None:
     names = {
         "train_1_a_1.nii.gz": "Heart is large.",
@@ -65,7 +45,7 @@ def test_ct_rate(tmp_path: Path) -> None:
         "train_4_a_1.nii.gz": "A brain.",
         "train_1267_a_4.nii.gz": "Lungs clear.",
     }
-    patients = _ct_rate(tmp_path, names, {"train_1_a_1.nii.gz": SUPINE, "train_1_b_1.nii.gz": PRONE})
+    patients = ct_rate(tmp_path, names, {"train_1_a_1.nii.gz": SUPINE, "train_1_b_1.nii.gz": PRONE})
     base = tmp_path / "dataset"
     (base / "train/train_3/train_3_a/train_3_a_1.nii.gz").unlink()
     (base / "metadata/no_chest_train.txt").write_text("dataset/train/train_4/train_4_a/train_4_a_1.nii.gz\n")
@@ -106,7 +86,7 @@ def test_ct_rate(tmp_path: Path) -> None:
     ],
 )
 def test_ct_rate_names_a_bad_table_value(tmp_path: Path, column: str, value: str, reason: str) -> None:
-    _ct_rate(tmp_path, {"train_1_a_1.nii.gz": "Fine.", "train_2_a_1.nii.gz": "Fine."}, {})
+    ct_rate(tmp_path, {"train_1_a_1.nii.gz": "Fine.", "train_2_a_1.nii.gz": "Fine."}, {})
     table = tmp_path / "dataset/metadata/train_metadata.csv"
     row = {"RescaleSlope": "1", "RescaleIntercept": "0", "XYSpacing": "[3.0, 2.5]", "ZSpacing": "5"}
     rows = [{"VolumeName": f"train_{n}_a_1.nii.gz", **row, "ImageOrientationPatient": SUPINE} for n in (1, 2)]

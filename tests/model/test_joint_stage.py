@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,23 +21,25 @@ from torch import Tensor
 
 import dataset_folders as folders
 import taught_folder
-from medvl_sam2.datasets.manifest import ImageFile, Manifest, Split, read_manifest
+from medvl_sam2.datasets.manifest import CaseRecord, ImageFile, Split, read_manifest
 from medvl_sam2.datasets.volumes import read_case
 from medvl_sam2.errors import CheckpointError, ConfigError, DataError
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.training import joint_learner, joint_stage
-from medvl_sam2.training.alignment_stage import AlignmentStageConfig
+from medvl_sam2.training.alignment_learner import AlignmentStageConfig
+from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.finetune_records import FinetuneConfig
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
 from medvl_sam2.training.language_batches import pack
 from medvl_sam2.training.losses import LossWeights
+from medvl_sam2.training.manifest_feed import FeedConfig, manifest_feed
 from medvl_sam2.training.slice_batches import Sheet
 from medvl_sam2.training.spoken_masks import SheetLoss
 from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import load_starts, start_tokenizer
-from medvl_sam2.training.taught_cases import CaseFeed, TaughtCase, record_offers, taught_case
+from medvl_sam2.training.taught_cases import TaughtCase, record_offers, taught_case
 from medvl_sam2.training.taught_texts import Shares, draw_tasks, task_samples
 from medvl_sam2.training.trainer import Trainer
 from small_model import SMALL, small_model
@@ -60,6 +63,12 @@ def case(manifest: Path) -> TaughtCase:
 def taught(manifest: Path, number: int) -> TaughtCase:
     listed = read_manifest(manifest)
     return taught_case(read_case(listed.records[number], listed.root), SMALL.vision)
+
+
+def feed_on(records: Sequence[CaseRecord], root: Path, keep: int = 2, workers: int = 0) -> CaseFeed[TaughtCase]:
+    return manifest_feed(
+        records, root, lambda case: taught_case(case, SMALL.vision), FeedConfig(keep=keep, workers=workers), 7, 1
+    )
 
 
 def state_of(stage: JointStage) -> dict[str, Tensor]:
@@ -126,22 +135,23 @@ def test_without_certain_sides_nothing_with_a_side_is_taught(manifest: Path) -> 
 def test_numbers_name_the_same_cases_whatever_reads_them(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
     listed = read_manifest(manifest).of(Split.TRAIN)
 
-    def read(record: folders.CaseRecord) -> TaughtCase:
-        return taught_case(read_case(record, listed.root), SMALL.vision)
+    def feed(records: Sequence[CaseRecord], keep: int = 16, workers: int = 0) -> CaseFeed[TaughtCase]:
+        return feed_on(records, manifest.parent, keep, workers)
 
-    plain, ahead = CaseFeed(listed, read, 7), CaseFeed(listed, read, 7, keep=2, workers=2)
+    plain, ahead = feed(listed.records), feed(listed.records, keep=2, workers=2)
     first = [case.id for case in plain.cases(0, 6)]
     assert sorted(first[:3]) == sorted(first[3:]) == ["case0", "case1", "case2"]  # two epochs
     assert [c.id for n in (0, 2, 4) for c in ahead.cases(n, 2, n + 2)] == first
     assert [case.id for case in plain.cases(4, 2)] == first[4:]
     torn = [replace(r, image=ImageFile("none.nii.gz")) if r.id == first[1] else r for r in listed.records]
-    holed = CaseFeed(replace(listed, records=tuple(torn)), read, 7)
+    holed = feed(torn)
     assert [case.id for case in holed.cases(0, 3)] == [first[0], first[2], first[2]]
     assert set(holed.skipped) == {first[1]}
     assert f"case {first[1]} skipped" in caplog.text
-    broken = tuple(replace(r, image=ImageFile("none.nii.gz")) for r in listed.records)
+    assert [case.id for case in holed.readable(3)] == [first[0], first[2]]
+    broken = [replace(r, image=ImageFile("none.nii.gz")) for r in listed.records]
     with pytest.raises(DataError, match="none of the 3 cases"):
-        CaseFeed(replace(listed, records=broken), read, 7).cases(0, 1)
+        feed(broken).cases(0, 1)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -251,13 +261,9 @@ def test_slice_scores_are_weighted_by_the_requests_that_have_a_mask(
 def test_changed_texts_are_another_feed(manifest: Path) -> None:
     listed = read_manifest(manifest).of(Split.TRAIN)
     first = listed.records[0]
-    changed = Manifest((replace(first, report=f"{first.report} No."), *listed.records[1:]), listed.root)
-
-    def feed(cases: Manifest) -> CaseFeed:
-        return CaseFeed(cases, lambda record: taught_case(read_case(record, listed.root), SMALL.vision), 7)
-
-    assert feed(listed).digest == feed(Manifest(listed.records, listed.root)).digest
-    assert feed(listed).digest != feed(changed).digest
+    changed = [replace(first, report=f"{first.report} No."), *listed.records[1:]]
+    assert feed_on(listed.records, listed.root).digest == feed_on(list(listed.records), listed.root).digest
+    assert feed_on(listed.records, listed.root).digest != feed_on(changed, listed.root).digest
 
 
 @pytest.mark.slow

@@ -80,4 +80,5 @@ class ImageTextModel(nn.Module):
                 "the text tower was trained with a tokenizer that is not read here (ClinicalBERT's word pieces); "
                 "give its ids to alignment.embed_texts(), or train a tower with the alignment stage"
             )
-        return self.alignment.embed_texts(text_batch(self.tokenizer, texts, self.alignment.config.max_length))
+        ids = text_batch(self.tokenizer, texts, self.alignment.config.max_length)
+        return self.alignment.embed_texts(ids.to(self.alignment.t_prime.device))

@@ -96,12 +96,17 @@ class Reconstruction(nn.Module):
         means = views.mean(dim=(2, 3, 4), keepdim=True)
         return torch.where(hidden, means, views), tokens.flatten(1)
 
-    def forward(self, maps: list[Tensor], views: Tensor, hidden: Tensor) -> Tensor:
-        """Mean squared error (0-d) of the hidden tokens (B, n) against the unhidden ``views`` (B, 1, D, H, W)."""
+    def forward(self, maps: list[Tensor], views: Tensor, hidden: Tensor, shared: bool = False) -> Tensor:
+        """Mean squared error (0-d) of the hidden tokens (B, n) against the unhidden ``views`` (B, 1, D, H, W).
+
+        ``shared``: other processes have other rows of the batch; the mean over them is then that of all rows.
+        """
         d, h, w = self.grid
         side = self.side
         parts = functional.adaptive_avg_pool3d(views, (d * side, h * side, w * side))
         blocks = parts.reshape(-1, d, side, h, side, w, side).permute(0, 1, 3, 5, 2, 4, 6)
         wanted = blocks.reshape(-1, d * h * w, side**3)
         error = (self.read(maps[self.stage]).float() - wanted).square().mean(dim=-1)
-        return (error * hidden).sum() / hidden.sum().clamp_min(1)
+        count = hidden.sum().float()[None]
+        count = gathered(count).mean() if shared else count[0]
+        return (error * hidden).sum() / count.clamp_min(1)

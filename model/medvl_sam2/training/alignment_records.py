@@ -9,7 +9,9 @@ from typing import overload
 import numpy as np
 
 from medvl_sam2.synthesis.language import spoken_size
-from medvl_sam2.training.language_data import ORGANS, LanguageCase
+from medvl_sam2.training.language_data import ORGANS, LanguageCase, seeds_of
+from medvl_sam2.training.samples import Target
+from medvl_sam2.training.taught_cases import TaughtCase
 from medvl_sam2.vocabulary import spoken
 
 
@@ -25,7 +27,7 @@ class Region:
 class AlignmentRecord:
     """One volume. ``view`` (D, H, W) in [0, 1], ``extent_mm`` (z, y, x).
 
-    Without ``reports`` (wordings of one report) the volume teaches by reconstruction only.
+    ``reports`` are wordings of one report; without one the volume teaches by reconstruction, and by its ``regions``.
     """
 
     view: np.ndarray
@@ -40,6 +42,12 @@ class GeneratedRecords(Sequence[AlignmentRecord]):
     def __init__(self, cases: Sequence[LanguageCase], told: int | None = None) -> None:
         """``told``: only the first so many keep their report; default all."""
         self._cases, self._told = cases, len(cases) if told is None else told
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each case is, for :class:`CaseFeed`."""
+        seeds = enumerate(seeds_of(self._cases))
+        return tuple(f"generated {seed}{'' if n < self._told else ', not told'}" for n, seed in seeds)
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -70,3 +78,42 @@ def _regions(case: LanguageCase) -> Iterator[Region]:
             lesions = [f for f in case.findings if f.organ == organ]
             said = [f"There is a {spoken_size(f.diameter_mm)} {f.kind} in the {f.location}." for f in lesions]
             yield Region(case.organ_cells[number], " ".join(said) or f"The {spoken(organ)} is normal.")
+
+
+def record_of_taught(case: TaughtCase, grid: tuple[int, int, int]) -> AlignmentRecord:
+    """A case of a manifest with one region, on ``grid`` (d, h, w), per structure and per sentence with masks.
+
+    Structures say what they are, not how: nobody has read whether they are normal.
+    """
+    reports = () if case.report is None else (case.report,)
+    volume = case.volume
+    if volume is None:
+        return AlignmentRecord(case.view, case.extent_mm, reports)
+    cells = [_cells(labels, grid) for labels in volume.maps]
+
+    def shown(masks: Sequence[Target]) -> np.ndarray:
+        return np.sum([cells[m.map][list(m.values)].sum(axis=0) for m in masks], axis=0).astype(np.float32)
+
+    named = [target for target in volume.targets if target.name in case.names]
+    regions = [Region(shown([target]), f"This is the {spoken(target.name)}.") for target in named]
+    regions += [Region(shown(item.masks), item.text) for item in case.references]
+    return AlignmentRecord(case.view, case.extent_mm, reports, tuple(regions))
+
+
+def _cells(labels: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Voxels of every value of a label map (Z, Y, X) whose centres lie in each cell: (values, d, h, w).
+
+    Plane by plane, as a whole-body volume with a hundred structures is too large for one mask after another.
+    """
+    rows, columns, planes = (
+        (2 * np.arange(size) + 1) * count // (2 * size)
+        for size, count in zip((*labels.shape[1:], labels.shape[0]), (*grid[1:], grid[0]), strict=True)
+    )
+    values, area = int(labels.max()) + 1, grid[1] * grid[2]
+    places = rows[:, None] * grid[2] + columns
+    counts = np.zeros((values, grid[0], area), dtype=np.int64)
+    for plane, number in zip(labels, planes, strict=True):
+        inside = plane > 0
+        found = plane[inside].astype(np.int64) * area + places[inside]
+        counts[:, number] += np.bincount(found, minlength=values * area).reshape(values, area)
+    return counts.reshape(values, *grid)

@@ -20,8 +20,10 @@ from medvl_sam2.errors import ConfigError
 from medvl_sam2.modeling.lora import add_lora, merged_state
 from medvl_sam2.modeling.scene_pointer import scene_elements
 from medvl_sam2.modeling.unified import GlobalLook, UnifiedModel
+from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.corpus import SegTarget
 from medvl_sam2.training.language_batches import PackedBatch, pack, stack_views
+from medvl_sam2.training.manifest_feed import FeedConfig
 from medvl_sam2.training.pointing import pointing_loss
 from medvl_sam2.training.run_settings import digest, plain_settings
 from medvl_sam2.training.samples import LabelledVolume, Target
@@ -30,7 +32,7 @@ from medvl_sam2.training.segmentation_steps import SegmentationLearner, Segmenta
 from medvl_sam2.training.slice_batches import SliceSampler
 from medvl_sam2.training.spoken_masks import SpokenRow, sheet_loss, spoken_rows_loss
 from medvl_sam2.training.stage import Draw, ParameterGroup, Run, Stage
-from medvl_sam2.training.taught_cases import CaseFeed
+from medvl_sam2.training.taught_cases import TaughtCase
 from medvl_sam2.training.taught_texts import Shares, draw_tasks, task_samples
 from medvl_sam2.training.throughput import Work
 from medvl_sam2.training.trainer import TrainerConfig
@@ -43,21 +45,10 @@ Phase = Literal["projector", "joint"]
 
 
 @dataclass(frozen=True)
-class JointData:
-    """Where the cases come from."""
+class JointData(FeedConfig):
+    """Where the cases come from; the manifest's validation side is held out."""
 
     manifest: Path = Path("manifest.jsonl")
-    root: Path | None = None
-    """Folder that the manifest's paths start from; default: its own."""
-    cache: Path | None = None
-    """Folder of cases once read; None reads the data set's own files every time."""
-    cache_gib: float = 50.0
-    keep: int = 16
-    """Cases kept in memory by every process."""
-    workers: int = 2
-    """Threads of every process that read ahead."""
-    held_out: int = 50
-    """Validation cases measured before and after."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ class JointStage(Stage):
         self,
         config: JointStageConfig,
         model: UnifiedModel,
-        feed: CaseFeed,
+        feed: CaseFeed[TaughtCase],
         out: Path | None = None,
         world: int = 1,
     ) -> None:

@@ -13,58 +13,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from medvl_sam2.checkpoint import load_checkpoint, load_into
 from medvl_sam2.config import ModelConfig
-from medvl_sam2.datasets.case_cache import CaseCache
-from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Split, read_manifest
-from medvl_sam2.datasets.volumes import read_case
+from medvl_sam2.datasets.manifest import Manifest, Split, read_manifest
+from medvl_sam2.datasets.volumes import LoadedCase
 from medvl_sam2.errors import DataError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.presets import preset
+from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
-from medvl_sam2.training.precision import autocast
+from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures, manifest_feed, trained_tokenizer
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.stage import Draw
 from medvl_sam2.training.stage_config import read_stage_config
 from medvl_sam2.training.stage_start import load_starts, start_config, start_tokenizer
-from medvl_sam2.training.taught_cases import CaseFeed, TaughtCase, record_offers, taught_case
-from medvl_sam2.training.taught_texts import askable, corpus_of
+from medvl_sam2.training.taught_cases import TaughtCase, record_offers, taught_case
+from medvl_sam2.training.taught_texts import askable
 from medvl_sam2.training.trainer import Trainer
-
-_SURVEYED = 400
-"""So many cases, from the first on, give the texts for a tokenizer where none is given."""
-_LEAST_DRAWS = 4
-"""Batches that the held-out loss is taken over at least: of few cases several times, with other tasks each time."""
-
-
-def held_out_figures(stage: JointStage, draws: int) -> dict[str, float]:
-    """Mean loss and figures over ``draws`` batches of the stage's feed; the same cases, tasks and noise every time."""
-    sums: dict[str, list[float]] = {}
-    loop = stage.config.trainer
-    for step in tqdm(range(draws), desc="held-out batches", mininterval=5):
-        torch.manual_seed(step)
-        with torch.no_grad(), autocast(loop.device, loop.precision):
-            loss, figures = stage.loss(Draw(loop.seed, step))
-        for name, value in {"loss": float(loss), **figures}.items():
-            if math.isfinite(value):
-                sums.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
 def feed_of(
     manifest: Manifest, split: Split, config: JointStageConfig, model: ModelConfig, tokenizer: Tokenizer
-) -> CaseFeed:
+) -> CaseFeed[TaughtCase]:
     """The cases of one side that offer a task with a share.
 
     Raises :class:`DataError` when there is none.
@@ -73,14 +51,11 @@ def feed_of(
     records = [r for r in manifest.of(split).records if any(shares[kind] > 0 for kind in record_offers(r))]
     if not records:
         raise DataError(f"{data.manifest} has no {split} case with a task of the {config.phase} phase; add some")
-    cache = None if data.cache is None else CaseCache(data.cache, int(data.cache_gib * 2**30))
 
-    def read(record: CaseRecord) -> TaughtCase:
-        case = read_case(record, manifest.root) if cache is None else cache.read(record, manifest.root)
+    def reduced(case: LoadedCase) -> TaughtCase:
         return askable(taught_case(case, model.vision), tokenizer, model.language)
 
-    used = Manifest(tuple(records), manifest.root)
-    return CaseFeed(used, read, config.trainer.seed, max(data.keep, 2 * config.batch), data.workers)
+    return manifest_feed(records, manifest.root, reduced, data, config.trainer.seed, config.batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model_config = start_config(preset(config.preset), config.start)
     tokenizer = start_tokenizer(config.start)
     if tokenizer is None:
-        surveyed = manifest.of(Split.TRAIN).records[:_SURVEYED]
-        tokenizer = Tokenizer.train((t for r in surveyed for t in corpus_of(r)), model_config.language.vocab_size)
+        tokenizer = trained_tokenizer(manifest, model_config.language.vocab_size)
 
     def begun() -> UnifiedModel:
         torch.manual_seed(config.trainer.seed)
@@ -124,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics: dict[str, Any] = {"steps": progress.step, "seconds": progress.seconds, "held_out_cases": 0}
     skipped = dict(feed.skipped)
     if held_out is not None:
-        draws = max(_LEAST_DRAWS, -(-min(wanted, len(held_out)) // config.batch))
-        scores = {"before": held_out_figures(JointStage(config, begun(), held_out), draws)}
+        draws = held_out_draws(min(wanted, len(held_out)), config.batch)
+        scores = {"before": held_out_figures(JointStage(config, begun(), held_out), config.trainer, draws)}
         trained = UnifiedModel(model_config, tokenizer)
         load_into(trained, load_checkpoint(out / "checkpoint").state)
-        scores["after"] = held_out_figures(JointStage(config, trained, held_out), draws)
+        scores["after"] = held_out_figures(JointStage(config, trained, held_out), config.trainer, draws)
         metrics |= {"held_out_cases": min(draws * config.batch, len(held_out)), "held_out": scores}
         skipped |= held_out.skipped
     told = {"skipped_cases": skipped, "history": history, "config": json.loads(json.dumps(asdict(config), default=str))}

@@ -1,17 +1,10 @@
-"""Cases of a manifest as the joint stage learns from them, drawn by number.
-
-The n-th case of a run is the same for any number of processes, workers and restarts: one permutation of the manifest
-an epoch, as :class:`~medvl_sam2.datasets.stream.CaseStream` has it, but with any place in it at hand. A case that
-cannot be read is named in the log, and the next one of its epoch stands in for it.
-"""
+"""Cases of a manifest as the stages learn from them: a view, texts, and masks by name."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -19,17 +12,15 @@ import numpy as np
 import torch
 
 from medvl_sam2.config import VisionConfig
-from medvl_sam2.datasets.json_records import to_plain
 from medvl_sam2.datasets.label_layers import LabelLayers
 from medvl_sam2.datasets.label_names import opposite_side
-from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Question, Reference
+from medvl_sam2.datasets.manifest import CaseRecord, Question, Reference
 from medvl_sam2.datasets.volumes import LoadedCase
-from medvl_sam2.errors import DataError, MedVLError
+from medvl_sam2.errors import DataError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.modeling.tokenizer import SEG
 from medvl_sam2.modeling.unified import language_view
 from medvl_sam2.training.real_cases import vocabulary_class
-from medvl_sam2.training.run_settings import digest
 from medvl_sam2.training.samples import LabelledVolume, Target
 from medvl_sam2.types import Modality
 from medvl_sam2.vocabulary import CLASSES, merge_class
@@ -39,8 +30,6 @@ _PARTS: Mapping[str, int] = MappingProxyType({"lung_left": 2, "lung_right": 3, "
 _UNSPOKEN = re.compile(r"region_\d+")
 """Names of masks that only their sentences describe (M3D-RefSeg)."""
 _SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,10 +60,17 @@ class TaughtCase:
 
 
 def taught_case(case: LoadedCase, vision: VisionConfig) -> TaughtCase:
-    """Reduce a case to what is learned from it.
+    """:func:`reduced_case`; raises :class:`DataError` when no text and no mask is left to learn."""
+    taught = reduced_case(case, vision)
+    if not (taught.report or taught.questions or taught.names or taught.references or taught.volume):
+        raise DataError(f"case {taught.id!r} teaches nothing: no text and no mask is left whose sides are certain")
+    return taught
 
-    Where left and right are not certain, no text and no name with a side is kept. Raises :class:`DataError` when
-    nothing is left to learn.
+
+def reduced_case(case: LoadedCase, vision: VisionConfig) -> TaughtCase:
+    """Reduce a case to what is learned from it, at least its view.
+
+    Where left and right are not certain, no text and no name with a side is kept.
     """
     record, transform = case.record, CanonicalTransform(case.volume.geometry)
     image = np.ascontiguousarray(transform.forward_array(case.volume.array))
@@ -97,7 +93,7 @@ def taught_case(case: LoadedCase, vision: VisionConfig) -> TaughtCase:
         references = tuple(item for item in found if item is not None)
         if masks.targets:
             volume = masks.volume(image, transform.spacing, case.volume.modality, frozenset(names), record.patient)
-    taught = TaughtCase(
+    return TaughtCase(
         id=record.id,
         view=view[0, 0].to(torch.float16).numpy(),
         extent_mm=(z, y, x),
@@ -107,9 +103,6 @@ def taught_case(case: LoadedCase, vision: VisionConfig) -> TaughtCase:
         questions=tuple(q for q in record.questions if certain(q.text, q.answer, *q.choices)),
         references=references,
     )
-    if not (taught.report or taught.questions or taught.names or taught.references or taught.volume):
-        raise DataError(f"case {record.id!r} teaches nothing: no text and no mask is left whose sides are certain")
-    return taught
 
 
 def _named(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -189,87 +182,3 @@ def record_offers(record: CaseRecord) -> frozenset[str]:
         "interactive": bool(record.labels),
     }
     return frozenset(kind for kind, there in offers.items() if there)
-
-
-class CaseFeed:
-    """Cases of ``manifest`` by their number in the run; some are kept in memory and the next ones read ahead."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        read: Callable[[CaseRecord], TaughtCase],
-        seed: int,
-        keep: int = 16,
-        workers: int = 0,
-    ) -> None:
-        """``read`` raises :class:`MedVLError` for a case that cannot be used; ``workers`` threads call it.
-
-        Raises :class:`DataError` for an empty manifest.
-        """
-        if not manifest.records:
-            raise DataError("no case to learn from; this side of the manifest has none that offers a wanted task")
-        self.skipped: dict[str, str] = {}
-        self._records, self._read, self._seed, self._keep = manifest.records, read, seed, keep
-        self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._held: OrderedDict[int, Future[TaughtCase | None]] = OrderedDict()
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @property
-    def digest(self) -> str:
-        """Which cases they are, with what is known of each, in which order; files are named and not opened."""
-        return digest([to_plain(record) for record in self._records])
-
-    def cases(self, first: int, count: int, ahead: int | None = None) -> list[TaughtCase]:
-        """Cases number ``first`` to ``first + count - 1``; as many from ``ahead`` on are read meanwhile.
-
-        Raises :class:`DataError` when no case of an epoch can be read.
-        """
-        for number in range(first, first + count):
-            self._ask(self._index(number))  # so that the pool reads them side by side
-        found = [self._case(number) for number in range(first, first + count)]
-        if self._pool is not None and ahead is not None:
-            for number in range(ahead, ahead + count):
-                self._ask(self._index(number))
-        return found
-
-    def _case(self, number: int) -> TaughtCase:
-        for later in range(len(self)):
-            epoch, offset = divmod(number, len(self))
-            case = self._ask(self._index(epoch * len(self) + (offset + later) % len(self))).result()
-            if case is not None:
-                return case
-        raise DataError(f"none of the {len(self)} cases could be read; the log says why")
-
-    def _index(self, number: int) -> int:
-        epoch, offset = divmod(number, len(self))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self)))
-        return int(self._order[1][offset])
-
-    def _ask(self, index: int) -> Future[TaughtCase | None]:
-        if index not in self._held:
-            self._held[index] = self._submitted(index)
-            while len(self._held) > max(1, self._keep):
-                self._held.popitem(last=False)
-        self._held.move_to_end(index)
-        return self._held[index]
-
-    def _submitted(self, index: int) -> Future[TaughtCase | None]:
-        if self._pool is not None:
-            return self._pool.submit(self._try, index)
-        done: Future[TaughtCase | None] = Future()
-        done.set_result(self._try(index))
-        return done
-
-    def _try(self, index: int) -> TaughtCase | None:
-        record = self._records[index]
-        try:
-            return self._read(record)
-        except (MedVLError, OSError) as error:
-            if record.id not in self.skipped:
-                logger.warning("case %s skipped: %s", record.id, error)
-            self.skipped[record.id] = str(error)
-            return None
