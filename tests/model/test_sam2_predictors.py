@@ -18,7 +18,8 @@ Ways of working that differ, and what was compared instead:
 - a window of ours is square in millimetres, theirs squeezes the whole slice; edges of the image are repeated by theirs
   and dark in ours; points on a slice of another size are taken half a pixel apart (``test_a_slice_is_resized``);
 - a pass down after a pass up reads the memories of the pass up; ours keeps the directions apart, as MedSAM2 does by
-  resetting between them. Behind a second prompted slice theirs goes on with what it had, ours begins anew;
+  resetting between them. Of slices between two prompted ones ours reaches each from the nearer one, and beyond the
+  second it begins anew where theirs goes on with what it had;
 - the object is always on a slice that the annotator prompted, whatever its score says (``FirstPrompts``).
 """
 
@@ -40,10 +41,10 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import IntensityRange, SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
+from medvl_sam2.predictor.edits import CanonicalClick
 from medvl_sam2.predictor.first_prompts import InteractiveConfig, box_points, click_points
 from medvl_sam2.predictor.interactive import InteractiveEngine
-from medvl_sam2.predictor.objects import CanonicalClick
-from medvl_sam2.predictor.propagation import ObjectMemory, propagate
+from medvl_sam2.predictor.propagation import MemoryRule, ObjectMemory, propagate
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.presets import SLICE_PRESETS
 from medvl_sam2.types import Modality
@@ -57,6 +58,8 @@ CARRIED = 3e-5
 """Share of the voxels of carried slices whose logit may be so close to 0 that its sign turns; a third was measured."""
 BFLOAT16 = 2e-4
 """Where only their memories are rounded to bfloat16."""
+EVERY = MemoryRule(step=1.0, reach=1e3)
+"""Slices a millimetre apart, each a position in time, none forgotten but by SAM 2's own counts."""
 GREY = SliceIntensity(Modality.OTHER, IntensityRange(0.0, 255.0))
 FIRST, SECOND = CanonicalClick((0.0, 60.0, 40.0), 1), CanonicalClick((0.0, 30.0, 90.0), 0)
 BOX = np.array([[0.0, 32.0, 32.0], [SLICES - 1.0, 95.0, 95.0]])
@@ -84,15 +87,15 @@ class Pair:
         crop = SliceCrop.whole((size, size), (1.0, 1.0), self.ours.config.image_size)
         return SliceStack(self.ours, self.volume, GREY, crop)
 
-    def our_pass(self, prompts: Mapping[int, Prompt], start: int) -> dict[int, SliceOutput]:
-        """Every slice that ``propagate`` reaches from ``start``, and the prompted ones."""
+    def our_pass(self, prompts: Mapping[int, Prompt]) -> dict[int, SliceOutput]:
+        """Every slice that ``propagate`` reaches from the prompted ones, and these."""
         stack, memory, outputs = self.stack, ObjectMemory(), {}
         for z, (points, labels) in prompts.items():
             here = stack.features([z])
             done = self.ours.decode(here, SlicePrompt(points, labels))
             outputs[z] = done
             memory.conditioning[z] = self.ours.remember(here, done.logits, done.presence, done.pointer, prompted=True)
-        return outputs | propagate(stack, memory, list(range(len(self.volume))), start, stop_when_empty=False)
+        return outputs | propagate(stack, memory, list(range(len(self.volume))), 1.0, EVERY, open_ended=False)
 
     def their_passes(self, prompts: Mapping[int, Prompt], *reverse: bool, start: int) -> Tracked:
         """What the last of several passes through one session gives."""
@@ -273,12 +276,12 @@ def their_pass_up(pair: Pair) -> Tracked:
 @torch.no_grad()
 def test_a_pass_up_equals_the_video_predictor(pair: Pair, their_pass_up: Tracked, rounded: None) -> None:
     assert sorted(their_pass_up) == list(range(SLICES))
-    assert_same(pair, pair.our_pass(ONE, start=0), their_pass_up, share=CARRIED)
+    assert_same(pair, pair.our_pass(ONE), their_pass_up, share=CARRIED)
 
 
 @torch.no_grad()
 def test_memories_in_full_precision_make_a_difference(pair: Pair, their_pass_up: Tracked) -> None:
-    worst, voxels = gaps(pair, pair.our_pass(ONE, start=0), their_pass_up)
+    worst, voxels = gaps(pair, pair.our_pass(ONE), their_pass_up)
     assert TOLERANCE < worst <= BFLOAT16
     assert voxels <= 1e-4 * pair.volume.size
 
@@ -289,14 +292,14 @@ def test_a_memory_or_pointer_less_would_be_seen(
     pair: Pair, their_pass_up: Tracked, rounded: None, monkeypatch: pytest.MonkeyPatch, name: str, wrong: int
 ) -> None:
     monkeypatch.setattr(pair.ours.sam2, name, wrong)
-    assert gaps(pair, pair.our_pass(ONE, start=0), their_pass_up)[0] > 10 * TOLERANCE
+    assert gaps(pair, pair.our_pass(ONE), their_pass_up)[0] > 10 * TOLERANCE
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_pass_down_equals_the_video_predictors_in_a_session_of_its_own(pair: Pair, rounded: None) -> None:
     prompts = {8: box()}
-    ours = pair.our_pass(prompts, start=8)
+    ours = pair.our_pass(prompts)
     assert_same(pair, ours, pair.their_passes(prompts, False, start=8), share=CARRIED)
     assert_same(pair, ours, pair.their_passes(prompts, True, start=8), share=CARRIED)
     after_up = pair.their_passes(prompts, False, True, start=8)
@@ -307,19 +310,19 @@ def test_a_pass_down_equals_the_video_predictors_in_a_session_of_its_own(pair: P
 @torch.no_grad()
 def test_between_two_prompted_slices(pair: Pair, rounded: None) -> None:
     prompts = {2: clicks(FIRST), 13: clicks(FIRST, SECOND)}
-    ours, theirs = pair.our_pass(prompts, start=2), pair.their_passes(prompts, False, start=2)
-    assert_same(pair, ours, {z: theirs[z] for z in range(2, 14)}, share=CARRIED)
-    behind = {z: theirs[z] for z in range(14, SLICES)}
-    assert gaps(pair, pair.our_pass(prompts, start=13), behind)[0] > 10 * TOLERANCE
+    ours, up = pair.our_pass(prompts), pair.their_passes(prompts, False, start=2)
     down = pair.their_passes(prompts, True, start=13)
-    assert_same(pair, pair.our_pass(prompts, start=13), {z: down[z] for z in range(2, 14)}, share=CARRIED)
+    nearer = {z: up[z] for z in range(2, 8)} | {z: down[z] for z in range(8, 14)}
+    assert_same(pair, ours, nearer, share=CARRIED)
+    behind = {z: up[z] for z in range(14, SLICES)}
+    assert gaps(pair, ours, behind)[0] > 10 * TOLERANCE
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_engine_from_box_to_mask(pair: Pair) -> None:
     """As served, but without the intensities' help and in a window that is the slice."""
-    settings = InteractiveConfig(assist=False, window_factor=2.0, slice_step_mm=1.0)
+    settings = InteractiveConfig(assist=False, window_factor=2.0, slice_step_mm=1.0, memory=EVERY)
     engine = InteractiveEngine(pair.ours, settings)
     state = engine.first.from_box(pair.volume, (1.0, 1.0, 1.0), GREY, BOX)
     assert state.stack.crop == pair.stack.crop
@@ -337,5 +340,5 @@ def test_every_published_size_at_its_own_resolution(name: str, rounded: None, tm
     """A click and the next slice from its memory, at 1024 pixels."""
     whole = make_pair(name, 1024, 2, tmp_path)
     prompts = {0: (torch.tensor([[[400.0, 600.0]]]), torch.tensor([[1]], dtype=torch.int32))}
-    ours, theirs = whole.our_pass(prompts, start=0), whole.their_passes(prompts, False, start=0)
+    ours, theirs = whole.our_pass(prompts), whole.their_passes(prompts, False, start=0)
     assert_same(whole, ours, theirs, share=CARRIED)
