@@ -1,7 +1,11 @@
 """The one object the app, the scripts and the evaluation talk to.
 
-Concurrency: one :class:`Predictor` serves all sessions; every public method holds ``_lock``, because one model on one
-device gains nothing from interleaving and a session's caches are not thread-safe.
+Concurrency: one :class:`Predictor` serves all sessions, from any thread. Every public method that uses the model holds
+``_lock`` from its first look at the session to its result, because one model on one device gains nothing from
+interleaving, and because sessions, their timelines and what sessions on one volume share are not thread-safe by
+themselves. :meth:`prepare` holds it for one step at a time. A session's recorder is called under the lock, so that a
+journal has the changes in the order in which they were made. Objects of one session and sessions of one volume share
+only what is never changed once it is made. The cache of encoded slices has a lock of its own, taken for one slice.
 """
 
 from __future__ import annotations
