@@ -22,7 +22,8 @@ class BrushRule:
 
     ``low_mm`` and ``high_mm`` limit it; with a box, ``high`` is also held below ``box_share`` of the box diagonal.
     ``depth_share`` above 0 holds a foreground ball below that share of the mask's own depth: a part that is missing far
-    from the mask is hardly thicker than the rest.
+    from the mask is hardly thicker than the rest. ``depth_least``: but not below this share of the ball it would be, as
+    the mask itself may be far too small.
     """
 
     share: float = 1.3
@@ -30,14 +31,17 @@ class BrushRule:
     high_mm: float = 30.0
     box_share: float = 0.25
     depth_share: float = 0.0
+    depth_least: float = 0.3
 
     def radius(self, mask: np.ndarray, point: np.ndarray, label: int, spacing: np.ndarray, diagonal: float) -> float:
         """Radius in mm at ``point`` (z, y, x) on the present ``mask`` (Z, Y, X); ``diagonal`` in mm, 0 without box."""
         high = self.high_mm if diagonal == 0 else min(self.high_mm, self.box_share * diagonal)
-        if label == 1 and self.depth_share and mask.any():
-            high = min(high, self.depth_share * depth(mask, spacing))
+        low = min(self.low_mm, high)
         distance = border_distance(mask, point, label == 0, spacing, high / max(self.share, 1e-6))
-        return float(max(min(self.share * distance, high), min(self.low_mm, high)))
+        radius = max(min(self.share * distance, high), low)
+        if label == 1 and self.depth_share and mask.any():
+            radius = min(radius, max(self.depth_share * depth(mask, spacing), self.depth_least * radius, low))
+        return float(radius)
 
 
 _DEPTH_CELLS = 48

@@ -74,7 +74,7 @@ def test_progress_and_outcome_reach_the_clients(
     def run(
         config: FinetuneConfig,
         samples: list[FinetuneSample],
-        base: Path,
+        base: Path | None,
         store: Path,
         progress: Callable[[FinetuneProgress], None],
         *_: Any,
@@ -89,7 +89,6 @@ def test_progress_and_outcome_reach_the_clients(
 
     monkeypatch.setattr(finetune, "run_finetune", run)
     monkeypatch.setattr(finetune, "load_backend", lambda: None)
-    monkeypatch.setattr(finetune, "shipped_checkpoint", lambda: tmp_path)
     assert running.app.schedule.state().labels == 2
     result = running.client.post("/train/medvl_sam2", params={"run_sync": True}, json={"max_epochs": 2}).json()
     assert result["published"] == "1"
