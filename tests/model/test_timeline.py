@@ -126,8 +126,8 @@ def test_a_client_that_takes_clicks_back_and_places_them_again_computes_nothing(
 
 @pytest.mark.parametrize("megabytes", [0.0, 0.2])
 def test_dropped_states_are_computed_anew_bit_for_bit(volume: Volume, megabytes: float) -> None:
-    free, tight = small_predictor(), small_predictor()
-    tight.sessions = SessionConfig(history_megabytes=megabytes)
+    free = small_predictor()
+    tight = Predictor(free.model, free.meta, sessions=SessionConfig(history_megabytes=megabytes))
     whole, trimmed = free.open(volume), tight.open(volume)
     prompts = list(mixed(11))
     for prompt in prompts:

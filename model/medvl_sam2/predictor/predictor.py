@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,11 @@ from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text
-from medvl_sam2.predictor.asked import Asked
 from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
 from medvl_sam2.predictor.named import Located, NamedConfig, NamedEngine
-from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.object_editor import ObjectEditor
 from medvl_sam2.predictor.phrases import (
     REPORT_REQUEST,
     asks_for_several,
@@ -45,15 +43,14 @@ from medvl_sam2.predictor.phrases import (
 )
 from medvl_sam2.predictor.session import Session, SessionConfig
 from medvl_sam2.predictor.shared_volume import SharedVolume
-from medvl_sam2.predictor.timeline import Change, Step, Timeline
 from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
 from medvl_sam2.vocabulary import spoken
 
 MULTIPLE = ("lesion",)
+"""Classes that may have several separate components; organs keep their largest."""
 _LEAST_SHARE = {True: 0.02, False: 0.1}
 """Components smaller than this share of the largest are dropped; lesions (True) differ in size more than the parts of
 an organ that the field of view cuts or the map breaks up."""
-"""Classes that may have several separate components; organs keep their largest."""
 
 Progress = Callable[[float, str], None]
 
@@ -79,6 +76,8 @@ class Predictor:
         self.meta = meta
         self.interactive = InteractiveEngine(model.segmenter, interactive, self.cache)
         self.named = NamedEngine(model.segmenter, named, self.cache)
+        history = int(self.sessions.history_megabytes * 1e6)
+        self._editor = ObjectEditor(self.interactive, self._look, self.segment_text, history)
         self._lock = threading.RLock()
 
     @classmethod
@@ -146,18 +145,9 @@ class Predictor:
         """
         prompt = prompt.validated(session.volume.geometry.shape)
         with self._lock:
-            timeline = session.timelines.get(name, Timeline())
-            step = session.step(prompt)
-            place = timeline.place_of(step.key)
-            if place is not None:
-                return self._stand(session, name, place)
-            at = timeline.position
-            self._compute(session, timeline, step, at)
-            timeline.place(at, step)
-            session.timelines[name] = timeline
-            session.record(Change(name, at, prompt))
-            return self._shown(session, name)
+            return self._editor.place(session, prompt, name)
 
+    @torch.inference_mode()
     def undo(self, session: Session, name: str = "object", count: int = 1) -> Segmentation:
         """The object without its last ``count`` prompts, bit for bit as it was; an empty mask before the first one.
 
@@ -165,9 +155,9 @@ class Predictor:
             PromptError: no such object, or no such count.
         """
         with self._lock:
-            timeline = _timeline(session, name, count)
-            return self._stand(session, name, max(0, timeline.position - count))
+            return self._editor.undo(session, name, count)
 
+    @torch.inference_mode()
     def redo(self, session: Session, name: str = "object", count: int = 1) -> Segmentation:
         """The object with ``count`` prompts that were undone, bit for bit as it was.
 
@@ -175,81 +165,7 @@ class Predictor:
             PromptError: fewer were undone, or no such object or count.
         """
         with self._lock:
-            timeline = _timeline(session, name, count)
-            left = len(timeline.steps) - timeline.position
-            if count > left:
-                raise PromptError(f"{count} steps of {name!r} cannot be redone, {left} were undone; place a prompt")
-            return self._stand(session, name, timeline.position + count)
-
-    def _stand(self, session: Session, name: str, place: int) -> Segmentation:
-        timeline = session.timelines[name]
-        if place != timeline.position:
-            self._rebuild(session, timeline, place)
-            timeline.position = place
-            session.record(Change(name, place))
-        return self._shown(session, name)
-
-    @torch.inference_mode()
-    def _shown(self, session: Session, name: str) -> Segmentation:
-        """The object as it stands."""
-        timeline, geometry = session.timelines[name], session.volume.geometry
-        self._rebuild(session, timeline, timeline.position)
-        session.trim(int(self.sessions.history_megabytes * 1e6))
-        step = timeline.standing
-        if step is None or step.state is None:
-            nothing = np.zeros(geometry.shape, dtype=np.uint8)
-            return Segmentation(nothing, geometry, (name,), {name: 0.0}, None if step is None else step.reply)
-        # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
-        mask = session.transform.inverse_array(step.state.mask().view(np.uint8))
-        return Segmentation(mask, geometry, (name,), {name: float(np.clip(step.state.score, 0, 1))})
-
-    def _rebuild(self, session: Session, timeline: Timeline, count: int) -> None:
-        """Compute dropped states anew, up to what the first ``count`` steps left."""
-        for n in timeline.missing(count):
-            self._compute(session, timeline, timeline.steps[n], n)
-
-    @torch.inference_mode()
-    def _compute(self, session: Session, timeline: Timeline, step: Step, at: int) -> None:
-        """Give ``step`` its state (or its empty answer), going on from the first ``at`` steps of ``timeline``."""
-        self._rebuild(session, timeline, at)
-        asked, known = Asked.of(step.prompt, session.transform), timeline.known(at)
-        state = asked.latest_within(known)
-        if state is None and asked.mask is None and known is not None and any(s.cut for s in known.history()):
-            timeline.drop(at)  # an earlier state may hold all that is asked: with none dropped it would be found
-            self._rebuild(session, timeline, at)
-            known = timeline.known(at)
-            state = asked.latest_within(known)
-        if state is None:
-            said = self.segment_text(session, step.prompt.text or "") if asked.starts_with_text else None
-            if said is not None and not said.mask.any() and not asked.edits:
-                step.empty, step.reply = True, said.text
-                return
-            state = self._first_state(session, asked, said)
-        state = asked.accepting(state, known)
-        for edit in asked.left(state):
-            state = self.interactive.edit(state, session.spacing, edit, asked.opens(edit, known))
-        if asked.propagate and not state.propagated:
-            state = self.interactive.propagate(state, session.spacing)
-        step.state = state
-
-    def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:
-        """State from the strongest prompt; ``said`` is what the words gave.
-
-        Edits are still to be applied, but for a click that was the start.
-        """
-        args = (session.image, session.spacing, session.intensity)
-        first = self.interactive.first
-        if asked.mask is not None:
-            return first.from_mask(*args, asked.mask)
-        if said is not None and said.mask.any():
-            found = np.ascontiguousarray(session.transform.forward_array(said.mask > 0))
-            return replace(first.from_mask(*args, found), text=asked.text, score=max(said.scores.values()))
-        if asked.box is not None:
-            return first.from_box(*args, asked.box, self._look(session).elements)
-        edit = next((edit for edit in asked.edits if edit.label == 1), None)
-        if edit is None:
-            raise PromptError("nothing says where the object is; place a foreground point, a box or a mask")
-        return first.from_edit(*args, edit, self._look(session).elements)
+            return self._editor.redo(session, name, count)
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -431,12 +347,3 @@ class Predictor:
         stored = np.ascontiguousarray(session.transform.inverse_array(label_map))
         scores = {name: float(np.clip(score, 0, 1)) for name, (_, score) in zip(names, standing[1:], strict=True)}
         return stored, scores
-
-
-def _timeline(session: Session, name: str, count: int) -> Timeline:
-    if count < 1:
-        raise PromptError(f"{count} steps cannot be undone or redone; give a whole number from 1 on")
-    if name not in session.timelines:
-        known = ", ".join(repr(known) for known in session.timelines) or "none yet"
-        raise PromptError(f"there is no object {name!r} in this session; its objects: {known}")
-    return session.timelines[name]
