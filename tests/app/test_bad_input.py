@@ -86,9 +86,10 @@ BOW_TIE = [[1, 1, 3], [8, 8, 3], [8, 1, 3], [1, 7, 3]]
     ],
 )
 def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
-    running: Running, params: dict[str, Any], reason: str
+    start: Callable[..., Running], params: dict[str, Any], reason: str
 ) -> None:
     """Time is that of this process, which holds the server, too: other programs on the machine do not count."""
+    running = start(prepare="false")  # opens no session besides
     good = {"foreground": [[1, 2, 3]], "label": "liver"}
     assert running.slicer("medvl_interactive", **good).status_code == 200
     started = time.process_time()
