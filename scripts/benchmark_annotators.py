@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(record)
     if options.json is not None:
         write_json_atomically(options.json, record)
-    return 1 if any(result["differing_masks"] for result in record["rounds"].values()) else 0
+    return 1 if any(result["differing_masks"] or not result["voxels"] for result in record["rounds"].values()) else 0
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class Stroke:
             if len(np.unique(np.rint(points), axis=0)) < 2:
                 raise PromptError("a scribble of one voxel is a point; give it as one, or draw at least two voxels")
         else:
-            _check_lasso(points)
+            axis = _check_lasso(points)
+            points = points.copy()
+            points[:, axis] = np.rint(points[0, axis])  # half voxels are rounded here, before an axis may be flipped
         return Stroke(self.kind, points, int(self.label))
 
     def within(self, shape: tuple[int, int, int]) -> Stroke:
@@ -91,8 +93,8 @@ def flat_axis(points: np.ndarray) -> int | None:
     return int(np.argmin(spread)) if spread.min() == 0 else None
 
 
-def _check_lasso(points: np.ndarray) -> None:
-    """Raise unless ``points`` are the corners of a flat polygon with an area, whose edges do not cross."""
+def _check_lasso(points: np.ndarray) -> int:
+    """The axis across a lasso's plane; raises unless ``points`` are a polygon with an area and no crossing edges."""
     axis = flat_axis(points)
     if axis is None:
         raise PromptError("the lasso leaves its plane; all its corners must share one voxel index on i, j or k")
@@ -111,6 +113,7 @@ def _check_lasso(points: np.ndarray) -> None:
             raise PromptError(f"the lasso crosses itself near {crossing}; draw a simple outline")
     if abs(float(_cross(corners, after).sum())) < 1e-9:
         raise PromptError("the lasso encloses no area; draw it round something")
+    return axis
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -27,6 +27,10 @@ class FakeSession:
     def bytes(self) -> int:
         return self.volume.array.nbytes
 
+    @property
+    def own_bytes(self) -> int:
+        return 0
+
     def reset(self) -> None:
         self.objects.clear()
 

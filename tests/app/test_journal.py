@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 
 from lib.configs.medvl_sam2 import AppConfig
+from lib.request_parsing import Client
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
-from medvl_sam2.predictor.journal import FILE, session_name
+from medvl_sam2.predictor.journal import FILE, Journal, session_name
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
 from medvl_sam2.types import Prompt
 from small_model import oblique_volume, small_predictor
@@ -123,7 +125,7 @@ def test_a_line_cut_off_by_a_crash_is_ignored(config: AppConfig, image: Path) ->
         assert len(held.session.timelines["a"].steps) == 2
 
 
-@pytest.mark.parametrize("harm", ["image", "line", "mask", "order", "format"])
+@pytest.mark.parametrize("harm", ["image", "line", "mask", "bits", "order", "count", "format"])
 def test_what_does_not_fit_is_put_aside(config: AppConfig, image: Path, harm: str) -> None:
     with runtime(config).use(image, CLIENT) as held:
         place(held, PROMPTS[2:])
@@ -133,6 +135,16 @@ def test_what_does_not_fit_is_put_aside(config: AppConfig, image: Path, harm: st
         os.utime(image, ns=(0, 1))
     elif harm == "mask":
         next(path.parent.glob("*.npz")).write_bytes(b"PK torn")
+    elif harm == "bits":
+        mask = next(path.parent.glob("*.npz"))
+        content = bytearray(mask.read_bytes())
+        with zipfile.ZipFile(mask) as archive:
+            first = archive.infolist()[0]
+        data = first.header_offset + 30 + len(first.filename)  # the local header may have more, all of it is spoiled
+        content[data : data + first.compress_size] = b"\xff" * first.compress_size
+        mask.write_bytes(content)
+    elif harm == "count":
+        path.write_text("".join([*lines, json.dumps({"object": "a", "stand": "x"}) + "\n"]))
     elif harm == "order":
         path.write_text("".join([*lines, json.dumps({"object": "a", "stand": 7}) + "\n"]))
     else:
@@ -143,6 +155,23 @@ def test_what_does_not_fit_is_put_aside(config: AppConfig, image: Path, harm: st
         place(held, PROMPTS[:1])
     assert path.is_file()
     assert len(list(path.parent.parent.glob(f"{path.parent.name}.aside-*"))) == 1
+
+
+def test_nobody_inherits_what_a_client_without_an_id_placed(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, Client.OHIF.value) as held:
+        place(held, PROMPTS[:1])
+    assert not journal_of(config, image, Client.OHIF.value).exists()
+    with runtime(config).use(image, Client.OHIF.value) as held:
+        assert not held.session.timelines
+
+
+def test_a_reset_does_not_read_what_it_removes(config: AppConfig, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[:1])
+    monkeypatch.setattr(Journal, "_read", lambda journal: pytest.fail("read"))
+    with runtime(config).use(image, CLIENT, reset=True) as held:
+        assert held.notes == {}
+    assert not journal_of(config, image).exists()
 
 
 def test_reset_begins_anew_and_old_journals_go(config: AppConfig, image: Path) -> None:

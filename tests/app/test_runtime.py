@@ -139,7 +139,8 @@ def test_image_sent_again_under_its_name_is_another_image(config: AppConfig, loa
 def test_oldest_session_goes_first(
     config: AppConfig, loads: Loads, image: Path, limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.fakes.FakeSession.bytes", property(lambda session: 400_000))
+    for name in ("bytes", "own_bytes"):
+        monkeypatch.setattr(f"app.fakes.FakeSession.{name}", property(lambda session: 400_000))
     runtime = Runtime(dataclasses.replace(config, **limit), loads)
     sessions = {}
     for client in ("a", "b", "a", "c"):

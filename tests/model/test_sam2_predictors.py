@@ -332,7 +332,7 @@ def test_the_engine_from_box_to_mask(pair: Pair) -> None:
     assert 0.05 < theirs.mean() < 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.timeout(1200)  # the largest takes minutes on a core
 @pytest.mark.parametrize("name", SLICE_PRESETS)
 @torch.no_grad()

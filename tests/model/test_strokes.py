@@ -30,6 +30,14 @@ def circle(corners: int) -> np.ndarray:
     return np.stack([12 + 8 * np.cos(angle), 11 + 8 * np.sin(angle), np.full(corners, 3.0)], axis=1)
 
 
+def test_a_lasso_at_half_voxels_is_flat_in_every_frame() -> None:
+    """Halves round to the even one: 2.5 and 1.5 share a slice, and would not once the axis was flipped."""
+    outline = np.array([[2.0, 2.0, 2.5], [9.0, 2.0, 1.5], [9.0, 9.0, 2.5]])
+    well = lasso(outline).well_formed()
+    assert (well.points[:, 2] == 2.0).all()
+    assert np.array_equal(well.points[:, :2], outline[:, :2])
+
+
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [

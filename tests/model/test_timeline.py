@@ -13,7 +13,7 @@ from medvl_sam2.predictor import Predictor, Session, SessionConfig
 from medvl_sam2.predictor.holdings import Tally
 from medvl_sam2.predictor.timeline import prompt_key
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
-from medvl_sam2.types import Prompt, Volume
+from medvl_sam2.types import Prompt, Segmentation, Volume
 from small_model import oblique_volume, small_predictor
 
 BOX = np.array([[6.0, 13, 5], [24, 27, 13]])
@@ -122,6 +122,29 @@ def test_a_client_that_takes_clicks_back_and_places_them_again_computes_nothing(
         predictor.redo(session)  # the new prompt cut the branch off
     assert np.array_equal(predictor.undo(session).mask, masks[0])
     assert np.array_equal(predictor.redo(session).mask, other)
+
+
+def test_words_beside_a_box_do_not_build_the_object_anew(predictor: Predictor, volume: Volume) -> None:
+    session = predictor.open(volume)
+    worded = Prompt(box=BOX, text="the liver")
+    predictor.segment_prompt(session, worded)
+    first = session.objects["object"]
+    predictor.segment_prompt(session, replace(clicks((15, 20, 9, 0)), box=BOX, text="the liver"))
+    assert session.objects["object"].before is first
+
+
+def test_what_other_weights_cannot_begin_is_empty_and_can_be_corrected(
+    predictor: Predictor, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = predictor.open(volume)
+    predictor.segment_prompt(session, Prompt(box=BOX))
+    timeline = session.timelines["object"]
+    background = replace(clicks((15, 20, 9, 0)), text="a thing")  # as if its words had found something then
+    timeline.place(0, session.step(background.validated(volume.geometry.shape)))
+    nothing = Segmentation(np.zeros(volume.geometry.shape, np.uint8), volume.geometry, ("a thing",), {"a thing": 0.0})
+    monkeypatch.setattr(predictor._editor, "_say", lambda session, text: nothing)
+    answer = predictor.segment_prompt(session, clicks((15, 20, 9, 1)))
+    assert answer.mask.any()
 
 
 @pytest.mark.parametrize("megabytes", [0.0, 0.2])

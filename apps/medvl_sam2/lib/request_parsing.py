@@ -242,7 +242,7 @@ def _labelled_points(request: Mapping[str, Any]) -> tuple[list[list[float]], lis
     if not points:
         return [], []
     labels = request.get("point_labels")
-    if not isinstance(labels, list) or len(labels) != len(points) or not set(labels) <= {0, 1}:
+    if not isinstance(labels, list) or len(labels) != len(points) or any(n not in (0, 1) for n in labels):
         raise PromptError(f"point_labels {labels!r} must be one 1 (object) or 0 (background) for each point")
     return points, labels
 
@@ -304,13 +304,19 @@ def _planes(value: Any) -> tuple[Plane, ...]:
 def _numbers(value: Any) -> list[float] | None:
     if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in value):
         return None
-    return [float(n) for n in value]
+    try:
+        return [float(n) for n in value]
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def _uploaded(name: str) -> bool:
     """True for the temporary file MONAI Label made of an uploaded mask; never for another path a client names."""
     path = Path(name)
-    return path.is_absolute() and path.parent == Path(tempfile.gettempdir()) and path.is_file()
+    try:
+        return path.is_absolute() and path.parent == Path(tempfile.gettempdir()) and path.is_file()
+    except OSError:  # no name a file may have
+        return False
 
 
 def _mask(name: Any) -> np.ndarray | None:

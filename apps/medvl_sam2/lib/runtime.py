@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
 from lib.preparation import Preparation, Turns
+from lib.request_parsing import Client
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANONYMOUS = frozenset({Client.OHIF.value, Client.API.value})
+"""Clients that send no id share a session while the server runs; nobody inherits it from the disk."""
 PREPARED = 2
 """Images kept in memory because they were prepared, whether or not somebody opens them."""
 Loader = Callable[[Path | None], "Predictor"]
@@ -94,7 +97,7 @@ class Runtime:
             key = _Key(client, image, image.stat().st_mtime_ns)
             held = self._sessions.get(key)
             if held is None:
-                held = self._sessions[key] = self._open(predictor, key)
+                held = self._sessions[key] = self._open(predictor, key, reset)
                 if ahead:
                     self.expect(image)
             if reset:
@@ -126,15 +129,19 @@ class Runtime:
     def _prepare(self, image: Path) -> Iterator[None]:
         """Steps that do ahead what the first request on an image would wait for."""
         key = (image, image.stat().st_mtime_ns)
-        predictor = self._current_predictor()
+        self._current_predictor()
         yield
+        predictor = self._current_predictor()
         # Kept for a while, so that the sessions opened on the volume find it: they share what was made of it.
         session = self._ahead.pop(key, None) or predictor.open(self._volume(*key))
         self._ahead[key] = session
         while len(self._ahead) > PREPARED:
             self._ahead.popitem(last=False)
         yield
-        yield from predictor.prepare(session)
+        for _ in predictor.prepare(session) if self._predictor is predictor else ():
+            yield
+            if self._predictor is not predictor:
+                return  # other weights look for themselves
 
     def forget(self, image: Path, client: str) -> None:
         """Close this annotator's sessions of an image."""
@@ -190,17 +197,17 @@ class Runtime:
         self._predictor, self._served, self._refused = predictor, wanted, None
         return predictor
 
-    def _open(self, predictor: Predictor, key: _Key) -> _Open:
+    def _open(self, predictor: Predictor, key: _Key, reset: bool) -> _Open:
         """A session with the timelines its journal has; their states are computed when somebody asks for them."""
         from medvl_sam2.predictor.journal import Journal, JournalHeader, remove_old, session_name
 
         session = predictor.open(self._volume(key.image, key.stamp))
-        if not self._config.journal_days:
+        if not self._config.journal_days or key.client in ANONYMOUS:
             return _Open(session)
         folder = self._config.store / "sessions"
         remove_old(folder, self._config.journal_days, [session_name(k.client, str(k.image)) for k in self._sessions])
         header = JournalHeader(predictor.meta.version, predictor.meta.sha256, str(key.image), key.stamp)
-        journal = Journal(folder / session_name(key.client, str(key.image)), header)
+        journal = Journal(folder / session_name(key.client, str(key.image)), header, fresh=reset)
         try:
             session.restore(journal.changes)
         except (PromptError, ValueError) as error:
@@ -218,13 +225,16 @@ class Runtime:
             self._volumes[(image, stamp)] = volume
         return volume
 
+    def _bytes(self) -> int:
+        """Memory of all sessions; what those on one image share counts once."""
+        sessions = [held.session for held in self._sessions.values()]
+        shared = {id(session.volume): session.bytes - session.own_bytes for session in sessions}
+        return sum(shared.values()) + sum(session.own_bytes for session in sessions)
+
     def _evict(self) -> None:
         """Drop the least recently used sessions beyond the limits, never the last one."""
         budget = self._config.session_megabytes * 1_000_000
-        while len(self._sessions) > 1 and (
-            len(self._sessions) > self._config.max_sessions
-            or sum(held.session.bytes for held in self._sessions.values()) > budget
-        ):
+        while len(self._sessions) > 1 and (len(self._sessions) > self._config.max_sessions or self._bytes() > budget):
             key, _ = self._sessions.popitem(last=False)
             logger.info("Dropped the session of %s on %s", key.client, key.image.name)
 

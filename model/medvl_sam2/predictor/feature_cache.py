@@ -73,6 +73,7 @@ class FeatureCache:
     def slices(self, image: np.ndarray, crop: SliceCrop) -> set[int]:
         """Slices of a window that are held."""
         with self._lock:
+            self._drop_gone()
             tiers = (self._device, self._pinned, self._disk)
             return {z for tier in tiers for held, window, z in tier.entries if (held, window) == (id(image), crop)}
 
@@ -86,17 +87,21 @@ class FeatureCache:
             self._images.clear()
 
     def _key(self, image: np.ndarray, crop: SliceCrop, z: int) -> Key:
-        """The key of a slice. Slices of images that are gone are dropped first: their identity may be another's."""
+        """The key of a slice."""
+        self._drop_gone()
+        if id(image) not in self._images:
+            self._images[id(image)] = weakref.finalize(image, self._gone.append, id(image))
+            self._images[id(image)].atexit = False
+        return id(image), crop, z
+
+    def _drop_gone(self) -> None:
+        """Drop slices of images that are gone: their identity may be another's."""
         while self._gone:
             gone = self._gone.popleft()
             self._images.pop(gone, None)
             for tier in (self._device, self._pinned, self._disk):
                 for key in [key for key in tier.entries if key[0] == gone]:
                     tier.remove(key)
-        if id(image) not in self._images:
-            self._images[id(image)] = weakref.finalize(image, self._gone.append, id(image))
-            self._images[id(image)].atexit = False
-        return id(image), crop, z
 
     def _store(self, key: Key, features: SliceFeatures) -> None:
         down = self._device.put(key, features)

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,17 +52,23 @@ def session_name(client: str, image: str) -> str:
 class Journal:
     """``changes`` are those found on disk; ``weights_changed`` tells whether other weights had answered them."""
 
-    def __init__(self, folder: Path, header: JournalHeader) -> None:
-        """Read what is there. A journal of another state of the image or a damaged one is put aside."""
+    def __init__(self, folder: Path, header: JournalHeader, fresh: bool = False) -> None:
+        """Read what is there. A journal of another state of the image or a damaged one is put aside.
+
+        ``fresh``: what is there is removed unread.
+        """
         self.folder, self.header = folder, header
         self.changes: list[Change] = []
         self.weights_changed = False
         self._begun = False
+        self._masks: dict[str, np.ndarray] = {}
+        if fresh:
+            self.remove()
         if not (folder / FILE).is_file():
             return
         try:
             self._read()
-        except (DataError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (DataError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             self.set_aside(str(error))
 
     def append(self, change: Change) -> None:
@@ -89,6 +96,7 @@ class Journal:
 
     def remove(self) -> None:
         """Take the session off the disk; the next change begins a new journal."""
+        (self.folder / FILE).unlink(missing_ok=True)  # this must not fail unseen: nothing comes back after a restart
         shutil.rmtree(self.folder, ignore_errors=True)
         self.changes, self.weights_changed, self._begun = [], False, False
 
@@ -108,10 +116,12 @@ class Journal:
         for record in records:
             if "format" in record:
                 self._check(record)
-            elif "prompt" in record:
-                self.changes.append(Change(record["object"], record["at"], self._prompt(record["prompt"])))
-            else:
-                self.changes.append(Change(record["object"], record["stand"]))
+                continue
+            at, prompt = record["at"] if "prompt" in record else record["stand"], record.get("prompt")
+            if type(at) is not int:
+                raise DataError(f"{at!r} is no count of steps")
+            self.changes.append(Change(str(record["object"]), at, None if prompt is None else self._prompt(prompt)))
+        self._masks = {}
         if len(whole) < len(content):
             os.truncate(self.folder / FILE, len(whole))
         # Other weights answer from here on: the header comes again before their first change.
@@ -167,9 +177,13 @@ class Journal:
     def _mask(self, name: str) -> np.ndarray:
         if not name.isalnum():
             raise DataError(f"{name!r} is no name of a mask")
+        if name in self._masks:  # clients send an earlier mask again with every click
+            return self._masks[name]
         with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
             shape = tuple(int(size) for size in stored["shape"])
-            return np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+            mask = np.unpackbits(stored["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+        self._masks[name] = mask
+        return mask
 
 
 def remove_old(folder: Path, days: int, keep: Collection[str]) -> None:

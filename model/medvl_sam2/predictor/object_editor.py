@@ -85,7 +85,10 @@ class ObjectEditor:
     def _rebuild(self, session: Session, timeline: Timeline, count: int) -> None:
         """Compute dropped states anew, up to what the first ``count`` steps left."""
         for n in timeline.missing(count):
-            self._compute(session, timeline, timeline.steps[n], n)
+            try:
+                self._compute(session, timeline, timeline.steps[n], n)
+            except PromptError:  # the weights that answered it found what its words meant, these find nothing
+                timeline.steps[n].empty = True
 
     def _compute(self, session: Session, timeline: Timeline, step: Step, at: int) -> None:
         """Give ``step`` its state (or its empty answer), going on from the first ``at`` steps of ``timeline``."""
@@ -123,11 +126,11 @@ class ObjectEditor:
             found = np.ascontiguousarray(session.transform.forward_array(said.mask > 0))
             return replace(first.from_mask(*args, found), text=asked.text, score=max(said.scores.values()))
         if asked.box is not None:
-            return first.from_box(*args, asked.box, self._look(session).elements)
+            return replace(first.from_box(*args, asked.box, self._look(session).elements), text=asked.text)
         edit = next((edit for edit in asked.edits if edit.label == 1), None)
         if edit is None:
             raise PromptError("nothing says where the object is; place a foreground point, a box or a mask")
-        return first.from_edit(*args, edit, self._look(session).elements)
+        return replace(first.from_edit(*args, edit, self._look(session).elements), text=asked.text)
 
 
 def _timeline(session: Session, name: str, count: int) -> Timeline:

@@ -138,6 +138,11 @@ class Session:
 
         Encoded slices are the predictor's, with a budget of their own.
         """
+        return self.shared.bytes + self.own_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """The part of :attr:`bytes` that no other session on the volume shares."""
         steps = [step for timeline in self.timelines.values() for step in timeline.steps]
         masks = {id(step.prompt.mask): step.prompt.mask.nbytes for step in steps if step.prompt.mask is not None}
-        return self.shared.bytes + Tally(self.states()).bytes + sum(masks.values())
+        return Tally(self.states()).bytes + sum(masks.values())

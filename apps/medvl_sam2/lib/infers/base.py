@@ -68,7 +68,7 @@ class MedVLTask(InferTask):
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
                 version = held.predictor.meta.version
-                notes = {"session": held.notes} if held.notes else {}
+                notes = {"session": dict(held.notes)} if held.notes else {}
             inferred = time.perf_counter()
             file = reply.file
             if reply.mask is not None and reply.geometry is not None:
