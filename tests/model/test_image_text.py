@@ -82,7 +82,7 @@ def test_volumes_and_texts_are_unit_vectors_of_the_image_text_model(both: Path) 
     assert np.linalg.norm([found, said], axis=1) == pytest.approx([1, 1], abs=1e-5)
     session = predictor.open(volume)
     assert np.array_equal(predictor.embed_volume(session), found)
-    assert "image" in vars(session)  # the open session's own canonical image was used
+    assert "image" in vars(session.shared)  # the open session's own canonical image was used
     model = load_image_text(both / ALIGNMENT_FOLDER)
     transform = CanonicalTransform(volume.geometry)
     image = np.ascontiguousarray(transform.forward_array(volume.array))

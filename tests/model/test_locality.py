@@ -279,7 +279,7 @@ def test_words_start_an_object_that_clicks_correct(
         calls.append(words)
         return replace(said, mask=truth.astype(np.uint8), scores={"liver": 0.8})
 
-    monkeypatch.setattr(predictor, "segment_text", text)
+    monkeypatch.setattr(predictor._editor, "_say", text)
     started = predictor.segment_prompt(session, Prompt(text="the liver"), "liver")
     assert np.array_equal(started.mask > 0, truth)
     assert started.scores == {"liver": 0.8}
@@ -289,7 +289,7 @@ def test_words_start_an_object_that_clicks_correct(
     assert 0 < (corrected != truth).sum() < truth.sum() / 2
     assert np.array_equal(predictor.segment_prompt(session, Prompt(text="the liver"), "liver").mask > 0, truth)
     assert calls == ["the liver"]
-    monkeypatch.setattr(predictor, "segment_text", lambda *_: replace(said, mask=np.zeros_like(said.mask), text="No."))
+    monkeypatch.setattr(predictor._editor, "_say", lambda *_: replace(said, mask=np.zeros_like(said.mask), text="No."))
     nothing = predictor.segment_prompt(session, Prompt(text="the spleen"), "spleen")
     assert not nothing.mask.any()
     assert nothing.text == "No."
