@@ -24,7 +24,7 @@ class FakeSession:
     recorder: Any = None
 
     @property
-    def bytes(self) -> int:
+    def shared_bytes(self) -> int:
         return self.volume.array.nbytes
 
     @property

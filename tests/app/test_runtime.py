@@ -139,8 +139,7 @@ def test_image_sent_again_under_its_name_is_another_image(config: AppConfig, loa
 def test_oldest_session_goes_first(
     config: AppConfig, loads: Loads, image: Path, limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("bytes", "own_bytes"):
-        monkeypatch.setattr(f"app.fakes.FakeSession.{name}", property(lambda session: 400_000))
+    monkeypatch.setattr("app.fakes.FakeSession.own_bytes", property(lambda session: 400_000))
     runtime = Runtime(dataclasses.replace(config, **limit), loads)
     sessions = {}
     for client in ("a", "b", "a", "c"):
@@ -156,7 +155,7 @@ def test_oldest_session_goes_first(
 def test_one_session_may_be_larger_than_the_limit(
     config: AppConfig, loads: Loads, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.fakes.FakeSession.bytes", property(lambda session: 10**9))
+    monkeypatch.setattr("app.fakes.FakeSession.own_bytes", property(lambda session: 10**9))
     runtime = Runtime(dataclasses.replace(config, session_megabytes=1), loads)
     with runtime.use(image, "a") as first:
         pass

@@ -228,7 +228,7 @@ class Runtime:
     def _bytes(self) -> int:
         """Memory of all sessions; what those on one image share counts once."""
         sessions = [held.session for held in self._sessions.values()]
-        shared = {id(session.volume): session.bytes - session.own_bytes for session in sessions}
+        shared = {id(session.volume): session.shared_bytes for session in sessions}
         return sum(shared.values()) + sum(session.own_bytes for session in sessions)
 
     def _evict(self) -> None:

@@ -279,7 +279,6 @@ class FirstPrompts:
         """
         count = state.stack.image.shape[0]
         plan = planned_slices(state.low, state.high, state.start, spacing[0], self.config.slice_step_mm)
-        state.stack.encode(plan)
         rough = torch.stack([state.rough[z] for z in plan])
         prompt = replace(
             SlicePrompt.empty(len(plan)),

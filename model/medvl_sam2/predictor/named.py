@@ -125,7 +125,6 @@ class NamedEngine:
     def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
         """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""
         count = stack.image.shape[0]
-        stack.encode(searched)
         rows = [(k, z) for k in range(len(tokens)) for z in searched]
         parts = []
         for start in range(0, len(rows), self.config.rows):
@@ -210,7 +209,6 @@ class NamedEngine:
         start = self.start_slice(located, request, part)
         plan = planned_slices(low, high, start, spacing[0], self.config.delineate_step_mm)
         window = SliceStack(self.segmenter, stack.image, stack.intensity, crop, stack.cache)
-        window.encode(plan)
         # Only this component's own coarse evidence is the rough mask; its neighbours are pushed below the threshold.
         reach = max(1, round(_REACH_MM / (stack.crop.extent_mm / part.shape[-1])))
         own = torch.from_numpy(ndimage.binary_dilation(part, np.ones((1, 3, 3)), iterations=reach))

@@ -138,7 +138,12 @@ class Session:
 
         Encoded slices are the predictor's, with a budget of their own.
         """
-        return self.shared.bytes + self.own_bytes
+        return self.shared_bytes + self.own_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """The part of :attr:`bytes` that all sessions on the volume share."""
+        return self.shared.bytes
 
     @property
     def own_bytes(self) -> int:
