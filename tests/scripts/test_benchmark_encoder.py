@@ -1,0 +1,44 @@
+"""The encoder benchmark at a small size: figures of every form, and reasons for those that cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from script_modules import load_script
+
+SMALL = ["--preset", "sam2.1_tiny", "--image-size", "128", "--repeats", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    return load_script("benchmark_encoder", monkeypatch)
+
+
+def test_every_form_is_compared_with_the_plain_encoder(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    out = tmp_path / "figures.json"
+
+    status = benchmark.main([*SMALL, "--batches", "1", "2", "--forms", "channels_last", "onnx", "--json", str(out)])
+
+    assert status == 0
+    figures = json.loads(out.read_text())
+    rows = {(row["form"], row["batch"]): row for row in figures["rows"]}
+    assert set(rows) == {(form, batch) for form in ("plain", "channels_last") for batch in (1, 2)}
+    assert rows["plain", 1]["ratio"] == 1
+    assert rows["plain", 1]["difference"] == 0
+    assert 0 < rows["channels_last", 1]["difference"] < 1e-4
+    assert all(row["cpu_s"] > 0 for row in rows.values())
+    assert figures["not_measured"] == {"onnx": "not installed: onnx, onnxscript, onnxruntime"}
+    assert "onnx           not measured: not installed" in capsys.readouterr().out
+
+
+def test_shipped_weights_keep_their_size(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--image-size", "128"]) == 2
+    assert "--image-size goes with" in capsys.readouterr().err
