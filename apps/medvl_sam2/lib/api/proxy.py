@@ -33,19 +33,19 @@ _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
 
 
-@router.get("/wado/{path:path}")
-@router.get("/qido/{path:path}")
+@router.get("/{path:path}")  # the lowest is offered a request first
 @router.get("/stow/{path:path}")
-@router.get("/{path:path}")
+@router.get("/qido/{path:path}")
+@router.get("/wado/{path:path}")
 def get(request: Request, path: str, user: AsUser) -> StreamingResponse:
     """QIDO-RS and WADO-RS."""
     return _passed_on(request, path, None)
 
 
-@router.post("/wado/{path:path}")
-@router.post("/qido/{path:path}")
+@router.post("/{path:path}")  # the lowest is offered a request first
 @router.post("/stow/{path:path}")
-@router.post("/{path:path}")
+@router.post("/qido/{path:path}")
+@router.post("/wado/{path:path}")
 async def post(request: Request, path: str, user: AsUser) -> StreamingResponse:
     """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large."""
     check_plain_path(path)
