@@ -27,7 +27,9 @@ class _DicomServer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path.endswith("/empty"):
+        if self.headers.get("Accept") == "image/unknown":
+            self._answer(406, "text/plain", b"not offered")
+        elif path.endswith("/empty"):
             self._answer(204, "application/dicom+json", b"")
         elif path.endswith("/missing"):
             self._answer(404, "text/plain", b"no such study")
@@ -121,6 +123,13 @@ def test_what_the_client_wants_is_passed_and_who_it_is_is_not(client: TestClient
     assert heard["accept"] == "application/dicom+json"
     assert heard["range"] == "bytes=0-9"
     assert not {"authorization", "cookie"} & {name.lower() for name in heard}
+
+
+def test_a_kind_the_server_does_not_offer_is_not_insisted_on(client: TestClient) -> None:
+    response = client.get("/proxy/dicom/qido/studies?a=b", headers={"Accept": "image/unknown"})
+    assert response.status_code == 200
+    assert response.json()["path"] == "/dicom-web/studies?a=b"
+    assert "accept" not in response.json()["headers"]
 
 
 def test_the_servers_own_credentials_are_used(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ _KEPT_BACK = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade")
 )
 """Headers of one connection or of the other site."""
+_REFUSALS = (400, 406, 415)
 _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
 
@@ -67,6 +68,10 @@ def _passed_on(request: Request, path: str, body: IO[bytes] | None) -> Streaming
     headers.setdefault("accept-encoding", "identity")
     try:
         answer = dicomweb_server.send(request.method, url, request.url.query, headers, body)
+        if request.method == "GET" and answer.status_code in _REFUSALS and headers.pop("accept", None):
+            # Servers differ in what they offer; without a wish each sends what it has, which MONAI Label relies on.
+            answer.close()
+            answer = dicomweb_server.send(request.method, url, request.url.query, headers)
     except requests.RequestException as error:
         reason = f"the DICOMweb server does not answer ({type(error).__name__}); is it running and reachable from here?"
         raise HTTPException(502, reason) from error
