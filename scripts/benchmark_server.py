@@ -167,7 +167,8 @@ def show(record: dict[str, Any]) -> None:
     """Print the figures."""
     for state in ("idle", "busy", "back_to_back"):
         part = record[f"info_{state}_s"]
-        print(f"GET /info/ {state.replace('_', ' ')}: p50 {1e3 * part['p50']:.0f} ms, p95 {1e3 * part['p95']:.0f} ms (n={part['count']})")
+        p50, p95 = (f"{1e3 * part[key]:.0f} ms" for key in ("p50", "p95"))
+        print(f"GET /info/ {state.replace('_', ' ')}: p50 {p50}, p95 {p95} (n={part['count']})")
     for result in record["volumes"]:
         head, after = result["first_click_s"], result["next_click_s"]
         print(
