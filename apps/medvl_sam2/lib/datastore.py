@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
-from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
-from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 
 from lib.request_parsing import UnknownImageError
@@ -38,9 +35,7 @@ logger = logging.getLogger(__name__)
 GeometryOf = Callable[[Path], Geometry]
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}")
-_SERIES_UID = re.compile(r"[0-9.]{1,64}")
 _LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
-_STATUS_FRESH_S = 30.0
 
 
 class GuardedStore(LocalDatastore):
@@ -168,53 +163,6 @@ class GuardedLocalStore(GuardedStore):
             return super().status()
 
 
-class GuardedDicomWebStore(GuardedStore, DICOMWebDatastore):
-    """A DICOMweb server with a local cache. Queries take one lock: their cache is not made for threads."""
-
-    def __init__(self, *args: Any, geometry_of: GeometryOf, **kwargs: Any) -> None:
-        self._query_lock = threading.RLock()
-        self._status: dict[str, Any] = {"total": 0, "completed": 0, "label_tags": {}}
-        self._status_at = float("-inf")
-        self._status_running = threading.Lock()
-        super().__init__(*args, geometry_of=geometry_of, **kwargs)
-
-    def list_images(self) -> list[str]:
-        with self._query_lock:
-            return super().list_images()
-
-    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        with self._query_lock:
-            return super().get_labeled_images(label_tag, labels)
-
-    def get_image_uri(self, image_id: str) -> str:
-        """Path of the series in the cache, fetched when needed; empty for what is no series of the server."""
-        if not _SERIES_UID.fullmatch(image_id):
-            return ""
-        try:
-            return super().get_image_uri(image_id)
-        except requests.HTTPError as error:
-            if error.response is not None and error.response.status_code == 404:
-                return ""
-            raise HTTPException(502, f"the DICOMweb server failed on series {image_id}: {error}") from error
-        except requests.RequestException as error:
-            raise HTTPException(502, f"the DICOMweb server cannot be reached: {error}") from error
-
-    def status(self) -> dict[str, Any]:
-        """Counts at most :data:`_STATUS_FRESH_S` old plus one query: ``/info/`` must not wait for the DICOM server."""
-        if time.monotonic() - self._status_at > _STATUS_FRESH_S and self._status_running.acquire(blocking=False):
-            threading.Thread(target=self._refresh_status, name="dicomweb-status", daemon=True).start()
-        return dict(self._status)
-
-    def _refresh_status(self) -> None:
-        try:
-            self._status = super().status()
-        except Exception:
-            logger.exception("The DICOMweb server cannot be queried; the last known counts are shown")
-        finally:
-            self._status_at = time.monotonic()
-            self._status_running.release()
-
-
 def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
     """A store over a folder, with MONAI Label's settings."""
     return GuardedLocalStore(
@@ -223,26 +171,6 @@ def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
         extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
-    )
-
-
-def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
-    """A store over a DICOMweb server, with MONAI Label's settings."""
-    user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    client = DICOMwebClientX(
-        url=url,
-        session=create_session_from_user_pass(user, password) if user and password else None,
-        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
-        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
-        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
-    )
-    return GuardedDicomWebStore(
-        client=client,
-        search_filter=settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
-        cache_path=settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None,
-        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
-        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
-        geometry_of=geometry_of,
     )
 
 

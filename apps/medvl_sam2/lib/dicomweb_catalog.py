@@ -49,10 +49,10 @@ class _Listing:
 
 
 class Catalog:
-    """Asks the server again when its last answer is older than ``fresh_s``; one thread at a time.
+    r"""Asks the server again when its last answer is older than ``fresh_s``; one thread at a time.
 
     ``search_filter``: QIDO-RS filter of image series. Several modalities stand in one value, separated by backslashes
-    as everywhere in DICOM: ``{"Modality": "CT\\\\MR"}``; each is asked for by itself, as not every server knows lists.
+    as everywhere in DICOM: ``{"Modality": "CT\\MR"}``; each is asked for by itself, as not every server knows lists.
     """
 
     def __init__(self, client: DICOMwebClient, search_filter: Mapping[str, Any], fresh_s: float) -> None:
