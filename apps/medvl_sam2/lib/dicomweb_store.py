@@ -39,6 +39,7 @@ from lib.label_names import stored_names
 from lib.result_writing import http_error
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
+from medvl_sam2.vocabulary import CLASSES
 from medvl_sam2.volume_io import read_mask, write_mask
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class GuardedDicomWebStore(SeriesStore):
 
     def _take(self, seg: SegRecord, labels: SegLabels, geometry: Geometry) -> None:
         info = {
-            "label_info": [{"name": name, "idx": value} for value, name in labels.names.items()],
+            "label_info": _label_info(labels.names),
             "author": seg.creator,
             "source": "dicom",
             "note": seg.description,
@@ -275,6 +276,12 @@ def _origin(info: Mapping[str, Any]) -> LabelOrigin:
     return LabelOrigin(
         str(author), str(model) if model else None, version if isinstance(version, int) else None, str(note)
     )
+
+
+def _label_info(names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Names of all values up to the highest one: readers go by the position in this list before they look at ``idx``."""
+    known = dict(enumerate(CLASSES, start=1))
+    return [{"name": names.get(value) or known[value], "idx": value} for value in range(1, max(names) + 1)]
 
 
 def _note(document: Dataset) -> dict[str, str]:
