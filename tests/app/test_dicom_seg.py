@@ -123,7 +123,9 @@ def test_highdicom_reads_the_same_voxels(tmp_path: Path) -> None:
 
 
 def test_dcmqi_reads_the_same_voxels(tmp_path: Path) -> None:
-    program = shutil.which("segimage2itkimage", path=str(Path(sys.executable).parent)) or shutil.which("segimage2itkimage")
+    program = shutil.which("segimage2itkimage", path=str(Path(sys.executable).parent)) or shutil.which(
+        "segimage2itkimage"
+    )
     if program is None:
         pytest.skip("segimage2itkimage is not installed; install dcmqi")
     seg, shown, _ = made(tmp_path / "s")
