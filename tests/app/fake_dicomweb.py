@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pydicom
@@ -11,6 +12,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from app.segs import reread
+from lib.dicomweb_store import GuardedDicomWebStore
+from medvl_sam2.volume_io import read_volume
 from orthanc import WrittenSeries
 
 
@@ -99,3 +102,24 @@ def anew(document: Dataset, made: str) -> Dataset:
     other.file_meta.MediaStorageSOPInstanceUID = other.SOPInstanceUID
     other.ContentDate, other.ContentTime = made[:8], made[8:]
     return other
+
+
+Open = Callable[..., GuardedDicomWebStore]
+"""Open a store: keywords of :func:`store_opener`."""
+
+
+def store_opener(server: Any, folder: Path) -> Open:
+    """Stores over ``server`` (a client) with caches in ``folder``; ``cache="b"`` is another machine."""
+
+    def begin(cache: str = "a", **settings: Any) -> GuardedDicomWebStore:
+        store = GuardedDicomWebStore(
+            client=server,
+            cache_path=str(folder / cache),
+            geometry_of=lambda path: read_volume(path).geometry,
+            **{"search_filter": {"Modality": "CT\\MR"}, "fresh_s": 0.0, **settings},
+        )
+        store._observer.stop()  # the folder's watcher is a thread that would outlive the test
+        store._observer.join()
+        return store
+
+    return begin

@@ -210,7 +210,7 @@ def test_part_of_the_volume_and_part_of_a_slice(tmp_path: Path) -> None:
 
 
 def test_another_grid_is_resampled_with_a_warning(tmp_path: Path) -> None:
-    seg, shown, grid = made(tmp_path / "s", phantom(oblique=False))
+    seg, shown, _ = made(tmp_path / "s", phantom(oblique=False))
     fine = Geometry((14, 18, 5), shown.affine @ _halved())
     back = read_segmentation(seg, fine)
     assert back.warnings == ("the segmentation lies on another grid and was resampled to the image's",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from fastapi import HTTPException
 from pydicom.dataset import Dataset
 
-from app.fake_dicomweb import FakeDicomWeb, anew
+from app.fake_dicomweb import FakeDicomWeb, Open, anew
 from app.phantom import Phantom, phantom
 from app.segs import renumbered
 from lib.dicom_seg import LabelOrigin, build_segmentation
@@ -24,40 +24,6 @@ from orthanc import WrittenSeries, write_series
 LATER = "29991231235959"
 BEFORE = "19991231235959"
 INFO = {"label_info": [{"name": "kidney_right", "idx": 2}, {"name": "liver", "idx": 5}, {"name": "lesion", "idx": 17}]}
-
-Open = Callable[..., GuardedDicomWebStore]
-
-
-@pytest.fixture
-def server() -> FakeDicomWeb:
-    return FakeDicomWeb()
-
-
-@pytest.fixture
-def open_store(tmp_path: Path, server: FakeDicomWeb) -> Iterator[Open]:
-    """Another process or machine over the same server: ``open_store(cache="b")``."""
-    stores = []
-
-    def begin(client: Any = None, cache: str = "a", **settings: Any) -> GuardedDicomWebStore:
-        settings = {"search_filter": {"Modality": "CT\\MR"}, "fresh_s": 0.0, **settings}
-        stores.append(
-            GuardedDicomWebStore(
-                client=client or server,
-                cache_path=str(tmp_path / cache),
-                geometry_of=lambda path: read_volume(path).geometry,
-                **settings,
-            )
-        )
-        stop_watching(stores[-1])
-        return stores[-1]
-
-    yield begin
-
-
-def stop_watching(store: GuardedDicomWebStore) -> None:
-    """The folder's watcher is a thread that would outlive the test."""
-    store._observer.stop()
-    store._observer.join()
 
 
 def wait_for(true: Callable[[], bool]) -> None:
