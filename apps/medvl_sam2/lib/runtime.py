@@ -177,8 +177,7 @@ class Runtime:
         held = self._sessions.get(_Key(client, image, image.stat().st_mtime_ns)) if client else None
         if held is None:
             return Provenance(version, [])
-        standing = {name: line.steps[: line.position][-1:] for name, line in list(held.session.timelines.items())}
-        return Provenance(version, [_shown(name, steps[0].prompt) for name, steps in standing.items() if steps])
+        return Provenance(version, [_shown(name, prompt) for name, prompt in held.session.prompts.items()])
 
     def session_count(self) -> int:
         """How many sessions are open."""

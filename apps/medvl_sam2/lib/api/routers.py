@@ -2,5 +2,10 @@
 
 from fastapi import APIRouter
 
-ROUTERS: tuple[APIRouter, ...] = ()
+from lib.api import labels
+
+ROUTERS: tuple[APIRouter, ...] = (
+    labels.router,
+    labels.upload_router,
+)
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""
