@@ -22,7 +22,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import medvl_sam2
 from lib.configs.medvl_sam2 import APP_NAME, APP_VERSION, LABELS, TRAINER, AppConfig
-from lib.datastore import open_local_store
+from lib.datastore import GuardedStore, open_local_store
 from lib.dicomweb_store import open_dicomweb_store
 from lib.infers.batch import BatchTask
 from lib.infers.interactive import InteractiveTask
@@ -69,9 +69,11 @@ class MyApp(MONAILabelApp):
     # --- what is offered --------------------------------------------------------------------------------------------
 
     def init_datastore(self) -> Datastore:
-        if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
-        return open_local_store(self.studies, self.runtime.geometry)
+        remote = self.studies.startswith(("http://", "https://"))
+        store = super().init_datastore() if remote else open_local_store(self.studies, self.runtime.geometry)
+        if isinstance(store, GuardedStore):
+            store.provenance_of = self.runtime.provenance
+        return store
 
     def init_remote_datastore(self) -> Datastore:
         if settings.MONAI_LABEL_DATASTORE or "googleapis.com" in self.studies:

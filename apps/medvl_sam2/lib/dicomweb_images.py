@@ -21,7 +21,6 @@ import requests
 from dicomweb_client import DICOMwebClient
 from fastapi import HTTPException
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
 from pydicom.dataset import Dataset
 
 from lib.datastore import GeometryOf, GuardedStore
@@ -37,16 +36,7 @@ logger = logging.getLogger(__name__)
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
-class _WithoutConversions(DICOMWebDatastore):
-    """MONAI Label's store whose way from a label to a DICOM SEG is not gone: it stays the kind its routes look for."""
-
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: Any, label_id: str = ""
-    ) -> str:
-        return LocalDatastore.save_label(self, image_id, label_filename, label_tag, label_info)
-
-
-class SeriesStore(GuardedStore, _WithoutConversions):
+class SeriesStore(GuardedStore, DICOMWebDatastore):
     """Lists series by the catalogue, fetches them when they are asked for, and remembers why some cannot be used."""
 
     def __init__(

@@ -36,15 +36,16 @@ from lib.dicom_seg_reading import SegLabels, read_segmentation
 from lib.dicomweb_catalog import SegRecord, content_time
 from lib.dicomweb_images import SeriesStore, is_uid, reachable
 from lib.label_names import stored_names
+from lib.label_versions import LabelVersion
 from lib.result_writing import http_error
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
-from medvl_sam2.vocabulary import CLASSES
 from medvl_sam2.volume_io import read_mask, write_mask
 
 logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
+_FROM_SERVER = "dicom"
 _KNOWN = "known_segmentations"
 """In an image's info: SOPInstanceUIDs of the DICOM SEGs whose labels are or were here."""
 
@@ -98,21 +99,28 @@ class GuardedDicomWebStore(SeriesStore):
 
     # --- labels -----------------------------------------------------------------------------------------------------
 
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Any, *more: Any) -> str:
-        """Store a label here, then a final one on the server as DICOM SEG; see :meth:`dicom_note`.
-
-        Raises:
-            HTTPException: as :meth:`GuardedStore.save_label`. A server that fails is no error: the label is kept.
-        """
-        label_id = super().save_label(image_id, label_filename, label_tag, label_info, *more)
-        if label_tag == FINAL:
-            path = Path(LocalDatastore.get_label_uri(self, image_id, FINAL))
-            self.update_label_info(image_id, FINAL, self._publish(image_id, path, self.get_label_info(image_id, FINAL)))
-        return label_id
+    def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
+        """Make a DICOM SEG of a new version and send it; whatever fails, the version is kept and its info says why."""
+        if record.source == _FROM_SERVER and "dicom_seg" in record.info:
+            return {}  # it is one already
+        try:
+            grid = self._grid(record.image)
+            labels, _ = read_mask(path, like=grid.geometry)
+            info = record.index_info()
+            names = stored_names(info, np.unique(labels).tolist())
+            headers = source_headers(item.path for item in grid.slices)
+            document = build_segmentation(headers, labels, names, _origin(record))
+        except (MedVLError, HTTPException) as error:
+            reason = error.detail if isinstance(error, HTTPException) else error
+            return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {reason}"}}
+        self._remember(record.image, str(document.SOPInstanceUID))
+        waiting = self.send(document)
+        return {"dicom_seg": {**_note(document), **({"waiting": waiting} if waiting else {})}}
 
     def dicom_note(self, image_id: str) -> dict[str, Any]:
         """What became of the final label as DICOM SEG: its UIDs, and ``waiting`` or ``refused`` with the reason."""
         note = dict(self.get_label_info(image_id, FINAL).get("dicom_seg") or {})
+        note.pop("waiting", None)  # as it was when the label was saved
         reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
         return {**note, "waiting": reason} if reason else note
 
@@ -164,22 +172,6 @@ class GuardedDicomWebStore(SeriesStore):
                 logger.warning("The label of %s is left out: %s", image_id, error.detail)
         return [pair for pair in LocalDatastore.datalist(self, full_path) if Path(pair["image"]).exists()]
 
-    def _publish(self, image_id: str, mask: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Make a DICOM SEG of a label and send it; whatever fails, the label is kept and the note says why."""
-        try:
-            grid = self._grid(image_id)
-            labels, _ = read_mask(mask, like=grid.geometry)
-            names = stored_names(info, np.unique(labels).tolist())
-            headers = source_headers(item.path for item in grid.slices)
-            document = build_segmentation(headers, labels, names, _origin(info))
-        except MedVLError as error:
-            return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {error}"}}
-        except HTTPException as error:
-            return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {error.detail}"}}
-        self._remember(image_id, str(document.SOPInstanceUID))
-        self.send(document)
-        return {"dicom_seg": _note(document)}
-
     def _take_newest(self, image_id: str) -> None:
         """Make the newest DICOM SEG of an image its final label, when it is newer than that and was never here."""
         with reachable():
@@ -200,9 +192,9 @@ class GuardedDicomWebStore(SeriesStore):
 
     def _take(self, seg: SegRecord, labels: SegLabels, geometry: Geometry) -> None:
         info = {
-            "label_info": _label_info(labels.names),
+            "label_info": [{"name": name, "idx": value, "value": value} for value, name in labels.names.items()],
             "author": seg.creator,
-            "source": "dicom",
+            "source": _FROM_SERVER,
             "note": seg.description,
             "warnings": list(labels.warnings),
             "dicom_seg": {
@@ -267,21 +259,10 @@ def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebSto
     )
 
 
-def _origin(info: Mapping[str, Any]) -> LabelOrigin:
-    review = info.get("segmentationMeta") or {}
-    author = info.get("author") or info.get("user") or info.get("client_id") or "unknown"
-    model = info.get("model_version") or info.get("model")
-    note = info.get("note") or review.get("comment") or ""
-    version = info.get("version")
+def _origin(record: LabelVersion) -> LabelOrigin:
     return LabelOrigin(
-        str(author), str(model) if model else None, version if isinstance(version, int) else None, str(note)
+        record.author or "unknown", record.model_version or None, record.version, str(record.review.get("comment", ""))
     )
-
-
-def _label_info(names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Names of all values up to the highest one: readers go by the position in this list before they look at ``idx``."""
-    known = dict(enumerate(CLASSES, start=1))
-    return [{"name": names.get(value) or known[value], "idx": value} for value in range(1, max(names) + 1)]
 
 
 def _note(document: Dataset) -> dict[str, str]:
