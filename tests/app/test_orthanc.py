@@ -144,7 +144,9 @@ def test_new_study_is_served_and_a_bad_one_explained(orthanc: Orthanc, served: T
     good = put_phantom(orthanc, tmp_path / "good", one, "MR")
     seen = set()
     for _ in range(30):
-        sample = served.post("/activelearning/random", json={}).json()
+        reply = served.post("/activelearning/random", json={})
+        assert reply.status_code == 200, reply.text
+        sample = reply.json()
         assert sample["id"] != bad
         seen.add(sample["id"])
         if good in seen:

@@ -113,7 +113,7 @@ class Catalog:
     def _read_references(self, record: SeriesRecord) -> list[SegRecord]:
         found = []
         for item in self._client.retrieve_series_metadata(record.study, record.series):
-            header = Dataset.from_json(item)
+            header = header_of(item)
             referenced = header.get("ReferencedSeriesSequence")
             if not referenced:
                 logger.warning("Segmentation %s names no image series and is ignored", record.series)
@@ -134,7 +134,7 @@ class Catalog:
     def _search(self, search_filter: Mapping[str, Any]) -> list[SeriesRecord]:
         found = []
         for item in self._client.search_for_series(search_filters=dict(search_filter)):
-            header = Dataset.from_json(item)
+            header = header_of(item)
             count = header.get("NumberOfSeriesRelatedInstances")
             found.append(
                 SeriesRecord(
@@ -145,6 +145,11 @@ class Catalog:
                 )
             )
         return found
+
+
+def header_of(item: dict[str, Any]) -> Dataset:
+    """A header from DICOM JSON; pixels and other values that the server keeps elsewhere are left empty."""
+    return Dataset.from_json(item, bulk_data_uri_handler=lambda uri: None)
 
 
 def content_time(header: Dataset) -> str:

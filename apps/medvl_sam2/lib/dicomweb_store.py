@@ -33,7 +33,7 @@ from lib.dicom_objects import source_headers
 from lib.dicom_outbox import Outbox
 from lib.dicom_seg import LabelOrigin, build_segmentation
 from lib.dicom_seg_reading import SegLabels, read_segmentation
-from lib.dicomweb_catalog import SegRecord, content_time
+from lib.dicomweb_catalog import SegRecord, content_time, header_of
 from lib.dicomweb_images import SeriesStore, is_uid, reachable
 from lib.label_names import stored_names
 from lib.label_versions import LabelVersion
@@ -53,7 +53,7 @@ _KNOWN = "known_segmentations"
 class GuardedDicomWebStore(SeriesStore):
     """A DICOMweb server with a local cache."""
 
-    def __init__(self, *, fresh_s: float = settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY, **kwargs: Any) -> None:
+    def __init__(self, *, fresh_s: float, **kwargs: Any) -> None:
         self._fresh_s = fresh_s
         self._status: dict[str, Any] = {"total": 0, "completed": 0, "label_tags": {}}
         self._status_at = float("-inf")
@@ -142,7 +142,7 @@ class GuardedDicomWebStore(SeriesStore):
             return waiting
         with reachable():
             study, series = note["StudyInstanceUID"], note["SeriesInstanceUID"]
-            return Dataset.from_json(self._client.retrieve_instance_metadata(study, series, instance))
+            return header_of(self._client.retrieve_instance_metadata(study, series, instance))
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Path of a label: ``label_id`` is an image, or with tag ``final`` also the series of a DICOM SEG."""
@@ -256,6 +256,7 @@ def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebSto
         fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
         convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
         geometry_of=geometry_of,
+        fresh_s=settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY,
     )
 
 
