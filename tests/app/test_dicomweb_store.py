@@ -80,14 +80,15 @@ def test_ct_and_mr_are_images_and_nothing_else(tmp_path: Path, server: FakeDicom
 
 
 def test_new_studies_are_seen_when_the_list_is_old(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
-    store = open_store(fresh_s=0.2)
-    assert store.list_images() == []
+    slow, quick = open_store(fresh_s=3600.0), open_store(cache="b", fresh_s=0.2)
+    assert slow.list_images() == quick.list_images() == []
     image = add(server, tmp_path / "s")
-    assert store.list_images() == []
+    wait_for(lambda: quick.list_images() == [image])
     asked = len(server.asked)
-    time.sleep(0.25)
-    assert store.list_images() == [image]
-    assert store.list_images() == [image]
+    assert slow.list_images() == []
+    assert len(server.asked) == asked
+    slow.datalist()
+    assert slow.list_images() == [image]
     assert len(server.asked) == asked + 3, "CT, MR and SEG once"
 
 

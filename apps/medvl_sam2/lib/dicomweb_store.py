@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
+from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.datastore.local import LocalDatastore
@@ -69,7 +70,8 @@ class GuardedDicomWebStore(SeriesStore):
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Listed images with a final label here, or with a DICOM SEG that was not taken over yet; each once."""
-        here = set(LocalDatastore.get_labeled_images(self))
+        with self._thread_lock:  # the folder's watcher changes the index in another thread
+            here = set(LocalDatastore.get_labeled_images(self))
         with reachable():
             there = {seg.image for seg in self._catalog.segmentations() if seg.instance not in self._known(seg.image)}
         return [image for image in self.list_images() if image in here or image in there]
@@ -204,8 +206,11 @@ class GuardedDicomWebStore(SeriesStore):
                 "made": seg.made,
             },
         }
-        with tempfile.TemporaryDirectory() as temporary, self._writing():
-            if seg.instance in self._known(seg.image):
+        # A lock of its own: saving takes the store's and that of fetching, each by itself.
+        with tempfile.TemporaryDirectory() as temporary, FileLock(str(self.folder / ".segmentations.lock"), timeout=60):
+            with self._writing():
+                known = self._known(seg.image)
+            if seg.instance in known:
                 return  # another process was quicker
             path = Path(temporary, f"{seg.image}.nii.gz")
             write_mask(path, labels.mask, geometry)
