@@ -9,6 +9,7 @@ A setting that the environment already has wins over the ones made here.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def settings(app: Path) -> dict[str, str]:
         "MONAI_LABEL_SESSION_PATH": str(data / "sessions"),
         "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz", "*.nii", "*.nrrd"]',
         # Two hours by default, for which new studies and fresh labels stay unseen.
-        "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY": "60",
+        "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY": "5",
+        # Only CT by default.
+        "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": json.dumps({"Modality": "CT\\MR"}),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }

@@ -22,7 +22,8 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import medvl_sam2
 from lib.configs.medvl_sam2 import APP_NAME, APP_VERSION, LABELS, TRAINER, AppConfig
-from lib.datastore import open_dicomweb_store, open_local_store
+from lib.datastore import GuardedStore, open_local_store
+from lib.dicomweb_store import open_dicomweb_store
 from lib.infers.batch import BatchTask
 from lib.infers.interactive import InteractiveTask
 from lib.infers.language import ReportTask, VqaTask
@@ -39,6 +40,9 @@ from lib.strategies.sampling import FirstStrategy, RandomStrategy, UncertaintySt
 from lib.trainers.finetune import FinetuneTask
 
 logger = logging.getLogger(__name__)
+
+_MAX_UNREADABLE = 20
+"""Series in a row that turn out to be no volume before next sample says so."""
 
 
 class MyApp(MONAILabelApp):
@@ -65,9 +69,11 @@ class MyApp(MONAILabelApp):
     # --- what is offered --------------------------------------------------------------------------------------------
 
     def init_datastore(self) -> Datastore:
-        if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
-        return open_local_store(self.studies, self.runtime.geometry)
+        remote = self.studies.startswith(("http://", "https://"))
+        store = super().init_datastore() if remote else open_local_store(self.studies, self.runtime.geometry)
+        if isinstance(store, GuardedStore):
+            store.provenance_of = self.runtime.provenance
+        return store
 
     def init_remote_datastore(self) -> Datastore:
         if settings.MONAI_LABEL_DATASTORE or "googleapis.com" in self.studies:
@@ -75,7 +81,7 @@ class MyApp(MONAILabelApp):
         if shutil.which("itkimage2segimage") is None:
             os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         if shutil.which("itkimage2segimage") is None:
-            logger.warning("itkimage2segimage is missing, so labels cannot be stored as DICOM SEG; pip install dcmqi")
+            logger.warning("itkimage2segimage is missing (dcmqi): /infer/ cannot answer with output=dicom_seg")
         return open_dicomweb_store(self.studies, self.runtime.geometry)
 
     def init_infers(self) -> dict[str, InferTask]:
@@ -135,10 +141,22 @@ class MyApp(MONAILabelApp):
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         _require("strategy", request.get("strategy") or "random", self._strategies)
-        sample: dict[str, Any] = super().next_sample(request)
+        sample = self._readable_sample(request)
         if sample.get("path"):
             self.runtime.expect(Path(sample["path"]))
         return sample
+
+    def _readable_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The next image that is one: the store leaves out from then on what it found to be none (415)."""
+        for _ in range(_MAX_UNREADABLE):
+            try:
+                return dict(super().next_sample(request))
+            except HTTPException as error:
+                if error.status_code != 415:
+                    raise
+                reason = error
+                logger.warning("Skipped as the next sample: %s", error.detail)
+        raise reason
 
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("scoring method", request.get("method"), self._scoring_methods)
@@ -154,10 +172,14 @@ class MyApp(MONAILabelApp):
             _require("model", model, {**self._infers, **self._trainers})
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """Count a submitted label; what is returned reaches the annotator with the reply."""
+        """Count a submitted label; what is returned reaches the annotator with the reply.
+
+        On a DICOMweb server ``dicom_seg`` says what became of the final label there.
+        """
         labels = self.schedule.label_saved()
         logger.info("Label saved for %s; %d since the last training", image_id, labels)
-        return {"labels_since_training": labels}
+        note = getattr(self.datastore(), "dicom_note", None)
+        return {"labels_since_training": labels, **({"dicom_seg": note(image_id)} if note else {})}
 
     # --- the server -------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,8 @@ with warnings.catch_warnings():
     import lib.server
     from lib import runtime
 
-from app.fakes import FakePredictor  # noqa: E402 - after the settings above
+from app.fake_dicomweb import FakeDicomWeb, Open, store_opener  # noqa: E402 - after the settings above
+from app.fakes import FakePredictor  # noqa: E402
 
 SHAPE = (12, 10, 20)
 """All sizes differ, and there are more slices than classes."""
@@ -123,6 +124,18 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 def running(start: Callable[..., Running]) -> Running:
     """The app with default settings."""
     return start()
+
+
+@pytest.fixture
+def server() -> FakeDicomWeb:
+    """A DICOMweb server in memory."""
+    return FakeDicomWeb()
+
+
+@pytest.fixture
+def open_store(server: FakeDicomWeb, tmp_path: Path) -> Open:
+    """Opens stores over ``server``."""
+    return store_opener(server, tmp_path)
 
 
 @pytest.fixture

@@ -31,6 +31,10 @@ class FakeSession:
     def own_bytes(self) -> int:
         return 0
 
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        return dict(self.objects)
+
     def reset(self) -> None:
         self.objects.clear()
 

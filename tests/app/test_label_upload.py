@@ -99,15 +99,6 @@ def test_params_of_a_label_that_are_not_json(running: Running, label: Path) -> N
     assert running.app.datastore().get_labels_by_image_id("case_a") == {}
 
 
-def test_replaced_label_is_kept(running: Running, label: Path, tmp_path: Path) -> None:
-    running.submit("case_a", label)
-    running.submit("case_a", write_label(tmp_path / "second.nii.gz", value=2))
-    assert np.unique(stored(running)).tolist() == [2]
-    (kept,) = (running.studies / ".history" / "final" / "case_a").iterdir()
-    assert np.unique(np.asarray(nib.load(kept).dataobj)).tolist() == [1]
-    assert running.client.get("/info/").json()["datastore"]["label_tags"] == {"final": 1}
-
-
 def test_small_differences_of_the_header_are_no_other_grid(running: Running, tmp_path: Path) -> None:
     near = AFFINE.copy()
     near[:3, 3] += 0.01
@@ -123,7 +114,7 @@ def test_image_sent_again_keeps_its_labels(running: Running, label: Path, tmp_pa
         with_file = {"file": ("case_a.nii.gz", content)}
         response = running.client.put("/datastore/", params={"image": "case_a"}, files=with_file)
         assert response.status_code == status, response.text
-        assert running.app.datastore().get_labels_by_image_id("case_a") == {"final": "case_a"}
+        assert running.app.datastore().get_labels_by_image_id("case_a") == {"final": "case_a", "version_1": "case_a"}
     response = running.client.put("/datastore/", params={"image": "../evil"}, files={"file": ("x.nii.gz", content)})
     assert response.status_code == 400
     response = running.client.put("/datastore/", params={"image": "new"}, files={"file": ("x.nii.gz", content)})

@@ -1,46 +1,47 @@
 """MONAI Label's datastores, made safe to write to.
 
 What the stock ones do and these do not: accept any bytes as a label, let a tag name a folder outside the store,
-overwrite a submitted label without a trace, drop the labels of an image that is sent again, and let a process that
-scores images write its stale copy of the index over what the server saved meanwhile.
+overwrite a submitted label without a trace, drop the labels of an image that is sent again, and what
+:mod:`lib.indexed_store` says of the index. Labels are checked, copied and flushed to disk before the store's lock is
+taken.
 """
 
 from __future__ import annotations
 
 import filecmp
+import json
 import logging
+import os
 import re
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import requests
-from dicomweb_client.session_utils import create_session_from_user_pass
 from fastapi import HTTPException
-from filelock import FileLock
 from monailabel.config import settings
-from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.local import DataModel, LocalDatastore
 
-from lib.request_parsing import UnknownImageError
+from lib.label_upload import CheckedLabel, check_label
+from lib.label_versions import LabelVersion, Provenance, named_structures, now, text_of, version_number, whole_review
 from lib.result_writing import http_errors
-from medvl_sam2.errors import GeometryError, PromptError, VolumeError
+from lib.version_files import stage
+from lib.versioned_store import FINAL, VersionedStore
+from medvl_sam2.errors import PromptError
+from medvl_sam2.files import file_sha256
 from medvl_sam2.types import Geometry
-from medvl_sam2.volume_io import read_mask
 
 logger = logging.getLogger(__name__)
 
 GeometryOf = Callable[[Path], Geometry]
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}")
-_SERIES_UID = re.compile(r"[0-9.]{1,64}")
-_LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
-_STATUS_FRESH_S = 30.0
+_MAX_PROMPTS = 1_000_000
+"""Characters of the prompts kept with a label, as JSON."""
+_OWN_FIELDS = ("prompts", "restored_from", "made_from", "note")
+"""Sent with a label and kept in the version's record, not in MONAI Label's index."""
 
 
 class KnownImage(NamedTuple):
@@ -50,45 +51,148 @@ class KnownImage(NamedTuple):
     labels: Mapping[str, Mapping[str, Any]]
 
 
-class GuardedStore(LocalDatastore):
-    """Checks before writing, writes under one lock of all processes, and re-reads the index before changing it."""
+class GuardedStore(VersionedStore):
+    """Checks before writing, keeps every submitted label as a version, and re-reads the index before changing it."""
 
     def __init__(self, *args: Any, geometry_of: GeometryOf, **kwargs: Any) -> None:
         self._geometry_of = geometry_of
-        self._thread_lock = threading.RLock()
-        self._process_lock: FileLock | None = None
+        self.provenance_of: Callable[[Path, str], Provenance] = lambda image, client: Provenance("", [])
+        """What the server knows of a label by this client on this image."""
         super().__init__(*args, **kwargs)
 
-    @property
-    def folder(self) -> Path:
-        """Where images and labels lie: the studies, or the cache of a DICOMweb server."""
-        return Path(self._datastore_path)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One writer among all threads and processes, seeing the newest index.
-
-        Not MONAI Label's own ``.lock``: its methods take that one inside, and it does not nest.
-        """
-        with self._thread_lock:
-            if self._process_lock is None:
-                self._process_lock = FileLock(str(Path(self._datastore_path) / ".medvl.lock"), timeout=60)
-            with self._process_lock:
-                self._init_from_datastore_file()
-                yield
+    # --- labels -----------------------------------------------------------------------------------------------------
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Any, *more: Any) -> str:
-        """Store a label after checking that it is one and lies on the image's grid; keep what it replaces.
+        """Store a label after checking that it is one and lies on the image's grid.
+
+        With the tag ``final`` or ``version_N`` it becomes a new version, whatever is there already; ``label_info`` may
+        hold ``author``, ``note``, ``source``, ``client_id``, ``model_version``, ``prompts``, ``restored_from`` and
+        ``made_from``, and learns the ``version``. With another tag it takes the place of what had the tag.
 
         Raises:
             HTTPException: 404 unknown image, 400 unsafe tag, 415 not a label map, 422 another grid.
         """
-        with http_errors(f"Saving the label of {image_id!r}"):
-            _check_name("tag", str(label_tag))
-            self._check_label(image_id, Path(label_filename))
+        tag, info = str(label_tag), label_info if isinstance(label_info, dict) else {}
+        with http_errors(f"Saving the label of {image_id!r}"), ExitStack() as stack:
+            _check_name("tag", tag)
+            image = self._image_file(image_id)
+            checked = check_label(image_id, Path(label_filename), self._geometry_of(image))
+            if checked.made:
+                stack.callback(checked.file.unlink, missing_ok=True)
+            staged = stack.enter_context(stage(checked.file, self._files.labels))
+            if tag != FINAL and version_number(tag) is None:
+                with self._writing():
+                    self._replace_label(image_id, tag, staged, checked.extension, info)
+                return image_id
+            record = self._described(image_id, image, checked, tag, info)
             with self._writing():
-                self._keep_replaced(image_id, str(label_tag))
-                return super().save_label(image_id, label_filename, label_tag, label_info, *more)
+                self._adopt(image_id)
+                number = self._files.next_number(image_id, version_number(tag))
+                record = replace(record, version=number)
+                path = self._files.put(staged, record)
+                self._set_final(image_id, record)
+                self._update_datastore_file(lock=False)
+            info["version"] = number
+            logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
+            added = self._label_stored(record, path)
+            if added:
+                self.update_label_info(image_id, FINAL, added)
+        return image_id
+
+    def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
+        """Called without a lock when a version is kept, before it is acknowledged; what it returns joins its info."""
+        return {}
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        """Change what is kept with a label. ``final`` means the version it holds.
+
+        The Reviewer module sends the names of ``final`` along with its verdict on any version, so those of a version
+        stay as they are.
+        """
+        tag = str(label_tag)
+        with self._writing():
+            number = version_number(tag) if tag != FINAL else self.final_version(label_id)
+            record = None if number is None else self._files.read(label_id, number)
+            if record is None:
+                super().update_label_info(label_id, tag, info)
+                return
+            kept = info if tag == FINAL else {key: value for key, value in info.items() if key != "label_info"}
+            record = record.updated(kept)
+            self._files.write_record(record)
+            labels = self._datastore.objects[label_id].labels
+            for same in (record.tag, *([FINAL] if self.final_version(label_id) == number else [])):
+                labels[same] = DataModel(info=record.index_info(), ext=record.extension)
+            self._update_datastore_file(lock=False)
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Move a label to the trash. Without ``final`` the image counts as unlabelled, its versions stay.
+
+        When the newest version goes, ``final`` holds the one before.
+        """
+        tag = str(label_tag)
+        with http_errors(f"Removing the label of {label_id!r}"), self._writing():
+            self._adopt(label_id)
+            obj = self._datastore.objects.get(label_id)
+            label = obj.labels.get(tag) if obj else None
+            if obj is None or label is None:
+                raise HTTPException(404, f"image {label_id!r} has no label with tag {tag!r}")
+            path = Path(self._datastore.label_path(tag)) / self._filename(label_id, label.ext)
+            newest = self._files.newest(label_id)
+            if tag == FINAL and newest is not None:
+                self._files.write_record(replace(newest, withdrawn=True))
+                path.unlink(missing_ok=True)
+            elif path.is_file():
+                logger.info("Label %s of %s lies in %s now", tag, label_id, self._files.discard(label_id, tag, path))
+            del obj.labels[tag]
+            if version_number(tag) is not None:
+                self._set_final(label_id, self._files.newest(label_id))
+            self._update_datastore_file(lock=False)
+
+    def _described(
+        self, image_id: str, image: Path, checked: CheckedLabel, tag: str, info: Mapping[str, Any]
+    ) -> LabelVersion:
+        """The record of a label that is being saved, still without its number."""
+        client, time_ = text_of(info, "client_id"), now()
+        known = self.provenance_of(image, client)
+        source = "slicer" if client else "inference" if "params" in info else "api"
+        prompts = info["prompts"] if isinstance(info.get("prompts"), list) else known.prompts
+        if len(json.dumps(prompts, default=str)) > _MAX_PROMPTS:
+            raise PromptError(f"prompts have more than {_MAX_PROMPTS} characters; send fewer with a label")
+        restored = info.get("restored_from")
+        kept = {key: value for key, value in info.items() if key not in _OWN_FIELDS}
+        kept["segmentationMeta"] = whole_review(info.get("segmentationMeta"), text_of(info, "note"), time_)
+        return LabelVersion(
+            image=image_id,
+            version=0,
+            extension=checked.extension,
+            checksum=file_sha256(checked.file),
+            time=time_,
+            author=text_of(info, "author") or client,
+            source=text_of(info, "source") or ("reviewer" if tag != FINAL else source),
+            client_id=client,
+            model_version=text_of(info, "model_version") or known.model_version,
+            structures=named_structures(info, checked.voxels),
+            prompts=tuple(prompts),
+            restored_from=restored if isinstance(restored, int) else None,
+            made_from=tuple(int(number) for number in info.get("made_from") or ()),
+            info=kept,
+        )
+
+    def _replace_label(self, image_id: str, tag: str, staged: Path, extension: str, info: dict[str, Any]) -> None:
+        """Store a label that is no version; what had its tag goes to the trash."""
+        obj = self._datastore.objects[image_id]
+        old = obj.labels.get(tag)
+        folder = Path(self._datastore.label_path(tag))
+        folder.mkdir(parents=True, exist_ok=True)
+        if old is not None and (path := folder / self._filename(image_id, old.ext)).is_file():
+            self._files.discard(image_id, tag, path)
+        name = self._filename(image_id, extension)
+        os.replace(staged, folder / name)
+        obj.labels[tag] = DataModel(info={**info, "ts": int(time.time()), "name": name}, ext=extension)
+        self._order_tags(image_id)
+        self._update_datastore_file(lock=False)
+
+    # --- images -----------------------------------------------------------------------------------------------------
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Store an image; the same image again changes nothing, another one under a taken id is refused (409)."""
@@ -108,21 +212,16 @@ class GuardedStore(LocalDatastore):
         with self._writing():
             super().update_image_info(image_id, info)
 
-    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        with self._writing():
-            super().update_label_info(label_id, label_tag, info)
-
     def remove_image(self, image_id: str) -> None:
+        """Delete an image; its labels go to the trash."""
         with self._writing():
+            obj = self._datastore.objects.get(image_id)
+            for tag, label in list(obj.labels.items()) if obj else ():
+                path = Path(self._datastore.label_path(tag)) / self._filename(image_id, label.ext)
+                if path.is_file():
+                    self._files.discard(image_id, tag, path)
+                del obj.labels[tag]
             super().remove_image(image_id)
-
-    def remove_label(self, label_id: str, label_tag: str) -> None:
-        with self._writing():
-            super().remove_label(label_id, label_tag)
-
-    def refresh(self) -> None:
-        with self._writing():
-            super().refresh()
 
     def json(self) -> dict[str, Any]:
         with self._thread_lock:  # not while another thread changes it
@@ -137,48 +236,6 @@ class GuardedStore(LocalDatastore):
                 for image, entry in self._datastore.objects.items()
             }
 
-    def _on_modify_event(self, event: Any) -> None:
-        with self._thread_lock:
-            super()._on_modify_event(event)
-
-    def _check_label(self, image_id: str, file: Path) -> None:
-        image = self.get_image_uri(image_id)
-        if not image:
-            raise UnknownImageError(f"image {image_id!r} is not in the datastore; its label was not saved")
-        geometry = self._geometry_of(Path(image))
-        if file.name.endswith(".bin"):
-            voxels = int(np.prod(geometry.shape))
-            if file.stat().st_size != voxels:
-                raise GeometryError(f"raw label has {file.stat().st_size} bytes, the image has {voxels} voxels")
-            return
-        if not file.name.endswith(_LABEL_SUFFIXES):
-            raise VolumeError(f"label file of kind {''.join(file.suffixes) or 'unknown'}; use one of {_LABEL_SUFFIXES}")
-        try:
-            _, grid = read_mask(file)
-        except VolumeError as error:
-            raise VolumeError(f"{str(error).replace(str(file), 'the label')}; nothing was saved") from error
-        if grid.shape != geometry.shape:
-            raise GeometryError(
-                f"label of shape {grid.shape} does not fit image {image_id!r} of shape {geometry.shape}; nothing was "
-                "saved: export the label on the grid of the image"
-            )
-        if not grid.matches(geometry, tolerance_mm=max(geometry.spacing)):
-            raise GeometryError(
-                f"label and image {image_id!r} have the same shape but lie apart in space by more than a voxel; "
-                "nothing was saved: export the label with the orientation and origin of the image"
-            )
-
-    def _keep_replaced(self, image_id: str, tag: str) -> None:
-        """Copy a label that is about to be overwritten to ``.history/<tag>/<image>/`` of the store."""
-        record = self._datastore.label(image_id, tag)
-        if record is None:
-            return
-        old = Path(self._datastore.label_path(tag)) / self._filename(image_id, record.ext)
-        if old.is_file():
-            folder = Path(self._datastore_path) / ".history" / tag / image_id
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(old, folder / f"{time.time_ns()}{record.ext}")
-
 
 class GuardedLocalStore(GuardedStore):
     """A folder of images."""
@@ -186,58 +243,6 @@ class GuardedLocalStore(GuardedStore):
     def status(self) -> dict[str, Any]:
         with self._thread_lock:  # the folder's watcher changes the index in another thread
             return super().status()
-
-
-class GuardedDicomWebStore(GuardedStore, DICOMWebDatastore):
-    """A DICOMweb server with a local cache. Queries take one lock: their cache is not made for threads."""
-
-    def __init__(self, *args: Any, geometry_of: GeometryOf, **kwargs: Any) -> None:
-        self._query_lock = threading.RLock()
-        self._status: dict[str, Any] = {"total": 0, "completed": 0, "label_tags": {}}
-        self._status_at = float("-inf")
-        self._status_running = threading.Lock()
-        super().__init__(*args, geometry_of=geometry_of, **kwargs)
-
-    def list_images(self) -> list[str]:
-        with self._query_lock:
-            return super().list_images()
-
-    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        with self._query_lock:
-            return super().get_labeled_images(label_tag, labels)
-
-    def known_images(self) -> dict[str, KnownImage]:
-        """As far as series were fetched; of the others the series is known."""
-        known = super().known_images()
-        return {image: known.get(image, KnownImage({"SeriesInstanceUID": image}, {})) for image in self.list_images()}
-
-    def get_image_uri(self, image_id: str) -> str:
-        """Path of the series in the cache, fetched when needed; empty for what is no series of the server."""
-        if not _SERIES_UID.fullmatch(image_id):
-            return ""
-        try:
-            return super().get_image_uri(image_id)
-        except requests.HTTPError as error:
-            if error.response is not None and error.response.status_code == 404:
-                return ""
-            raise HTTPException(502, f"the DICOMweb server failed on series {image_id}: {error}") from error
-        except requests.RequestException as error:
-            raise HTTPException(502, f"the DICOMweb server cannot be reached: {error}") from error
-
-    def status(self) -> dict[str, Any]:
-        """Counts at most :data:`_STATUS_FRESH_S` old plus one query: ``/info/`` must not wait for the DICOM server."""
-        if time.monotonic() - self._status_at > _STATUS_FRESH_S and self._status_running.acquire(blocking=False):
-            threading.Thread(target=self._refresh_status, name="dicomweb-status", daemon=True).start()
-        return dict(self._status)
-
-    def _refresh_status(self) -> None:
-        try:
-            self._status = super().status()
-        except Exception:
-            logger.exception("The DICOMweb server cannot be queried; the last known counts are shown")
-        finally:
-            self._status_at = time.monotonic()
-            self._status_running.release()
 
 
 def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
@@ -248,26 +253,6 @@ def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
         extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
-    )
-
-
-def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
-    """A store over a DICOMweb server, with MONAI Label's settings."""
-    user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    client = DICOMwebClientX(
-        url=url,
-        session=create_session_from_user_pass(user, password) if user and password else None,
-        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
-        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
-        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
-    )
-    return GuardedDicomWebStore(
-        client=client,
-        search_filter=settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
-        cache_path=settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None,
-        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
-        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
-        geometry_of=geometry_of,
     )
 
 

@@ -23,15 +23,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from lib.configs.medvl_sam2 import AppConfig
+from lib.label_versions import Provenance
 from lib.preparation import Preparation
 from lib.request_parsing import Client
 from lib.turns import Turns, Waiting
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
-from medvl_sam2.types import Geometry, Volume
+from medvl_sam2.types import Geometry, Prompt, Volume
 from medvl_sam2.volume_io import read_volume
 
 if TYPE_CHECKING:
@@ -201,6 +204,17 @@ class Runtime:
         version, device = (predictor.meta.version, predictor.device) if predictor else (None, None)
         return Loaded(version, refused.name if refused else None, device)
 
+    def provenance(self, image: Path, client: str) -> Provenance:
+        """Weights served now, and what stands in this client's session of an image. Waits for no inference.
+
+        Without the lock: a session that is at work may show the prompts of a moment ago.
+        """
+        version = self.served_version()
+        held = self._sessions.get(_Key(client, image, image.stat().st_mtime_ns)) if client else None
+        if held is None:
+            return Provenance(version, [])
+        return Provenance(version, [_shown(name, prompt) for name, prompt in held.session.prompts.items()])
+
     def session_count(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
@@ -290,6 +304,20 @@ def _record(session: Session, journal: Journal, change: Change) -> None:
     except OSError:
         logger.exception("The session in %s is not written any further", journal.folder)
         session.recorder = None
+
+
+def _shown(name: str, prompt: Prompt) -> dict[str, Any]:
+    """A prompt as it is kept with a label, in stored voxels; of a mask and of strokes only that there were some."""
+    points = np.asarray(prompt.points)
+    return {
+        "object": name,
+        "foreground": points[np.asarray(prompt.labels) == 1].tolist(),
+        "background": points[np.asarray(prompt.labels) == 0].tolist(),
+        "box": None if prompt.box is None else np.asarray(prompt.box).tolist(),
+        "text": prompt.text,
+        "mask": prompt.mask is not None,
+        "strokes": len(prompt.strokes),
+    }
 
 
 def load_predictor(path: Path | None) -> Predictor:

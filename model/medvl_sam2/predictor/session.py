@@ -47,6 +47,12 @@ class Session:
         known = {name: timeline.known(timeline.position) for name, timeline in self.timelines.items()}
         return {name: state for name, state in known.items() if state is not None}
 
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        """The prompt that stands for every object, by name; may be asked while the session is at work."""
+        standing = {name: line.steps[: line.position][-1:] for name, line in list(self.timelines.items())}
+        return {name: steps[0].prompt for name, steps in standing.items() if steps}
+
     def step(self, prompt: Prompt) -> Step:
         """A step for a validated prompt, still without its state."""
         self._order += 1

@@ -61,8 +61,8 @@ def load_samples(samples: Sequence[FinetuneSample]) -> tuple[list[LoadedSample],
 def label_names(label_info: Sequence[Mapping[str, Any]], values: Sequence[int]) -> dict[int, str]:
     """Structure name of every mask value in use, from what a client sent with its label.
 
-    3D Slicer numbers the saved mask by position in ``label_info`` while ``idx`` counts all segments, saved or not; so
-    the position decides as long as it explains every value, else ``idx`` does.
+    An entry may state its mask ``value``. 3D Slicer does not: it numbers the saved mask by position in ``label_info``
+    while ``idx`` counts all segments, saved or not. The first of value, position and ``idx`` that explains all decides.
 
     Raises:
         DataError: neither explains a value.
@@ -70,8 +70,11 @@ def label_names(label_info: Sequence[Mapping[str, Any]], values: Sequence[int]) 
     used = sorted({int(value) for value in values} - {0})
     names = [str(entry.get("name", "")).strip() for entry in label_info]
     by_position = {number: name for number, name in enumerate(names, start=1) if name}
-    by_idx = {int(e["idx"]): n for e, n in zip(label_info, names, strict=True) if n and str(e.get("idx", "")).isdigit()}
-    for table in (by_position, by_idx):
+    by_value, by_idx = (
+        {int(e[key]): n for e, n in zip(label_info, names, strict=True) if n and str(e.get(key, "")).isdigit()}
+        for key in ("value", "idx")
+    )
+    for table in (by_value, by_position, by_idx):
         if set(used) <= set(table):
             return {value: table[value] for value in used}
     unnamed = sorted(set(used) - set(by_position))

@@ -2,7 +2,14 @@
 
 from fastapi import APIRouter
 
-from lib.api import cases, health, jobs, proxy
+from lib.api import cases, health, jobs, labels, proxy
 
-ROUTERS: tuple[APIRouter, ...] = (health.router, jobs.router, cases.router, proxy.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    health.router,
+    jobs.router,
+    cases.router,
+    labels.router,
+    labels.upload_router,
+    proxy.router,
+)
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""

@@ -1,0 +1,331 @@
+"""Versions of labels over HTTP: list, fetch, save, restore, compare, and make one of several.
+
+``router`` is ours. ``upload_router`` stands in for MONAI Label's ``PUT /datastore/label``, which works on the event
+loop and forgets who sent the label.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, BackgroundTasks, Body, Depends, File, Form, HTTPException, Query, UploadFile
+from fastapi.responses import FileResponse
+from monailabel.config import settings
+from monailabel.endpoints.datastore import save_label as monailabel_save_label
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.utils.app import app_instance
+from pydantic import BaseModel, Field
+
+from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
+from lib.label_versions import LabelVersion
+from lib.result_writing import write_label_map
+from lib.version_files import MASKS
+from medvl_sam2.errors import DataError
+from medvl_sam2.volume_io import read_mask
+
+router = APIRouter(prefix="/medvl/labels", tags=["MedVL labels"])
+upload_router = APIRouter(tags=["Datastore"])
+
+_User = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
+_Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
+_Image = Annotated[str, Query(description="Id of an image of the datastore")]
+_Number = Annotated[int, Query(ge=1, description="Number of a version")]
+_Text = Annotated[str, Field(max_length=10_000)]
+_MAX_BYTE = 255
+
+
+class StructureReply(BaseModel):
+    """A structure of a label, the value it has in the mask, and its voxels."""
+
+    name: str
+    value: int
+    voxels: int
+
+
+class VersionReply(BaseModel):
+    """One version of a label. ``checksum`` is the SHA-256 of its file, ``time`` ISO with offset."""
+
+    version: int
+    tag: str
+    author: str
+    time: str
+    source: str
+    client_id: str
+    model_version: str
+    note: str
+    status: str
+    level: str
+    approved_by: str
+    checksum: str
+    structures: list[StructureReply]
+    prompts: list[Any]
+    restored_from: int | None
+    made_from: list[int]
+
+
+class VersionsReply(BaseModel):
+    """All versions, oldest first; ``final`` is the one that counts as the image's label."""
+
+    image: str
+    final: int | None
+    versions: list[VersionReply]
+
+
+class AgreementReply(BaseModel):
+    """Agreement on one structure; ``voxels_a`` and ``voxels_b`` are its sizes."""
+
+    name: str
+    dice: float
+    nsd: float
+    voxels_a: int
+    voxels_b: int
+
+
+class ComparisonReply(BaseModel):
+    """Two versions structure by structure; surface Dice at ``tolerance_mm``."""
+
+    image: str
+    a: int
+    b: int
+    tolerance_mm: float
+    structures: list[AgreementReply]
+
+
+class PairReply(BaseModel):
+    """Two annotators' latest versions."""
+
+    authors: tuple[str, str]
+    versions: tuple[int, int]
+    structures: list[AgreementReply]
+
+
+class AgreementsReply(BaseModel):
+    """The latest version of every author, and every two of them."""
+
+    image: str
+    tolerance_mm: float
+    latest: dict[str, int]
+    pairs: list[PairReply]
+
+
+class RestoreBody(BaseModel):
+    """Who restores, and why."""
+
+    author: _Text = ""
+    note: _Text = ""
+
+
+class ConsensusBody(BaseModel):
+    """Which ``versions``, or the latest ones of which ``authors``; without both those of all authors."""
+
+    versions: list[int] = Field(default=[], max_length=64)
+    authors: list[_Text] = Field(default=[], max_length=64)
+    method: Method = Method.MAJORITY
+    author: _Text = ""
+    note: _Text = ""
+
+
+@router.get("", summary="Versions of an image's label")
+def list_versions(image: _Image, user: _User) -> VersionsReply:
+    return VersionsReply.model_validate(
+        {
+            "image": image,
+            "versions": [record.shown() for record in _store().versions(image)],
+            "final": _store().final_version(image),
+        }
+    )
+
+
+@router.get("/file", summary="The mask of a version, on the image's grid", response_class=FileResponse)
+def version_file(
+    tasks: BackgroundTasks, image: _Image, version: _Number, user: _User, format: Literal["nrrd", "nii.gz"] = "nrrd"
+) -> FileResponse:
+    store = _store()
+    record, path = store.version(image, version)
+    name = f"{image}-{record.tag}.{format}"
+    if record.extension == f".{format}":
+        return FileResponse(path, media_type="application/octet-stream", filename=name)
+    labels, _ = read_mask(path)
+    if int(labels.max()) > _MAX_BYTE:
+        stored = record.extension.removeprefix(".")
+        raise DataError(
+            f"version {version} has mask values beyond {_MAX_BYTE}; ask for format={stored}, as it is stored"
+        )
+    grid = app_instance().runtime.geometry(Path(store.get_image_uri(image)))
+    made = Path(write_label_map(labels, grid, f".{format}", compress=True))
+    tasks.add_task(made.unlink, missing_ok=True)
+    return FileResponse(made, media_type="application/octet-stream", filename=name)
+
+
+@router.post("", summary="Save a label as a new version")
+def save_version(
+    image: _Image,
+    user: _Annotator,
+    label: Annotated[UploadFile, File(description=".nii.gz, .nii, .nrrd, or .bin: a byte a voxel, first axis fastest")],
+    params: Annotated[str, Form(description="JSON: author, note, client_id, source, label_info, prompts, ...")] = "{}",
+) -> VersionReply:
+    """``label_info`` is a list of ``{"name", "idx"}``; here ``idx`` is the value in the mask."""
+    sent = _json_object(params)
+    info = {key: sent[key] for key in ("note", "client_id", "model_version", "segmentationMeta") if key in sent}
+    if isinstance(sent.get("prompts"), list):
+        info["prompts"] = sent["prompts"]
+    info["source"] = str(sent.get("source") or "api")
+    info["label_info"] = _numbered(sent.get("label_info"))
+    with tempfile.TemporaryDirectory(prefix="medvl-label-") as folder:
+        suffix = next((known for known in (*MASKS, ".bin") if (label.filename or "").endswith(known)), "")
+        file = Path(folder) / f"label{suffix or Path(label.filename or '').suffix}"
+        with open(file, "wb") as target:
+            shutil.copyfileobj(label.file, target, 1 << 20)
+        return _keep(image, file, info | _author(user, sent))
+
+
+@router.post("/restore", summary="Make an earlier version the label again, as a new version")
+def restore(image: _Image, version: _Number, user: _Annotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
+    record, path = _store().version(image, version)
+    info = {
+        "label_info": _label_info(record),
+        "note": body.note,
+        "source": "restore",
+        "model_version": record.model_version,
+        "prompts": list(record.prompts),
+        "restored_from": record.version,
+    }
+    return _keep(image, path, info | _author(user, body.model_dump()))
+
+
+@router.get("/compare", summary="Two versions, structure by structure")
+def compare_versions(image: _Image, a: _Number, b: _Number, user: _User) -> ComparisonReply:
+    masks = _masks(image, [a, b])
+    structures = compare(masks[a], masks[b])
+    shown = [AgreementReply(**vars(structure)) for structure in structures]
+    return ComparisonReply(image=image, a=a, b=b, tolerance_mm=NSD_TOLERANCE_MM, structures=shown)
+
+
+@router.get("/agreement", summary="The latest versions of all annotators, pair by pair")
+def agreement(image: _Image, user: _User) -> AgreementsReply:
+    latest = _latest(_store().versions(image))
+    authors = {number: author for author, number in latest.items()}
+    pairs = [
+        PairReply(
+            authors=(authors[pair.a], authors[pair.b]),
+            versions=(pair.a, pair.b),
+            structures=[AgreementReply(**vars(structure)) for structure in pair.structures],
+        )
+        for pair in pairwise(_masks(image, list(authors)))
+    ]
+    return AgreementsReply(image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs)
+
+
+@router.post("/consensus", summary="One label of several versions, as a new version")
+def make_consensus(image: _Image, user: _Annotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
+    store = _store()
+    numbers = _chosen(store.versions(image), body)
+    masks = _masks(image, numbers)
+    mask, names = consensus(list(masks.values()), body.method)
+    grid = app_instance().runtime.geometry(Path(store.get_image_uri(image)))
+    if mask.shape != grid.shape:
+        raise DataError(f"the versions have shape {mask.shape}, the image {grid.shape}: it was replaced after them")
+    info = {
+        "label_info": [{"name": name, "idx": value, "value": value} for value, name in enumerate(names, start=1)],
+        "note": body.note or f"{body.method.value} of versions {', '.join(map(str, masks))}",
+        "source": f"consensus-{body.method.value}",
+        "prompts": [],
+        "made_from": list(masks),
+    }
+    file = Path(write_label_map(mask, grid, ".nii.gz", compress=True))
+    try:
+        return _keep(image, file, info | _author(user, body.model_dump()))
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@upload_router.put("/datastore/label", summary="Save Finished Label")
+def save_label(
+    tasks: BackgroundTasks,
+    image: str,
+    user: _Annotator,
+    label: Annotated[UploadFile, File()],
+    params: Annotated[str, Form()] = "{}",
+    tag: str = "final",
+) -> dict[str, Any]:
+    """As MONAI Label's, which Slicer submits to; ``final`` and ``version_N`` make a new version."""
+    sent = _json_object(params)
+    text = json.dumps(sent | _author(user, sent))
+    reply: dict[str, Any] = monailabel_save_label(tasks, image, text, tag, label, user.username)
+    return reply
+
+
+def _store() -> Any:
+    """The app's datastore. Not checked by class: the app may have been loaded with another copy of ``lib``."""
+    store = app_instance().datastore()
+    if not hasattr(store, "versions"):
+        raise HTTPException(501, "this kind of datastore keeps no versions of labels")
+    return store
+
+
+def _keep(image: str, file: Path, info: dict[str, Any]) -> VersionReply:
+    """Save by the one path that all labels take, and tell the app."""
+    store = _store()
+    label_id = store.save_label(image, str(file), "final", info)
+    app_instance().on_save_label(image, label_id)
+    return VersionReply.model_validate(store.version(image, info["version"])[0].shown())
+
+
+def _author(user: User, sent: dict[str, Any]) -> dict[str, str]:
+    """Who is logged in, else who the client says; without a login everybody is MONAI Label's ``admin``."""
+    name = user.username if settings.MONAI_LABEL_AUTH_ENABLE else sent.get("author")
+    return {"author": str(name)} if name else {}
+
+
+def _numbered(label_info: Any) -> list[dict[str, Any]]:
+    """Names with the mask values their client states, so that no position is taken for a value later."""
+    if label_info is None:
+        return []
+    whole = isinstance(label_info, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and type(one.get("idx")) is int and one["idx"] > 0
+        for one in label_info
+    )
+    if not whole:
+        raise HTTPException(400, 'label_info must be a list of {"name": "liver", "idx": 1}, idx being the mask value')
+    return [{**one, "value": one["idx"]} for one in label_info]
+
+
+def _label_info(record: LabelVersion) -> list[dict[str, Any]]:
+    """The names of a version with their values, whatever its client stated."""
+    return [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]
+
+
+def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:
+    store = _store()
+    return {number: read_named(*store.version(image, number)) for number in dict.fromkeys(numbers)}
+
+
+def _latest(records: Sequence[LabelVersion]) -> dict[str, int]:
+    """Number of every author's latest version; what was made of others' versions is nobody's own."""
+    own = [record for record in records if not record.made_from and record.restored_from is None]
+    return {record.author or f"unknown ({record.tag})": record.version for record in own}
+
+
+def _chosen(records: Sequence[LabelVersion], body: ConsensusBody) -> list[int]:
+    if body.versions and body.authors:
+        raise HTTPException(400, "give versions or authors, not both")
+    latest = _latest(records)
+    missing = [author for author in body.authors if author not in latest]
+    if missing:
+        raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {', '.join(latest) or 'nobody'}")
+    return body.versions or [latest[author] for author in body.authors or latest]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise HTTPException(400, f"params is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise HTTPException(400, f"params must be a JSON object, got {type(values).__name__}")
+    return values

@@ -1,0 +1,296 @@
+"""The datastore of a DICOMweb server: series as images, DICOM SEG as labels, with a cache on disk.
+
+Labels are saved in the cache first, like those of a folder, and then stored on the server as DICOM SEG, by way of an
+outbox: what the server does not take at once is sent again later, and the reply says why. The other way round, a SEG
+that somebody else stored becomes a label when it is newer than the one here; each is taken over once.
+
+MONAI Label's own way is not used: dcmqi, which names segments by position, and lists that stay old for two hours.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dicomweb_client.session_utils import create_session_from_user_pass
+from fastapi import HTTPException
+from filelock import FileLock
+from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMwebClientX
+from monailabel.datastore.local import LocalDatastore
+from monailabel.interfaces.datastore import DefaultLabelTag
+from pydicom.dataset import Dataset
+
+from lib.datastore import GeometryOf, KnownImage
+from lib.dicom_objects import source_headers
+from lib.dicom_outbox import Outbox
+from lib.dicom_seg import LabelOrigin, build_segmentation
+from lib.dicom_seg_reading import SegLabels, read_segmentation
+from lib.dicomweb_catalog import SegRecord, content_time, header_of
+from lib.dicomweb_images import SeriesStore, is_uid, reachable
+from lib.label_names import stored_names
+from lib.label_versions import LabelVersion
+from lib.result_writing import http_error
+from medvl_sam2.errors import MedVLError
+from medvl_sam2.types import Geometry
+from medvl_sam2.volume_io import read_mask, write_mask
+
+logger = logging.getLogger(__name__)
+
+FINAL = DefaultLabelTag.FINAL.value
+_FROM_SERVER = "dicom"
+_KNOWN = "known_segmentations"
+"""In an image's info: SOPInstanceUIDs of the DICOM SEGs whose labels are or were here."""
+
+
+class GuardedDicomWebStore(SeriesStore):
+    """A DICOMweb server with a local cache."""
+
+    def __init__(self, *, fresh_s: float, **kwargs: Any) -> None:
+        self._fresh_s = fresh_s
+        self._status: dict[str, Any] = {"total": 0, "completed": 0, "label_tags": {}}
+        self._status_at = float("-inf")
+        self._status_running = threading.Lock()
+        self._unreadable: dict[str, str] = {}
+        super().__init__(fresh_s=fresh_s, **kwargs)
+
+    @cached_property
+    def _outbox(self) -> Outbox:
+        return Outbox(self.folder / ".outbox", self._client.store_instances)
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Listed images with a final label here, or with a DICOM SEG that was not taken over yet; each once."""
+        with self._thread_lock:  # the folder's watcher changes the index in another thread
+            here = set(LocalDatastore.get_labeled_images(self))
+        with reachable():
+            there = {seg.image for seg in self._catalog.segmentations() if seg.instance not in self._known(seg.image)}
+        return [image for image in self.list_images() if image in here or image in there]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Listed images without label, but for those found to be unreadable."""
+        labelled = set(self.get_labeled_images())
+        return [image for image in self.list_images() if image not in labelled and not self._refusal(image)]
+
+    def known_images(self) -> dict[str, KnownImage]:
+        """What the server lists, with what is known here of the series that were fetched."""
+        here = super().known_images()
+        with reachable():
+            listed = self._catalog.images()
+        found = {}
+        for image, series in listed.items():
+            known = here.get(image, KnownImage({}, {}))
+            said = {"SeriesInstanceUID": image, "StudyInstanceUID": series.study, "Modality": series.modality}
+            found[image] = KnownImage({**said, **known.info}, known.labels)
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """Counts that may be ``fresh_s`` old plus one query: ``/info/`` must not wait for the DICOM server."""
+        if time.monotonic() - self._status_at > self._fresh_s and self._status_running.acquire(blocking=False):
+            threading.Thread(target=self._refresh_status, name="dicomweb-status", daemon=True).start()
+        return dict(self._status)
+
+    def _refresh_status(self) -> None:
+        try:
+            self._outbox.retry()
+            self.get_labeled_images()  # asks the server, so that nobody does inside the lock
+            with self._thread_lock:
+                self._status = super().status()
+        except Exception:
+            logger.exception("The DICOMweb server cannot be queried; the last known counts are shown")
+        finally:
+            self._status_at = time.monotonic()
+            self._status_running.release()
+
+    # --- labels -----------------------------------------------------------------------------------------------------
+
+    def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
+        """Make a DICOM SEG of a new version and send it; whatever fails, the version is kept and its info says why."""
+        if record.source == _FROM_SERVER and "dicom_seg" in record.info:
+            return {}  # it is one already
+        try:
+            grid = self._grid(record.image)
+            labels, _ = read_mask(path, like=grid.geometry)
+            info = record.index_info()
+            names = stored_names(info, np.unique(labels).tolist())
+            headers = source_headers(item.path for item in grid.slices)
+            document = build_segmentation(headers, labels, names, _origin(record))
+        except (MedVLError, HTTPException) as error:
+            reason = error.detail if isinstance(error, HTTPException) else error
+            return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {reason}"}}
+        self._remember(record.image, str(document.SOPInstanceUID))
+        waiting = self.send(document)
+        return {"dicom_seg": {**_note(document), **({"waiting": waiting} if waiting else {})}}
+
+    def dicom_note(self, image_id: str) -> dict[str, Any]:
+        """What became of the final label as DICOM SEG: its UIDs, and ``waiting`` or ``refused`` with the reason."""
+        note = dict(self.get_label_info(image_id, FINAL).get("dicom_seg") or {})
+        note.pop("waiting", None)  # as it was when the label was saved
+        reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
+        return {**note, "waiting": reason} if reason else note
+
+    def send(self, document: Dataset) -> str | None:
+        """Store an object on the server; returns why it still waits in the outbox, or None when it is there."""
+        reason = self._outbox.send(document)
+        self._catalog.forget()
+        self._status_at = float("-inf")
+        return reason
+
+    def stored_segmentation(self, image_id: str) -> Dataset | None:
+        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one."""
+        note = self.dicom_note(image_id)
+        instance = note.get("SOPInstanceUID")
+        if not instance:
+            return None
+        waiting = self._outbox.read(instance)
+        if waiting is not None:
+            return waiting
+        with reachable():
+            study, series = note["StudyInstanceUID"], note["SeriesInstanceUID"]
+            return header_of(self._client.retrieve_instance_metadata(study, series, instance))
+
+    def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
+        """Path of a label: ``label_id`` is an image, or with tag ``final`` also the series of a DICOM SEG."""
+        if label_tag != FINAL or not is_uid(label_id):
+            return str(LocalDatastore.get_label_uri(self, label_id, label_tag))
+        with reachable():
+            seg = next((seg for seg in self._catalog.segmentations() if seg.series == label_id), None)
+        if seg is None:
+            self._take_newest(label_id)
+            return str(LocalDatastore.get_label_uri(self, label_id, FINAL))
+        path = self.folder / ".segmentations" / f"{seg.instance}.nii.gz"
+        if not path.is_file():
+            labels, geometry = self._read(seg)
+            path.parent.mkdir(exist_ok=True)
+            write_mask(path, labels.mask, geometry)
+        return str(path)
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """Images with final labels as files; labels others stored on the server are fetched first."""
+        self._outbox.retry()
+        self._catalog.forget()
+        for image_id in self.get_labeled_images():
+            try:
+                self.get_image_uri(image_id)
+                self._take_newest(image_id)
+            except HTTPException as error:
+                logger.warning("The label of %s is left out: %s", image_id, error.detail)
+        return [pair for pair in LocalDatastore.datalist(self, full_path) if Path(pair["image"]).exists()]
+
+    def _take_newest(self, image_id: str) -> None:
+        """Make the newest DICOM SEG of an image its final label, when it is newer than that and was never here."""
+        with reachable():
+            segmentations = self._catalog.segmentations(image_id)
+        for seg in segmentations:
+            if seg.instance in self._known(image_id) or seg.made <= _made(self.get_label_info(image_id, FINAL)):
+                return
+            if seg.instance in self._unreadable:
+                continue
+            try:
+                labels, geometry = self._read(seg)
+            except HTTPException as error:
+                self._unreadable[seg.instance] = str(error.detail)
+                logger.warning("Segmentation %s of %s is left out: %s", seg.series, image_id, error.detail)
+                continue
+            self._take(seg, labels, geometry)
+            return
+
+    def _take(self, seg: SegRecord, labels: SegLabels, geometry: Geometry) -> None:
+        info = {
+            "label_info": [{"name": name, "idx": value, "value": value} for value, name in labels.names.items()],
+            "author": seg.creator,
+            "source": _FROM_SERVER,
+            "note": seg.description,
+            "warnings": list(labels.warnings),
+            "dicom_seg": {
+                "StudyInstanceUID": seg.study,
+                "SeriesInstanceUID": seg.series,
+                "SOPInstanceUID": seg.instance,
+                "made": seg.made,
+            },
+        }
+        # A lock of its own: saving takes the store's and that of fetching, each by itself.
+        with tempfile.TemporaryDirectory() as temporary, FileLock(str(self.folder / ".segmentations.lock"), timeout=60):
+            with self._writing():
+                known = self._known(seg.image)
+            if seg.instance in known:
+                return  # another process was quicker
+            path = Path(temporary, f"{seg.image}.nii.gz")
+            write_mask(path, labels.mask, geometry)
+            super().save_label(seg.image, str(path), FINAL, info)
+            self._remember(seg.image, seg.instance)
+        logger.info("Segmentation %s of %s taken over from the server", seg.series, seg.image)
+
+    def _read(self, seg: SegRecord) -> tuple[SegLabels, Geometry]:
+        """A DICOM SEG of the server as a label map on its image's grid.
+
+        Raises:
+            HTTPException: 404, 415, 422 with the reason why it cannot be read, 502 the server fails.
+        """
+        image = self.get_image_uri(seg.image)
+        if not image:
+            raise HTTPException(404, f"segmentation {seg.series} is of series {seg.image}, which is not on the server")
+        geometry = self._geometry_of(Path(image))
+        with reachable():
+            document = self._client.retrieve_instance(seg.study, seg.series, seg.instance)
+        try:
+            return read_segmentation(document, geometry), geometry
+        except MedVLError as error:
+            raise http_error(error) from error
+
+    def _known(self, image_id: str) -> list[str]:
+        obj = self._datastore.objects.get(image_id)
+        return list(obj.image.info.get(_KNOWN, ())) if obj else []
+
+    def _remember(self, image_id: str, instance: str) -> None:
+        with self._writing():
+            self.update_image_info(image_id, {_KNOWN: [*self._known(image_id), instance]})
+
+
+def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
+    """A store over a DICOMweb server, with MONAI Label's settings."""
+    user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
+    client = DICOMwebClientX(
+        url=url,
+        session=create_session_from_user_pass(user, password) if user and password else None,
+        qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
+        wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
+        stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
+    )
+    return GuardedDicomWebStore(
+        client=client,
+        search_filter=settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
+        cache_path=settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None,
+        fetch_by_frame=settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME,
+        convert_to_nifti=settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI,
+        geometry_of=geometry_of,
+        fresh_s=settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY,
+    )
+
+
+def _origin(record: LabelVersion) -> LabelOrigin:
+    return LabelOrigin(
+        record.author or "unknown", record.model_version or None, record.version, str(record.review.get("comment", ""))
+    )
+
+
+def _note(document: Dataset) -> dict[str, str]:
+    uids = {name: str(document.get(name)) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
+    return {**uids, "made": content_time(document)}
+
+
+def _made(info: Mapping[str, Any]) -> str:
+    """When a label here was made, as :func:`content_time` writes it; empty without a label."""
+    made = (info.get("dicom_seg") or {}).get("made")
+    if made:
+        return str(made)
+    return datetime.fromtimestamp(info["ts"]).strftime("%Y%m%d%H%M%S.%f") if info.get("ts") else ""

@@ -1,0 +1,208 @@
+"""A datastore that keeps every submitted label as a version; ``final`` is a copy of the newest one.
+
+The versions on disk (:mod:`lib.version_files`) are the truth. ``final`` and the index, which MONAI Label, its clients
+and the training read, follow from them: in the same step, or at the next start when a process was killed between.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.datastore.local import DataModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.indexed_store import IndexedStore
+from lib.label_upload import count_voxels
+from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
+from lib.request_parsing import UnknownImageError
+from lib.result_writing import http_errors
+from lib.version_files import MASKS, VersionFiles, stage
+from medvl_sam2.errors import VolumeError
+from medvl_sam2.files import file_sha256
+from medvl_sam2.volume_io import read_mask
+
+logger = logging.getLogger(__name__)
+
+FINAL = DefaultLabelTag.FINAL.value
+
+
+class VersionedStore(IndexedStore):
+    """Lists versions, and brings what else is in the store into line with them."""
+
+    @property
+    def _files(self) -> VersionFiles:
+        return VersionFiles(Path(self._datastore.label_path(None)), self.folder / ".trash")
+
+    def versions(self, image_id: str) -> list[LabelVersion]:
+        """All versions of an image's label, oldest first; labels from before there were versions are made some.
+
+        Raises:
+            HTTPException: 404 unknown image.
+        """
+        with http_errors(f"Versions of {image_id!r}"):
+            self._image_file(image_id)
+            with self._writing():
+                if self._adopt(image_id):
+                    self._update_datastore_file(lock=False)
+                return self._files.versions(image_id)
+
+    def version(self, image_id: str, number: int) -> tuple[LabelVersion, Path]:
+        """One version and its mask.
+
+        Raises:
+            HTTPException: 404 unknown image or version.
+        """
+        found = next((record for record in self.versions(image_id) if record.version == number), None)
+        if found is None:
+            raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
+        return found, self._files.mask_path(found)
+
+    def final_version(self, image_id: str) -> int | None:
+        """The version that ``final`` holds; None when there is no final label."""
+        label = self._datastore.label(image_id, FINAL)
+        number = label.info.get("version") if label else None
+        return int(number) if number else None
+
+    def status(self) -> dict[str, Any]:
+        """Counts as before there were versions."""
+        status: dict[str, Any] = super().status()
+        status["label_tags"] = {t: n for t, n in status["label_tags"].items() if version_number(t) is None}
+        return status
+
+    def _reconcile_datastore(self) -> None:
+        """Bring index, versions and files together: at start, and when files came or went."""
+        with self._writing():
+            super()._reconcile_datastore()
+            self._files.clean()
+            versions = [(image, number) for number in self._files.numbers() for image in self._files.images(number)]
+            behind = {image for image, number in versions if self._unknown(image, number)}
+            if True in {self._adopt(image) for image in behind}:
+                self._update_datastore_file(lock=False)
+
+    def _set_final(self, image_id: str, newest: LabelVersion | None) -> None:
+        """Let index and ``final`` follow the versions; ``newest`` is the highest of them."""
+        obj = self._datastore.objects[image_id]
+        folder = Path(self._datastore.label_path(FINAL))
+        if newest is not None:
+            obj.labels[newest.tag] = DataModel(info=newest.index_info(), ext=newest.extension)
+        if newest is None or newest.withdrawn:
+            obj.labels.pop(FINAL, None)
+            for extension in MASKS:
+                (folder / f"{image_id}{extension}").unlink(missing_ok=True)
+            self._order_tags(image_id)
+            return
+        source, target = self._files.mask_path(newest), folder / f"{image_id}{newest.extension}"
+        # A copy, not a link: whoever writes into final in place must not reach the version.
+        with stage(source, self._files.labels) as staged:
+            stat = source.stat()
+            os.utime(staged, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            os.replace(staged, target)
+        for extension in MASKS:
+            if extension != newest.extension:
+                (folder / f"{image_id}{extension}").unlink(missing_ok=True)
+        obj.labels[FINAL] = DataModel(info=newest.index_info(), ext=newest.extension)
+        self._order_tags(image_id)
+
+    def _order_tags(self, image_id: str) -> None:
+        """Versions last, in their order: the Reviewer module counts on from the last tag."""
+        labels = self._datastore.objects[image_id].labels
+        ordered = sorted(labels.items(), key=lambda item: version_number(item[0]) or 0)
+        labels.clear()
+        labels.update(ordered)
+
+    def _adopt(self, image_id: str) -> bool:
+        """Make versions of labels that are none yet, and let ``final`` follow; tell whether anything changed.
+
+        These are copies earlier releases kept in ``.history``, files other programs put under a version's tag or into
+        ``labels/final``, and versions whose saving was cut off between the version and ``final``.
+        """
+        obj = self._datastore.objects.get(image_id)
+        if obj is None:
+            return False
+        changed = False
+        history = self.folder / ".history" / FINAL / image_id
+        for path in sorted(history.iterdir()) if history.is_dir() else ():
+            if not path.name.split(".")[0].isdigit() or not path.name.endswith(MASKS):
+                continue
+            saved = int(path.name.split(".")[0]) / 1e9
+            self._take_over(image_id, path, self._files.next_number(image_id), {}, "history", saved)
+            path.unlink()
+            changed = True
+        for number, path in self._files.bare_masks(image_id):
+            label = obj.labels.get(version_tag(number))
+            self._take_over(image_id, path, number, label.info if label else {}, "found", path.stat().st_mtime)
+            changed = True
+        newest, label = self._files.newest(image_id), obj.labels.get(FINAL)
+        final = None if label is None else Path(self._datastore.label_path(FINAL)) / self._filename(image_id, label.ext)
+        if final is not None and final.is_file() and final.name.endswith(MASKS) and not self._holds(final, newest):
+            checksum = file_sha256(final)
+            if all(version.checksum != checksum for version in self._files.versions(image_id)):
+                number, saved = self._files.next_number(image_id), final.stat().st_mtime
+                newest = self._take_over(image_id, final, number, label.info if label else {}, "found", saved)
+            changed = True
+        for number in self._files.numbers():
+            record = self._files.read(image_id, number) if self._unknown(image_id, number) else None
+            if record is not None:
+                obj.labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
+                changed = True
+        if newest is not None and (changed or (self.final_version(image_id) or 0) != newest.version):
+            changed |= not newest.withdrawn or FINAL in obj.labels
+            self._set_final(image_id, newest)
+        return changed
+
+    def _holds(self, final: Path, newest: LabelVersion | None) -> bool:
+        """Whether ``final`` is the copy of this version, by size and time."""
+        if newest is None:
+            return False
+        one, other = final.stat(), self._files.mask_path(newest).stat()
+        return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+    def _unknown(self, image_id: str, number: int) -> bool:
+        """Whether the index lacks a version, or its record was written after the index."""
+        label = self._datastore.label(image_id, version_tag(number))
+        if label is None or "checksum" not in label.info:
+            return True
+        path = self._files.record_path(image_id, number)
+        return path.is_file() and bool(self._index_stamp) and path.stat().st_mtime_ns > self._index_stamp[0]
+
+    def _take_over(
+        self, image_id: str, path: Path, number: int, info: Mapping[str, Any], source: str, saved: float
+    ) -> LabelVersion:
+        """Make a version of a mask that lies in the store; what is not known of it stays empty."""
+        extension = next(known for known in MASKS if path.name.endswith(known))
+        time_ = datetime.fromtimestamp(saved, UTC).isoformat(timespec="milliseconds")
+        client = text_of(info, "client_id")
+        try:
+            voxels = count_voxels(read_mask(path)[0])
+        except VolumeError as error:  # kept all the same: it may be all that is left of somebody's work
+            logger.warning("%s cannot be read: %s", path, error)
+            voxels = {}
+        record = LabelVersion(
+            image=image_id,
+            version=number,
+            extension=extension,
+            checksum=file_sha256(path),
+            time=time_,
+            author=text_of(info, "author") or client,
+            source=source,
+            client_id=client,
+            model_version=text_of(info, "model_version"),
+            # Without names none are guessed from the vocabulary.
+            structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
+            info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
+        )
+        with stage(path, self._files.labels) as staged:
+            self._files.put(staged, record)
+        return record
+
+    def _image_file(self, image_id: str) -> Path:
+        image = self.get_image_uri(image_id)
+        if not image:
+            raise UnknownImageError(f"image {image_id!r} is not in the datastore")
+        return Path(image)
