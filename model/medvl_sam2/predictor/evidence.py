@@ -155,7 +155,9 @@ class _Finder:
         else:
             scores = self._point(mention.lesion)
             first = self._map.elements.organs - 1
-            why = f"of {len(chosen)} lesions{where} the one the model points at for {mention.lesion!r}, asked afterwards"
+            why = (
+                f"of {len(chosen)} lesions{where} the one the model points at for {mention.lesion!r}, asked afterwards"
+            )
             chosen = [max(chosen, key=lambda lesion: float(scores[first + int(lesion.rsplit("_", 1)[1])]))]
         self._used += chosen
         return [self._evidence(lesion, f"{why} (it lies in the {spoken(self._hosts[lesion])})") for lesion in chosen]
