@@ -139,7 +139,10 @@ class _Finder:
 
     def _organs(self, mention: Mention) -> list[Evidence]:
         how = "said to be absent" if mention.absent else "named in the text"
-        return [self._evidence(name, f"{spoken(name)}, {how}; matched by name afterwards") for name in mention.organs]
+        return [
+            self._evidence(name, f"{spoken(name)}, {how}; matched by name once the text was written")
+            for name in mention.organs
+        ]
 
     def _lesions(self, mention: Mention, summary: bool) -> list[Evidence]:
         where = f" in the {' or '.join(spoken(name) for name in mention.organs)}" if mention.organs else ""
@@ -149,15 +152,13 @@ class _Finder:
         if not chosen:
             return [Evidence(LESION, 0, None, f"{mention.lesion}: {NOT_FOUND}")]
         if len(chosen) == 1:
-            why = f"the only lesion{' left' if len(able) > 1 else ''} of the image map{where}; matched afterwards"
+            why = f"the only lesion{' left' if len(able) > 1 else ''} of the image map{where}; matched once the text was written"
         elif mention.several or (summary and again):
-            why = f"a lesion of the image map{where}; matched afterwards"
+            why = f"a lesion of the image map{where}; matched once the text was written"
         else:
             scores = self._point(mention.lesion)
             first = self._map.elements.organs - 1
-            why = (
-                f"of {len(chosen)} lesions{where} the one the model points at for {mention.lesion!r}, asked afterwards"
-            )
+            why = f"of {len(chosen)} lesions{where} the one the model points at when asked for {mention.lesion!r}"
             chosen = [max(chosen, key=lambda lesion: float(scores[first + int(lesion.rsplit("_", 1)[1])]))]
         self._used += chosen
         return [self._evidence(lesion, f"{why} (it lies in the {spoken(self._hosts[lesion])})") for lesion in chosen]
