@@ -152,7 +152,8 @@ class _Finder:
         if not chosen:
             return [Evidence(LESION, 0, None, f"{mention.lesion}: {NOT_FOUND}")]
         if len(chosen) == 1:
-            why = f"the only lesion{' left' if len(able) > 1 else ''} of the image map{where}; matched once the text was written"
+            only = "the only lesion left" if len(able) > 1 else "the only lesion"
+            why = f"{only} of the image map{where}; matched once the text was written"
         elif mention.several or (summary and again):
             why = f"a lesion of the image map{where}; matched once the text was written"
         else:

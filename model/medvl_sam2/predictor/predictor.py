@@ -46,7 +46,7 @@ from medvl_sam2.predictor.phrases import (
 )
 from medvl_sam2.predictor.session import Session, SessionConfig
 from medvl_sam2.predictor.shared_volume import SharedVolume
-from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.types import Answer, Prompt, Segmentation, Sentence, Volume
 from medvl_sam2.vocabulary import spoken
 
 MULTIPLE = ("lesion",)
@@ -243,9 +243,17 @@ class Predictor:
         """Draft a report, each sentence with the structures it names."""
         with self._lock:
             answer = self._said(session, REPORT_REQUEST)
+            return replace(answer, sentences=self.ground_report(session, answer.text))
+
+    @torch.inference_mode()
+    def ground_report(self, session: Session, text: str) -> tuple[Sentence, ...]:
+        """The sentences of any report, also one that a person wrote, each with the structures it names.
+
+        Empty where the model has no map of the volume.
+        """
+        with self._lock:
             shown = self._evidence_map(session)
-            grounded = ground_report(answer.text, shown, partial(self._point, session)) if shown else ()
-        return replace(answer, sentences=grounded)
+            return ground_report(text, shown, partial(self._point, session)) if shown else ()
 
     @torch.inference_mode()
     def evidence_mask(self, session: Session, name: str) -> np.ndarray:
