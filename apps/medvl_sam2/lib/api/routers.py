@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from lib.api import texts
+from lib.api import cases, health, jobs, proxy, texts
 
-ROUTERS: tuple[APIRouter, ...] = (texts.router,)
+ROUTERS: tuple[APIRouter, ...] = (health.router, jobs.router, cases.router, texts.router, proxy.router)
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""
