@@ -26,6 +26,7 @@ from lib.datastore import open_dicomweb_store, open_local_store
 from lib.infers.batch import BatchTask
 from lib.infers.interactive import InteractiveTask
 from lib.infers.language import ReportTask, VqaTask
+from lib.infers.scribbles import ScribblesTask
 from lib.infers.segment import ReferringTask, SemanticTask
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_error
@@ -85,6 +86,7 @@ class MyApp(MONAILabelApp):
             "medvl_referring": ReferringTask(self.runtime),
             "medvl_vqa": VqaTask(self.runtime),
             "medvl_report": ReportTask(self.runtime),
+            "medvl_scribbles": ScribblesTask(self.runtime),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:

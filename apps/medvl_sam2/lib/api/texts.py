@@ -128,7 +128,7 @@ class TextList(BaseModel):
 @router.post("/ask")
 def ask(body: Asking, user: AsUser) -> AnswerReply:
     """Answer a question and say which structures of the image the answer rests on."""
-    with _session(body.image, body.client_id) as held:
+    with _session(body.image, body.client_id, "question") as held:
         answer: Answer = held.predictor.answer(held.session, body.question)
         version = str(held.predictor.meta.version)
     return AnswerReply(
@@ -143,7 +143,7 @@ def ask(body: Asking, user: AsUser) -> AnswerReply:
 @router.post("/report")
 def draft_report(body: Drafting, user: AsUser) -> ReportReply:
     """Draft a report whose every sentence says which structures it rests on."""
-    with _session(body.image, body.client_id) as held:
+    with _session(body.image, body.client_id, "report") as held:
         answer: Answer = held.predictor.report(held.session)
         version = str(held.predictor.meta.version)
     sentences = [
@@ -158,7 +158,7 @@ def draft_report(body: Drafting, user: AsUser) -> ReportReply:
 @router.get("/mask", response_class=Response)
 def evidence_mask(image: ImageId, name: str, user: AsUser, compress: bool = True) -> Response:
     """The mask of an answer's evidence as NRRD, one byte a voxel, on the image's grid; 404 for what is not there."""
-    with _session(image, _ANYBODY) as held:
+    with _session(image, _ANYBODY, "evidence") as held:
         try:
             mask = held.predictor.evidence_mask(held.session, name)
         except PromptError as error:
@@ -214,10 +214,10 @@ def list_texts(image: ImageId, user: AsUser) -> TextList:
 
 
 @contextmanager
-def _session(image: str, client: str) -> Iterator[Any]:
+def _session(image: str, client: str, what: str) -> Iterator[Any]:
     app = app_instance()
     path = _image_path(app, image)
-    with http_errors(f"A text about {image!r}"), app.runtime.use(path, client or _ANYBODY) as held:
+    with http_errors(f"A text about {image!r}"), app.runtime.use(path, client or _ANYBODY, what=what) as held:
         yield held
 
 
