@@ -2,7 +2,7 @@
 
 ``<store folder>/texts/<image>/version_N.json``, N from 1 on, whatever the kind of text. A version is on disk before it
 is acknowledged (file and folder flushed, then renamed into place), and two writers get two numbers. Training reads them
-with ``scripts/make_manifest.py store`` (:mod:`medvl_sam2.datasets.label_store`).
+with ``scripts/make_manifest.py store`` (:mod:`medvl_sam2.training.store_manifest`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import FileLock
 
-from medvl_sam2.datasets.label_store import TEXTS_FOLDER, image_folder, text_checksum, version_files
+from medvl_sam2.datasets.stored_texts import TEXTS_FOLDER, image_folder, read_version, text_checksum, version_files
 from medvl_sam2.errors import DataError, PromptError
 from medvl_sam2.files import write_json_atomically
 
@@ -89,14 +89,11 @@ class TextVersions:
 
 
 def _read(path: Path) -> TextVersion:
+    fields = read_version(path)
+    fields.pop("image", None)
     beside = path.with_name(f"{path.stem}{_SIDECAR}")
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        fields.pop("image")
         sr = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
-        found = TextVersion(**fields, sr=sr)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return TextVersion(**fields, sr=sr)
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is no stored text ({error}); take it from a backup") from error
-    if found.checksum != text_checksum(found.text):
-        raise DataError(f"{path} was changed after it was stored: its checksum differs; take it from a backup")
-    return found
