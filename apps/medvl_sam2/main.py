@@ -22,6 +22,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import medvl_sam2
 from lib.configs.medvl_sam2 import APP_NAME, APP_VERSION, LABELS, TRAINER, AppConfig
+from lib.configs.upstream_aliases import INFER_ALIASES, TRAIN_ALIASES
 from lib.datastore import open_dicomweb_store, open_local_store
 from lib.infers.batch import BatchTask
 from lib.infers.interactive import InteractiveTask
@@ -80,7 +81,7 @@ class MyApp(MONAILabelApp):
         return open_dicomweb_store(self.studies, self.runtime.geometry)
 
     def init_infers(self) -> dict[str, InferTask]:
-        return {
+        tasks: dict[str, InferTask] = {
             "medvl_interactive": InteractiveTask(self.runtime),
             "medvl_semantic": SemanticTask(self.runtime),
             "medvl_referring": ReferringTask(self.runtime),
@@ -88,9 +89,12 @@ class MyApp(MONAILabelApp):
             "medvl_report": ReportTask(self.runtime),
             "medvl_scribbles": ScribblesTask(self.runtime),
         }
+        aliases = INFER_ALIASES if self.config.upstream_aliases else {}
+        return tasks | {alias: tasks[name] for alias, (name, _) in aliases.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {TRAINER: FinetuneTask(self.config, self.schedule)}
+        task = FinetuneTask(self.config, self.schedule)
+        return {TRAINER: task} | (dict.fromkeys(TRAIN_ALIASES, task) if self.config.upstream_aliases else {})
 
     def init_strategies(self) -> dict[str, Strategy]:
         scores = ScoreFile(self.config.store, self.studies, "uncertainty")
@@ -123,6 +127,8 @@ class MyApp(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("model", request.get("model"), self._infers)
+        if self.config.upstream_aliases and request["model"] in INFER_ALIASES:
+            request = {**INFER_ALIASES[request["model"]][1], **request}
         image = request.get("image")
         named = isinstance(image, str) and image and Path(image).exists()
         if named and not may_be_image(Path(image), self.datastore(), self.sessions()):

@@ -23,7 +23,15 @@ from medvl_sam2.synthesis import Case, generate_case
 from medvl_sam2.vocabulary import CLASSES
 from script_modules import load_script
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.weights,
+    pytest.mark.timeout(900),
+    # The client leaves its connections and uploads to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Exception ignored in"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 
 SEEDS = {"case_1": 2_000_003, "case_2": 2_000_005}
 
