@@ -78,12 +78,13 @@ class Slicer:
         return {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
 
     def infer(
-        self, model: str, image: str, label: Path | None = None, session: str | None = None, **params: Any
+        self, model: str, image: str, upload: Path | None = None, session: str | None = None, **params: Any
     ) -> Any:
         """In SmartEdit the options come last: they win over prompts of the same name."""
-        sent = {**params, **self.options("models", model), **params.pop("typed", {})}
+        typed = params.pop("typed", {})
+        sent = {**params, **self.options("models", model), **typed}
         sent |= {"result_extension": ".nrrd", "result_dtype": "uint8"}
-        return self.client.infer(model, image, sent, str(label) if label else None, session_id=session)
+        return self.client.infer(model, image, sent, str(upload) if upload else None, session_id=session)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_scribbles_correct_the_selected_segment(slicer: Slicer, cases: dict[str,
 def test_sessions_for_local_volumes(slicer: Slicer, cases: dict[str, Case]) -> None:
     path = write(slicer.folder / "local volume.nii.gz", cases["case_2"].image, cases["case_2"].spacing)
     session = slicer.client.create_session(str(path))["session_id"]
-    assert slicer.client.get_session(session)["session_id"] == session
+    assert Path(slicer.client.get_session(session)["image"]).is_file()
     file, _ = slicer.infer("medvl_semantic", "local volume", session=session, typed={"classes": "liver"})
     assert dice(read(file) > 0, truth(cases["case_2"], "liver")) > 0.7
     slicer.client.remove_session(session)
