@@ -6,6 +6,10 @@
 Sources share patients (M3D-Seg holds cases of AMOS, BTCV, MSD and TotalSegmentator). Name the manifests written before
 with --against, so that nobody is trained on in one and tested on in another.
 
+    scripts/make_manifest.py store STUDIES --out STUDIES/manifest.jsonl --holdout STORE/holdout.json
+
+takes what annotators submitted to a MONAI Label server (STUDIES its folder of images): labels and corrected texts.
+
 Paths in the manifest start from DIR. Put it there, or give DIR again as the root when it is read.
 """
 
@@ -26,6 +30,7 @@ from medvl_sam2.datasets.source import Problem
 from medvl_sam2.datasets.volumes import read_case
 from medvl_sam2.errors import DataError, MedVLError
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.training import store_manifest
 
 _SHOWN = 20
 
@@ -33,12 +38,16 @@ _SHOWN = 20
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=sorted(SOURCES), metavar="SOURCE", help=", ".join(sorted(SOURCES)))
+    known = sorted([*SOURCES, store_manifest.SOURCE])
+    parser.add_argument("source", choices=known, metavar="SOURCE", help=", ".join(known))
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder the data set was unpacked into")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write (.jsonl)")
     parser.add_argument("--check", action="store_true", help="open every case; one that cannot be read is left out")
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="FILE", help="manifests whose patients keep their side"
+    )
+    parser.add_argument(
+        "--holdout", type=Path, metavar="FILE", help="store only: whom finetuning holds out (holdout.json of its store)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and the full list of problems")
     return parser.parse_args(arguments)
@@ -95,7 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         written = [record for path in options.against for record in read_manifest(path).records]
-        cases = tqdm(findings(options.source, options.folder), desc=options.source, unit="case")
+        if options.source == store_manifest.SOURCE:
+            listed = store_manifest.read(options.folder, options.holdout)
+        else:
+            listed = findings(options.source, options.folder)
+        cases = tqdm(listed, desc=options.source, unit="case")
         found = collected(cases, written)
         if options.check:
             good, broken = checked(found.records, options.folder)

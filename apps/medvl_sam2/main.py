@@ -22,11 +22,13 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import medvl_sam2
 from lib.configs.medvl_sam2 import APP_NAME, APP_VERSION, LABELS, TRAINER, AppConfig
+from lib.configs.upstream_aliases import INFER_ALIASES, TRAIN_ALIASES
 from lib.datastore import GuardedStore, open_local_store
 from lib.dicomweb_store import open_dicomweb_store
 from lib.infers.batch import BatchTask
 from lib.infers.interactive import InteractiveTask
 from lib.infers.language import ReportTask, VqaTask
+from lib.infers.scribbles import ScribblesTask
 from lib.infers.segment import ReferringTask, SemanticTask
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_error
@@ -85,16 +87,20 @@ class MyApp(MONAILabelApp):
         return open_dicomweb_store(self.studies, self.runtime.geometry)
 
     def init_infers(self) -> dict[str, InferTask]:
-        return {
+        tasks: dict[str, InferTask] = {
             "medvl_interactive": InteractiveTask(self.runtime),
             "medvl_semantic": SemanticTask(self.runtime),
             "medvl_referring": ReferringTask(self.runtime),
             "medvl_vqa": VqaTask(self.runtime),
             "medvl_report": ReportTask(self.runtime),
+            "medvl_scribbles": ScribblesTask(self.runtime),
         }
+        aliases = INFER_ALIASES if self.config.upstream_aliases else {}
+        return tasks | {alias: tasks[name] for alias, (name, _) in aliases.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {TRAINER: FinetuneTask(self.config, self.schedule)}
+        task = FinetuneTask(self.config, self.schedule)
+        return {TRAINER: task} | (dict.fromkeys(TRAIN_ALIASES, task) if self.config.upstream_aliases else {})
 
     def init_strategies(self) -> dict[str, Strategy]:
         scores = ScoreFile(self.config.store, self.studies, "uncertainty")
@@ -127,6 +133,8 @@ class MyApp(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("model", request.get("model"), self._infers)
+        if self.config.upstream_aliases and request["model"] in INFER_ALIASES:
+            request = {**INFER_ALIASES[request["model"]][1], **request}
         image = request.get("image")
         if isinstance(image, str) and image:
             store = datastore or self.datastore()

@@ -179,9 +179,43 @@ class Segmentation:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """A structure that a text names, as the map shows it that the text was made from.
+
+    ``name``: an organ class or ``lesion_N``, to ask for the mask by; ``voxels`` of that mask on the stored grid, 0 when
+    the map does not show it; ``centroid``: its centre as stored voxel (i, j, k); ``why``: how it was found.
+    """
+
+    name: str
+    voxels: int
+    centroid: tuple[float, float, float] | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence and the structures it names."""
+
+    text: str
+    evidence: tuple[Evidence, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A text answer and the plain notice of what the answering weights were trained on."""
+    """A text answer and the plain notice of what the answering weights were trained on.
+
+    ``sentences``: the text's, each with its evidence; empty where the model has no map.
+    """
 
     question: str
     text: str
     notice: str
+    sentences: tuple[Sentence, ...] = ()
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Every structure once, in the order in which the sentences name them."""
+        found: dict[str, Evidence] = {}
+        for sentence in self.sentences:
+            found |= {item.name: item for item in sentence.evidence if item.name not in found}
+        return tuple(found.values())

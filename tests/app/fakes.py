@@ -11,7 +11,7 @@ import numpy as np
 
 from medvl_sam2.checkpoint import CheckpointMeta
 from medvl_sam2.errors import PromptError
-from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.types import Answer, Evidence, Prompt, Segmentation, Sentence, Volume
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 NOTICE = "Trained on generated volumes."
@@ -117,10 +117,24 @@ class FakePredictor:
         return Segmentation(mask, session.volume.geometry, (name,), {name: 0.5}, f"It is {name}.")
 
     def answer(self, session: FakeSession, question: str) -> Answer:
-        return Answer(question, f"No, to {question!r}.", NOTICE)
+        said = f"No, to {question!r}."
+        return Answer(question, said, NOTICE, (Sentence(said, self._evidence(session)),))
 
     def report(self, session: FakeSession) -> Answer:
-        return Answer("Write a report.", "Liver: normal. Spleen: normal.", NOTICE)
+        sentences = (Sentence("Liver: normal.", self._evidence(session)), Sentence("Spleen: normal.", ()))
+        return Answer("Write a report.", "Liver: normal. Spleen: normal.", NOTICE, sentences)
+
+    def evidence_mask(self, session: FakeSession, name: str) -> np.ndarray:
+        """The liver alone: two voxels."""
+        if name != "liver":
+            raise PromptError(f"{name!r} is not found in the image map")
+        mask = self._empty(session).astype(bool)
+        mask[1, 2, 3:5] = True
+        return mask
+
+    def _evidence(self, session: FakeSession) -> tuple[Evidence, ...]:
+        lost = Evidence("spleen", 0, None, "spleen: not found in the image map")
+        return Evidence("liver", 2, (1.0, 2.0, 3.5), "liver, named in the text"), lost
 
     def uncertainty(self, session: FakeSession) -> float:
         """The image's mean over 1000: the phantom's maker chooses it."""

@@ -147,9 +147,12 @@ def test_text_answers(running: Running, tmp_path: Path, model: str, options: dic
     assert file.endswith(".json")
     assert "markups-schema" in content[:300].decode()
     points = json.loads(content)["markups"][0]["controlPoints"]
-    assert [point["label"] for point in points] == [text, NOTICE]
+    assert [point["label"] for point in points] == [text, NOTICE, "liver"]  # what the map does not show has no point
     center = AFFINE @ [*((np.array(SHAPE) - 1) / 2), 1]
     np.testing.assert_allclose(points[0]["position"], center[:3], atol=1e-3)
+    np.testing.assert_allclose(points[2]["position"], (AFFINE @ [1, 2, 3.5, 1])[:3], atol=1e-3)
+    assert [item["name"] for item in params["evidence"]] == ["liver", "spleen"]
+    assert params["evidence"][0]["centroid_voxel"] == [1, 2, 3.5]
     assert "label_names" not in params  # no segment may change
 
     response = running.ohif(model, **options)

@@ -18,6 +18,7 @@ def test_info_suits_both_clients(running: Running) -> None:
         "medvl_referring": "segmentation",
         "medvl_vqa": "segmentation",
         "medvl_report": "segmentation",
+        "medvl_scribbles": "scribbles",
     }
     assert list(info["trainers"]) == ["medvl_sam2"]
     assert next(iter(info["strategies"])) == "uncertainty"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
+from lib.scribble_paths import painted_strokes
 from medvl_sam2.errors import PromptError, VolumeError
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind, most_points
 from medvl_sam2.types import MAX_POINTS, MAX_STROKES, Prompt
@@ -120,6 +121,39 @@ def parse_prompt(request: Mapping[str, Any]) -> Prompt:
         accepted=_planes(request.get("accepted")),
         propagate=_flag(request.get("propagate"), default=False),
     ).well_formed()
+
+
+def parse_painted(request: Mapping[str, Any]) -> tuple[str, Prompt]:
+    """The segment and the prompt of Slicer's Scribbles panel, in stored voxels.
+
+    The uploaded labelmap holds every segment by the ``id`` of ``label_info``, among them ``foreground_scribbles`` and
+    ``background_scribbles``; the selected segment's own voxels are the mask to start from, else the ROI is the box.
+
+    Raises:
+        PromptError: no labelmap, or nothing in it says where the segment is.
+    """
+    upload, info = request.get("label"), request.get("label_info")
+    if not isinstance(upload, str) or not _uploaded(upload) or not isinstance(info, list):
+        raise PromptError("scribbles come as an uploaded labelmap with label_info; paint in Slicer's Scribbles panel")
+    ids = {
+        item["name"]: item.get("id") for item in info if isinstance(item, dict) and isinstance(item.get("name"), str)
+    }
+    name = _checked_text(str(request.get("selected_label_name") or OBJECT_LABEL), "selected_label_name")
+    labels = read_mask(upload)[0]
+    inside, drawn = painted_strokes(labels == (ids.get("foreground_scribbles") or -1), 1)
+    outside, erased = painted_strokes(labels == (ids.get("background_scribbles") or -1), 0)
+    mask = labels == (ids.get(name) or -1)
+    box = None if mask.any() else _box(request.get("roi"))
+    if not drawn and not inside and not mask.any() and box is None:
+        raise PromptError(f"nothing says where {name!r} is: paint foreground inside it, or place the ROI round it")
+    prompt = Prompt(
+        points=np.array([*inside, *outside], dtype=np.float64).reshape(-1, 3),
+        labels=np.array([1] * len(inside) + [0] * len(outside), dtype=np.int64),
+        box=box,
+        mask=mask if mask.any() else None,
+        strokes=(*drawn, *erased),
+    )
+    return name, prompt.well_formed()
 
 
 def parse_label(request: Mapping[str, Any]) -> str:

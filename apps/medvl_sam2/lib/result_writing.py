@@ -109,14 +109,19 @@ def write_untouched(geometry: Geometry) -> str:
 def write_markups(answer: Answer, geometry: Geometry) -> str:
     """A text answer as Slicer markups: one control point labelled with the text at the centre of the volume.
 
-    A second point below it carries the notice. Slicer opens a ``.json`` result of an Auto-Segmentation model with
-    ``loadMarkups``, which recognises it by the schema in the first 300 characters.
+    A second point below it carries the notice; then follows a point at the centre of every structure that the text
+    rests on, named and described by how it was found. Slicer opens a ``.json`` result of an Auto-Segmentation model
+    with ``loadMarkups``, which recognises it by the schema in the first 300 characters.
     """
     center = geometry.voxel_to_world((np.array([geometry.shape]) - 1) / 2)[0]
     below = center - [0.0, 0.0, _NOTICE_OFFSET_MM]
     points = [_control_point(1, answer.text, answer.question, center)]
     if answer.notice:
         points.append(_control_point(2, answer.notice, "Notice", below))
+    for item in answer.evidence:
+        if item.centroid is not None:
+            place = geometry.voxel_to_world(np.array([item.centroid]))[0]
+            points.append(_control_point(len(points) + 1, item.name.replace("_", " "), item.why, place))
     markups = {"type": "Fiducial", "coordinateSystem": "RAS", "locked": True, "controlPoints": points}
     path = _temporary(".json")
     path.write_text(json.dumps({"@schema": _MARKUPS_SCHEMA, "markups": [markups]}, indent=1), encoding="utf-8")

@@ -73,6 +73,16 @@ def scene_elements(tokens: Tensor, logits: Tensor, config: ModelConfig) -> Scene
     return SceneElements(tokens, maps, organs)
 
 
+def lesion_hosts(elements: SceneElements) -> list[int | None]:
+    """The organ index that most of every lesion slot's cells belong to; None for an empty slot."""
+    shares = torch.sigmoid(elements.maps[: elements.organs])
+    hosts: list[int | None] = []
+    for place in elements.maps[elements.organs :]:
+        cells = place > 0
+        hosts.append(int((shares * cells).sum(dim=(1, 2, 3)).argmax()) if bool(cells.any()) else None)
+    return hosts
+
+
 def lesions_within(scores: Tensor, elements: SceneElements, organs: Collection[int]) -> Tensor:
     """``scores`` (K, E) without the lesion slots whose cells belong most to another organ than ``organs`` (indices).
 
@@ -80,10 +90,8 @@ def lesions_within(scores: Tensor, elements: SceneElements, organs: Collection[i
     """
     narrowed = scores.clone()
     narrowed[scores.argmax(dim=1) >= elements.organs, : elements.organs] = -torch.inf
-    shares = torch.sigmoid(elements.maps[: elements.organs])
-    for slot in range(elements.organs, len(elements.maps)):
-        cells = elements.maps[slot] > 0
-        if not bool(cells.any()) or int((shares * cells).sum(dim=(1, 2, 3)).argmax()) not in organs:
+    for slot, host in enumerate(lesion_hosts(elements), start=elements.organs):
+        if host not in organs:
             narrowed[:, slot] = -torch.inf
     return narrowed
 

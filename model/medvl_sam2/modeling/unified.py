@@ -130,6 +130,18 @@ class UnifiedModel(nn.Module):
             scores = lesions_within(scores, look.elements, hosts)
         return Grounding(vectors, pointed_place(scores, look.elements, single))
 
+    def point(self, look: GlobalLook, requests: Sequence[str], replies: Sequence[str]) -> Tensor:
+        """Logits (K, E) of every ``[SEG]`` in ``replies`` against the elements of the scene.
+
+        Raises:
+            ConfigError: the model has no scene to point at.
+        """
+        if self.language.pointer is None or look.elements is None:
+            raise ConfigError("this model has no scene to point at; its configuration says SceneConfig(lesions=0)")
+        states = self.language.seg_states(look.tokens, requests, replies)
+        scores: Tensor = self.language.pointer(states, look.elements.tokens)
+        return scores
+
     def _class_places(self, elements: SceneElements, names: Sequence[str]) -> Tensor:
         """Rough places (K, d, h, w) of vocabulary classes."""
         maps, organs = elements.maps, self.config.scene_organs

@@ -13,6 +13,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text
+from medvl_sam2.predictor.evidence import NOT_FOUND, EvidenceMap, ground_answer, ground_report
 from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.predictor.interactive import InteractiveEngine
@@ -43,7 +46,7 @@ from medvl_sam2.predictor.phrases import (
 )
 from medvl_sam2.predictor.session import Session, SessionConfig
 from medvl_sam2.predictor.shared_volume import SharedVolume
-from medvl_sam2.types import Answer, Prompt, Segmentation, Volume
+from medvl_sam2.types import Answer, Prompt, Segmentation, Sentence, Volume
 from medvl_sam2.vocabulary import spoken
 
 MULTIPLE = ("lesion",)
@@ -228,19 +231,63 @@ class Predictor:
 
     @torch.inference_mode()
     def answer(self, session: Session, question: str) -> Answer:
-        """Answer a question about the volume.
+        """Answer a question about the volume, with the structures that question and answer name.
 
         Raises:
             PromptError: the question is empty or too long.
         """
         question = checked(question, "question")
         with self._lock:
-            text = self.model.answer(self._look(session).tokens, [closed_question(question)])[0]
+            answer = self._said(session, question)
+            shown = self._evidence_map(session)
+            grounded = ground_answer(answer, shown, partial(self._point, session)) if shown else ()
+        return replace(answer, sentences=grounded)
+
+    @torch.inference_mode()
+    def report(self, session: Session) -> Answer:
+        """Draft a report, each sentence with the structures it names."""
+        with self._lock:
+            answer = self._said(session, REPORT_REQUEST)
+            return replace(answer, sentences=self.ground_report(session, answer.text))
+
+    @torch.inference_mode()
+    def ground_report(self, session: Session, text: str) -> tuple[Sentence, ...]:
+        """The sentences of any report, also one that a person wrote, each with the structures it names.
+
+        Empty where the model has no map of the volume.
+        """
+        with self._lock:
+            shown = self._evidence_map(session)
+            return ground_report(text, shown, partial(self._point, session)) if shown else ()
+
+    @torch.inference_mode()
+    def evidence_mask(self, session: Session, name: str) -> np.ndarray:
+        """Mask (I, J, K) bool on the stored grid of what an :class:`Evidence` names.
+
+        Raises:
+            PromptError: the model's map does not show it, or the model has no map.
+        """
+        with self._lock:
+            shown = self._evidence_map(session)
+            mask = None if shown is None else shown.mask(name)
+        if mask is None:
+            raise PromptError(f"{name!r} is {NOT_FOUND}; ask for a name that an answer on this image gave as evidence")
+        return mask
+
+    def _said(self, session: Session, question: str) -> Answer:
+        text = self.model.answer(self._look(session).tokens, [closed_question(question)])[0]
         return Answer(question, text.replace("[SEG]", "").strip(), self.meta.notice)
 
-    def report(self, session: Session) -> Answer:
-        """Draft a report."""
-        return self.answer(session, REPORT_REQUEST)
+    def _evidence_map(self, session: Session) -> EvidenceMap | None:
+        elements, shape = self._look(session).elements, session.image.shape
+        if elements is None:
+            return None
+        return EvidenceMap(elements, self.config.scene_organs, session.transform, (shape[0], shape[1], shape[2]))
+
+    def _point(self, session: Session, words: str) -> torch.Tensor:
+        """Scores (E,) of the elements of the scene for words that mean one of them."""
+        scores = self.model.point(self._look(session), [segment_prompt([words])], [segment_reply([words], [True])])
+        return scores[0]
 
     @torch.inference_mode()
     def uncertainty(self, session: Session) -> float:

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from lib.api import cases, health, jobs, labels, proxy
+from lib.api import cases, health, jobs, labels, proxy, texts
 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
@@ -10,6 +10,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     cases.router,
     labels.router,
     labels.upload_router,
+    texts.router,
     proxy.router,
 )
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""

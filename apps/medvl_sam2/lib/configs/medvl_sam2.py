@@ -44,6 +44,8 @@ class AppConfig:
     """Read an image and look at it ahead of its first prompt, while no request waits."""
     max_upload_megabytes: int = 4096
     """Largest request; MB of 1,000,000 bytes."""
+    upstream_aliases: bool = False
+    """Offer the tasks under the names of MONAI Label's radiology app as well."""
 
     @classmethod
     def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
@@ -55,6 +57,7 @@ class AppConfig:
             journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
             prepare=_truth(conf, "prepare", cls.prepare),
             max_upload_megabytes=_positive(conf, "max_upload_megabytes", cls.max_upload_megabytes),
+            upstream_aliases=_truth(conf, "upstream_aliases", cls.upstream_aliases),
         )
 
 

@@ -1,8 +1,8 @@
 """``medvl_vqa`` and ``medvl_report``: answers in words, in a form that no client stumbles over.
 
-* A program gets JSON (``answer``, ``notice``).
-* Slicer needs a file: it gets a markups file whose control point carries the text; ``label_names`` stays away and the
-  task has no labels, so no segment changes.
+* A program gets JSON (``answer``, ``notice``, ``evidence``: the structures the text rests on, also by sentence).
+* Slicer needs a file: it gets a markups file whose control points carry the text and, at the centre of each, the
+  structures it rests on; ``label_names`` stays away and the task has no labels, so no segment changes.
 * OHIF asks for an image, cannot show text, and in Auto-Segmentation replaces its whole labelmap by the reply. Hiding
   the tasks from OHIF by another task type would hide them from Slicer's panel too, and type ``detection`` would make
   Slicer submit boxes instead of labels. So OHIF gets a label map that its reader turns down, which leaves the labels
@@ -24,7 +24,7 @@ from lib.infers.base import MedVLTask, Reply
 from lib.request_parsing import Client, InferRequest, parse_text
 from lib.result_writing import write_markups, write_untouched
 from lib.runtime import Held, Runtime
-from medvl_sam2.types import Answer
+from medvl_sam2.types import Answer, Evidence
 
 logger = logging.getLogger(__name__)
 _QUESTION_EXAMPLE = "is there a lesion in the liver?"
@@ -43,13 +43,27 @@ class LanguageTask(MedVLTask):
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
         answer = self.answer(request, held)
         logger.info("%s: %r -> %r (%s)", parsed.image.name, answer.question, answer.text, answer.notice)
-        params = {"question": answer.question, "answer": answer.text, "notice": answer.notice}
+        sentences = [
+            {"text": sentence.text, "evidence": [_evidence(item) for item in sentence.evidence]}
+            for sentence in answer.sentences
+        ]
+        params = {
+            "question": answer.question,
+            "answer": answer.text,
+            "notice": answer.notice,
+            "evidence": [_evidence(item) for item in answer.evidence],
+            "sentences": sentences,
+        }
         if request.get("save_label") or not parsed.wants_file:
             return Reply(params)
         geometry = held.session.volume.geometry
         if parsed.client is Client.SLICER:
             return Reply(params, file=write_markups(answer, geometry))
         return Reply(params, file=write_untouched(geometry))
+
+
+def _evidence(item: Evidence) -> dict[str, Any]:
+    return {"name": item.name, "voxels": item.voxels, "centroid_voxel": item.centroid, "why": item.why}
 
 
 class VqaTask(LanguageTask):

@@ -1,0 +1,260 @@
+"""Questions, report drafts and the structures they rest on; corrected texts come back as versions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Response
+from monailabel.interfaces.utils.app import app_instance
+from pydantic import BaseModel, Field
+
+from lib.api.access import AsAnnotator, AsUser
+from lib.dicom_sr import Report, StoredReport, store_report_sr
+from lib.request_parsing import MAX_TEXT, Client
+from lib.result_writing import http_errors, write_label_map
+from lib.text_versions import MAX_CHARACTERS, Kind, TextVersion, TextVersions
+from medvl_sam2.errors import MedVLError, PromptError
+from medvl_sam2.types import Answer, Evidence
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/medvl/texts", tags=["MedVL texts"])
+
+ImageId = Annotated[str, Query(description="id of an image of the datastore")]
+_ANYBODY = Client.API.value
+
+
+class EvidenceReply(BaseModel):
+    """A structure that a text names; ``voxels`` 0 and no centre when the image map does not show it."""
+
+    name: str
+    voxels: int
+    centroid_voxel: tuple[float, float, float] | None
+    why: str
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> EvidenceReply:
+        return cls(name=evidence.name, voxels=evidence.voxels, centroid_voxel=evidence.centroid, why=evidence.why)
+
+
+class SentenceReply(BaseModel):
+    """A sentence of a report and what it rests on."""
+
+    text: str
+    evidence: list[EvidenceReply]
+
+
+class Asking(BaseModel):
+    """A question about an image; ``client_id`` names the annotator's session."""
+
+    image: str
+    question: str = Field(max_length=MAX_TEXT)
+    client_id: str = _ANYBODY
+
+
+class AnswerReply(BaseModel):
+    """An answer, with what it and its question name."""
+
+    question: str
+    answer: str
+    notice: str
+    model_version: str
+    evidence: list[EvidenceReply]
+
+
+class Drafting(BaseModel):
+    """Asks for the draft of a report."""
+
+    image: str
+    client_id: str = _ANYBODY
+
+
+class ReportReply(BaseModel):
+    """A drafted report, in sentences."""
+
+    text: str
+    notice: str
+    model_version: str
+    sentences: list[SentenceReply]
+
+
+class TextUpload(BaseModel):
+    """A corrected or accepted text. ``draft`` is what the model had written, ``structures`` what the text rests on."""
+
+    kind: Kind
+    text: str = Field(max_length=MAX_CHARACTERS)
+    author: str = Field(min_length=1, max_length=64)
+    draft: str = Field(default="", max_length=MAX_CHARACTERS)
+    question: str = Field(default="", max_length=MAX_CHARACTERS)
+    note: str = Field(default="", max_length=MAX_CHARACTERS)
+    model_version: str = Field(default="", description="of the draft; empty: the model that is served now")
+    structures: list[str] = Field(default_factory=list, description="names of the draft's evidence")
+
+
+class StoredText(BaseModel):
+    """A stored version. ``sr``: where its DICOM SR lies, None when the store is no DICOMweb server."""
+
+    version: int
+    time: str
+    checksum: str
+    sr: dict[str, str] | None
+    sr_error: str | None = None
+    """Why a DICOM SR could not be made although the text is stored."""
+
+
+class TextRecord(StoredText):
+    """A stored version with its content."""
+
+    kind: Kind
+    text: str
+    draft: str
+    question: str
+    author: str
+    note: str
+    model_version: str
+
+
+class TextList(BaseModel):
+    """All versions of an image's texts, oldest first."""
+
+    image: str
+    versions: list[TextRecord]
+
+
+@router.post("/ask")
+def ask(body: Asking, user: AsUser) -> AnswerReply:
+    """Answer a question and say which structures of the image the answer rests on."""
+    with _session(body.image, body.client_id, "question") as held:
+        answer: Answer = held.predictor.answer(held.session, body.question)
+        version = str(held.predictor.meta.version)
+    return AnswerReply(
+        question=answer.question,
+        answer=answer.text,
+        notice=answer.notice,
+        model_version=version,
+        evidence=[EvidenceReply.of(item) for item in answer.evidence],
+    )
+
+
+@router.post("/report")
+def draft_report(body: Drafting, user: AsUser) -> ReportReply:
+    """Draft a report whose every sentence says which structures it rests on."""
+    with _session(body.image, body.client_id, "report") as held:
+        answer: Answer = held.predictor.report(held.session)
+        version = str(held.predictor.meta.version)
+    sentences = [
+        SentenceReply(text=sentence.text, evidence=[EvidenceReply.of(item) for item in sentence.evidence])
+        for sentence in answer.sentences
+    ]
+    if not sentences:  # a model without an image map
+        sentences = [SentenceReply(text=answer.text, evidence=[])]
+    return ReportReply(text=answer.text, notice=answer.notice, model_version=version, sentences=sentences)
+
+
+@router.get("/mask", response_class=Response)
+def evidence_mask(image: ImageId, name: str, user: AsUser, compress: bool = True) -> Response:
+    """The mask of an answer's evidence as NRRD, one byte a voxel, on the image's grid; 404 for what is not there."""
+    with _session(image, _ANYBODY, "evidence") as held:
+        try:
+            mask = held.predictor.evidence_mask(held.session, name)
+        except PromptError as error:
+            raise HTTPException(404, str(error)) from error
+        geometry = held.session.volume.geometry
+    file = Path(write_label_map(mask.astype("uint8"), geometry, ".nrrd", compress))
+    try:
+        content = file.read_bytes()
+    finally:
+        file.unlink()
+    return Response(content, media_type="application/octet-stream")
+
+
+@router.post("")
+def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredText:
+    """Keep a text as a new version; on a DICOMweb store it also becomes a DICOM SR in the image's study."""
+    app = app_instance()
+    _image_path(app, image)
+    versions = _versions(app)
+    with http_errors(f"Storing a text of {image!r}"):
+        before = [known for known in versions.of(image) if (known.kind, known.question) == (body.kind, body.question)]
+        stored = versions.save(
+            image,
+            TextVersion(
+                kind=body.kind,
+                text=body.text,
+                author=body.author,
+                model_version=body.model_version or app.runtime.served_version(),
+                draft=body.draft,
+                question=body.question,
+                note=body.note,
+            ),
+        )
+    reply = StoredText(version=stored.version, time=stored.time, checksum=stored.checksum, sr=None)
+    try:
+        reply.sr = _store_sr(app, image, stored, tuple(body.structures), before[-1].sr if before else None)
+        if reply.sr is not None:
+            versions.add_sr(image, stored.version, reply.sr)
+    except (MedVLError, HTTPException, OSError) as error:
+        logger.exception("Version %d of the texts of %s is stored, but not as DICOM SR", stored.version, image)
+        reply.sr_error = str(getattr(error, "detail", error))
+    return reply
+
+
+@router.get("")
+def list_texts(image: ImageId, user: AsUser) -> TextList:
+    """Every stored text of an image."""
+    app = app_instance()
+    _image_path(app, image)
+    with http_errors(f"Reading the texts of {image!r}"):
+        versions = [TextRecord(**vars(version)) for version in _versions(app).of(image)]
+    return TextList(image=image, versions=versions)
+
+
+@contextmanager
+def _session(image: str, client: str, what: str) -> Iterator[Any]:
+    app = app_instance()
+    path = _image_path(app, image)
+    with http_errors(f"A text about {image!r}"), app.runtime.use(path, client or _ANYBODY, what=what) as held:
+        yield held
+
+
+def _image_path(app: Any, image: str) -> Path:
+    path = app.datastore().get_image_uri(image) if image else ""
+    if not path:
+        raise HTTPException(404, f"image {image!r} is not in the datastore; refresh the list of images")
+    return Path(path)
+
+
+def _versions(app: Any) -> TextVersions:
+    return TextVersions(Path(app.datastore().folder))
+
+
+def _store_sr(
+    app: Any, image: str, text: TextVersion, structures: tuple[str, ...], replaced: Mapping[str, str] | None
+) -> dict[str, str] | None:
+    """Identifiers of the DICOM SR of a stored text, ``waiting`` among them while the server does not take it."""
+    known = replaced and StoredReport(
+        replaced["StudyInstanceUID"], replaced["SeriesInstanceUID"], replaced["SOPInstanceUID"]
+    )
+    report = Report(
+        kind=text.kind,
+        text=text.text,
+        author=text.author,
+        model_version=text.model_version if text.draft else None,
+        question=text.question or None,
+        structures=structures,
+        version=text.version,
+        replaces=known or None,
+    )
+    stored = store_report_sr(app.datastore(), image, report)
+    if stored is None:
+        return None
+    sr = {
+        "StudyInstanceUID": stored.study,
+        "SeriesInstanceUID": stored.series,
+        "SOPInstanceUID": stored.instance,
+    }
+    return sr | ({"waiting": stored.waiting} if stored.waiting else {})

@@ -1,0 +1,139 @@
+"""Which structures a text speaks of: organs with their exact side, and lesions with the organ they are said to lie in.
+
+Plain patterns over the vocabulary, no model: what is not recognised is left out rather than guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from medvl_sam2.vocabulary import CLASSES, spoken
+
+PAIRS = ("kidney", "lung")
+"""Organs of two sides."""
+
+_SYNONYMS = {
+    "gall bladder": "gallbladder", "bladder": "urinary_bladder", "spine": "vertebrae", "vertebra": "vertebrae",
+    "large bowel": "colon", "vena cava": "inferior_vena_cava",
+}  # fmt: skip
+_ADJECTIVES = {
+    "hepatic": "liver", "splenic": "spleen", "pancreatic": "pancreas", "renal": "kidney", "pulmonary": "lung",
+}  # fmt: skip
+"""Only before a word for a lesion: the splenic vein is not the spleen."""
+_LESION = r"(?:(?:hypodense|hyperdense)\s+)?(?:lesion|cyst|nodule|mass|tumou?r|metastas[ie]s|finding)(?:es|s)?"
+_SINGLE = {spoken(name): name for name in CLASSES if name != "lesion" and not name.startswith(PAIRS)} | _SYNONYMS
+_SIDES = r"right and left|left and right|both|bilateral|right|left"
+_ORGAN = re.compile(
+    rf"\b(?:(?:(?P<side>{_SIDES})\s+)?(?:(?P<pair>{'|'.join(PAIRS)})s?(?:\s+on\s+the\s+(?P<after>right|left))?"
+    rf"|(?P<adjective>{'|'.join(_ADJECTIVES)})(?=\s+{_LESION}\b))"
+    rf"|(?P<single>{'|'.join(sorted(map(re.escape, _SINGLE), key=len, reverse=True))}))\b",
+    re.IGNORECASE,
+)
+_LESIONS = re.compile(rf"\b(?:(?P<extreme>largest|smallest|biggest)\s+)?(?P<kind>{_LESION})\b", re.IGNORECASE)
+_PART = re.compile(r"((?:\w+\s+){1,2}of\s+(?:the\s+)?)$")
+_DENIED = re.compile(r"\b(?:no|none|not|without|normal|free of|unremarkable|absent|removed|nothing)\b", re.IGNORECASE)
+_ABSENT = re.compile(r"\b(?:absent|removed|not (?:seen|visible|present))\b", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r";|\b(?:but|however|while|whereas)\b|\s(?=without\b)|(?:,|\band\b)\s+(?=(?:absent|no)\b)", re.IGNORECASE
+)
+"""What is denied in one clause is not denied in the next: "a cyst in the liver and absent spleen"."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
+_CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
+_LETTER = re.compile(r"^[A-H]\.\s+")
+_MANY = re.compile(r"\b(?:how many|all|both|every|several|two|three|four)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A structure that is spoken of.
+
+    ``organs``: class names, more than one where the text leaves the side open. ``lesion``: the words that mean a lesion
+    in them ("largest cyst in the upper pole of the right kidney"), empty where the organs themselves are meant.
+    """
+
+    organs: tuple[str, ...]
+    lesion: str = ""
+    several: bool = False
+    absent: bool = False
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences; the point in "2.5 cm" ends none."""
+    return [part.strip() for part in _SENTENCE.split(text) if part.strip()]
+
+
+def mentions(sentence: str) -> list[Mention]:
+    """What one sentence of a report speaks of, each once: lesions first, then organs."""
+    found = [mention for clause in _CLAUSE.split(sentence) for mention in _clause_mentions(clause)]
+    return sorted(dict.fromkeys(found), key=lambda mention: not mention.lesion)
+
+
+def answer_mentions(question: str, answer: str) -> list[Mention]:
+    """What an answer speaks of, its question read along: "yes" means what was asked.
+
+    The choices that a question offers are not what it is about. A side as an answer keeps that side of the lesion only.
+    """
+    asked, said = _CHOICES.sub("", question), _LETTER.sub("", answer.strip())
+    own, context = mentions(said), mentions(asked)
+    organs = [m for m in [*own, *context] if not m.lesion]
+    if _ABSENT.search(asked):
+        return [Mention(m.organs, absent=True) for m in organs]
+    if _DENIED.match(said):
+        return list(dict.fromkeys(organs))
+    lesions = [m for m in own if m.lesion]
+    if not any(m.organs for m in lesions):
+        places, many = tuple(name for m in own for name in m.organs), _MANY.search(asked) is not None
+        meant = [Mention(places or m.organs, m.lesion, many or m.several) for m in context if m.lesion]
+        lesions = meant or lesions
+    side = re.fullmatch(r"(?:on the )?(left|right)(?: side)?\.?", said, re.IGNORECASE)
+    if side:
+        sided = tuple(f"{pair}_{side[1].lower()}" for pair in PAIRS)
+        lesions = [Mention(sided, m.lesion, m.several) for m in lesions]
+    return list(dict.fromkeys([*lesions, *organs]))
+
+
+def _clause_mentions(clause: str) -> Iterator[Mention]:
+    organs = list(_ORGAN.finditer(clause))
+    kinds = list(_LESIONS.finditer(clause))
+    absent = _ABSENT.search(clause) is not None
+    if kinds and not _DENIED.search(clause):
+        for number, kind in enumerate(kinds):
+            later = kinds[number + 1].start() if number + 1 < len(kinds) else len(clause)
+            own = [o for o in organs if len(kinds) == 1 or kind.start() <= o.start() < later or _described(o, kind)]
+            yield from _lesion_mentions(clause, kind, own)
+    for organ in organs:
+        yield from (Mention((name,), absent=absent) for name in _names(organ))
+
+
+def _described(organ: re.Match[str], kind: re.Match[str]) -> bool:
+    """Whether an organ's adjective stands before this word for a lesion ("renal cyst")."""
+    return bool(organ["adjective"]) and 0 <= kind.start() - organ.end() <= 1
+
+
+def _lesion_mentions(clause: str, kind: re.Match[str], organs: list[re.Match[str]]) -> Iterator[Mention]:
+    words = f"{kind['extreme'] or ''} {kind['kind']}".strip().lower()
+    several = not kind["extreme"] and words.endswith(("s", "metastases")) and not words.endswith(("mass", "metastasis"))
+    if not organs:
+        yield Mention((), words, several)
+    for organ in organs:
+        part = _PART.search(clause[: organ.start()])
+        names = _names(organ)
+        organ_words = " and ".join(spoken(name) for name in names)
+        yield Mention(names, f"{words} in the {part[1].lower() if part else ''}{organ_words}", several or _both(organ))
+
+
+def _both(organ: re.Match[str]) -> bool:
+    return (organ["side"] or "").lower() not in ("", "left", "right")
+
+
+def _names(organ: re.Match[str]) -> tuple[str, ...]:
+    """Classes that a match means: both of a pair unless one side is named."""
+    if organ["single"]:
+        return (_SINGLE[organ["single"].lower()],)
+    stem = _ADJECTIVES[organ["adjective"].lower()] if organ["adjective"] else organ["pair"].lower()
+    if stem not in PAIRS:
+        return (stem,)
+    side = (organ["side"] or organ["after"] or "").lower()
+    return (f"{stem}_{side}",) if side in ("left", "right") else (f"{stem}_right", f"{stem}_left")
