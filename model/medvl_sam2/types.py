@@ -91,12 +91,14 @@ class Prompt:
     """What an annotator asks for. All coordinates are stored voxels (i, j, k).
 
     ``points`` (N, 3) with ``labels`` (N,): 1 foreground, 0 background, in the order they were placed.
-    ``box`` (2, 3): lowest and highest stored voxel, both inclusive. One voxel thick along one axis, it bounds the
-    object's outline on that plane, and how far the object goes beyond the plane is found.
+    ``box`` (2, 3): lowest and highest stored voxel, both inclusive; it may reach beyond the volume. One voxel thick
+    along one axis, it bounds the object's outline on that plane, and how far the object goes beyond the plane is found.
     ``mask`` (I, J, K) bool on the stored grid: an earlier mask to start from.
     ``text``: free text naming the object; its mask is the one to start from when there is neither mask nor box.
-    ``strokes``: scribbles and lassos in the order they were drawn, applied after the points.
-    ``accepted``: planes that stay as they are until something is placed on them.
+    ``strokes``: scribbles and lassos in the order they were drawn. Where edits contradict each other the last one wins:
+    those that an object has already came before those that are new, and of the new ones points come before strokes.
+    ``accepted``: planes that stay as they are until something is placed on them; with the first prompt they stay as its
+    answer shows them.
     ``propagate``: afterwards carry everything prompted through the whole object again; without it an edit stays local.
     """
 
@@ -150,7 +152,6 @@ class Prompt:
         if box is not None:
             if (box[1] < 0).any() or (box[0] > upper - 1).any():
                 raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
-            box = np.clip(box, 0, upper - 1)
         mask = self.mask
         if mask is not None:
             mask = np.asarray(mask)

@@ -70,7 +70,7 @@ BOW_TIE = [[1, 1, 3], [8, 8, 3], [8, 1, 3], [1, 7, 3]]
         ({"scribbles": [[[1, 2, 3], [2, 2, 3]]] * 201}, "201 lines; give at most 200"),
         ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 2}]}, "label 2"),
         ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": "liver"}]}, "label 'liver'"),
-        ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 0}]}, "only background"),
+        ({"label": "new", "scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 0}]}, "only background"),
         ({"scribbles": [7]}, "list of voxels"),
         ({"scribbles": "here"}, "list of lines"),
         ({"lasso": [BOW_TIE]}, "crosses itself"),

@@ -13,7 +13,7 @@ from medvl_sam2.predictor.holdings import Tally
 from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.predictor.stack import SliceStack
-from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
+from medvl_sam2.predictor.timeline import Change, Step, Timeline, mask_key, prompt_key
 from medvl_sam2.types import Prompt, Volume
 
 
@@ -47,10 +47,14 @@ class Session:
         known = {name: timeline.known(timeline.position) for name, timeline in self.timelines.items()}
         return {name: state for name, state in known.items() if state is not None}
 
+    def stands(self, name: str) -> bool:
+        """Whether prompts of an object stand, so that a further one may correct it; its state need not be in memory."""
+        return name in self.timelines and self.timelines[name].position > 0
+
     def step(self, prompt: Prompt) -> Step:
         """A step for a validated prompt, still without its state."""
         self._order += 1
-        return Step(prompt, prompt_key(prompt), self._order)
+        return Step(prompt, prompt_key(prompt), mask_key(prompt), self._order)
 
     def record(self, change: Change) -> None:
         """Tell the recorder, if there is one."""

@@ -30,12 +30,14 @@ class Change:
 class Step:
     """A validated prompt as it was sent, and the state after it.
 
-    ``state`` is None where the answer was ``empty`` (the words found nothing; ``reply`` is what was said) and where the
-    state was dropped to save memory: computed anew when it is needed. ``order`` runs through a session's steps.
+    ``key`` and ``mask_key`` are digests of the prompt and of its mask. ``state`` is None where the answer was ``empty``
+    (the words found nothing) and where the state was dropped to save memory: computed anew when it is needed. ``reply``
+    is what was said by words that found nothing. ``order`` runs through a session's steps.
     """
 
     prompt: Prompt
     key: str
+    mask_key: str | None
     order: int
     state: ObjectState | None = None
     empty: bool = False
@@ -74,11 +76,15 @@ class Timeline:
 
     def place(self, at: int, step: Step) -> None:
         """Let ``step`` follow the first ``at`` steps; what came after them is gone."""
-        alike = next((s.prompt.mask for s in self.steps[:at] if _same_mask(s.prompt, step.prompt)), None)
-        if alike is not None:
-            step.prompt = replace(step.prompt, mask=alike)  # clients send an earlier mask again with every click
+        alike = next((s for s in self.steps[:at] if self._same_mask(s, step)), None)
+        if alike is not None:  # clients send an earlier mask again with every click
+            step.prompt = replace(step.prompt, mask=alike.prompt.mask)
         self.steps[at:] = [step]
         self.position = at + 1
+
+    def has_mask(self, step: Step, count: int) -> bool:
+        """Whether the mask of ``step`` was sent with one of the first ``count`` ones, too."""
+        return any(self._same_mask(other, step) for other in self.steps[:count])
 
     def missing(self, count: int) -> list[int]:
         """Steps to compute, in order, for the state after the first ``count`` ones."""
@@ -92,19 +98,25 @@ class Timeline:
         for step in self.steps[:count]:
             step.state = None
 
+    @staticmethod
+    def _same_mask(one: Step, other: Step) -> bool:
+        return one.mask_key is not None and one.mask_key == other.mask_key
+
 
 def prompt_key(prompt: Prompt) -> str:
     """Digest of a validated prompt by value: two with the same key ask for the same."""
     digest = hashlib.sha256()
     for array in (prompt.points, prompt.labels, prompt.box):
         digest.update(repr(None if array is None else (array.shape, array.tolist())).encode())
-    if prompt.mask is not None:
-        digest.update(repr(prompt.mask.shape).encode() + np.packbits(prompt.mask).tobytes())
+    digest.update(repr(mask_key(prompt)).encode())
     for stroke in prompt.strokes:
         digest.update(repr((stroke.kind.value, stroke.label, stroke.points.shape)).encode() + stroke.points.tobytes())
     digest.update(repr((prompt.text, prompt.accepted, prompt.propagate)).encode())
     return digest.hexdigest()
 
 
-def _same_mask(one: Prompt, other: Prompt) -> bool:
-    return one.mask is not None and other.mask is not None and np.array_equal(one.mask, other.mask)
+def mask_key(prompt: Prompt) -> str | None:
+    """Digest of a validated prompt's mask by value; None without one."""
+    if prompt.mask is None:
+        return None
+    return hashlib.sha256(repr(prompt.mask.shape).encode() + np.packbits(prompt.mask).tobytes()).hexdigest()

@@ -35,7 +35,7 @@ class InteractiveTask(MedVLTask):
     def check(self, request: Mapping[str, Any]) -> None:
         if parse_move(request):
             return
-        prompt = _prompt(request)
+        prompt = parse_prompt(request)
         if prompt.names_only and not prompt.text and parse_label(request) == OBJECT_LABEL:
             raise PromptError("no prompt: place at least one foreground point, draw a box, or name the segment")
 
@@ -49,7 +49,12 @@ class InteractiveTask(MedVLTask):
         elif move > 0:
             segmentation = held.predictor.redo(held.session, name, move)
         else:
-            prompt = _prompt(request)
+            prompt = parse_prompt(request)
+            if _only_background(prompt) and not held.session.stands(name):
+                raise PromptError(
+                    f"only background points, and there is no {name!r} yet to correct: place at least one point inside "
+                    "the structure, or draw a box"
+                )
             if prompt.names_only and not prompt.text:
                 prompt = replace(prompt, text=name)
             segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
@@ -57,9 +62,7 @@ class InteractiveTask(MedVLTask):
         return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)
 
 
-def _prompt(request: Mapping[str, Any]) -> Prompt:
-    prompt = parse_prompt(request)
+def _only_background(prompt: Prompt) -> bool:
+    """Whether a prompt says only where the object is not."""
     placed = [*prompt.labels.tolist(), *(stroke.label for stroke in prompt.strokes)]
-    if placed and not any(placed) and prompt.box is None and prompt.mask is None and not prompt.text:
-        raise PromptError("only background points: place at least one point inside the structure, or draw a box")
-    return prompt
+    return bool(placed) and not any(placed) and prompt.box is None and prompt.mask is None and not prompt.text
