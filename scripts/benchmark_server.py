@@ -57,16 +57,16 @@ def info(address: str) -> None:
         reply.read()
 
 
-def clicks(client: Any, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    """Seconds of first and next clicks, mask transfer included."""
+def clicks(address: str, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """Seconds of first and next clicks, mask transfer included; every object has an annotator of its own."""
     rng = np.random.default_rng(options.seed)
     first, later = [], []
     for number in range(options.objects):
         points, labels = click_series(volume, options.clicks, rng)
         points = points.astype(int)
+        client = MONAILabelClient(address, client_id=f"annotator {number}")  # it puts its own id into every request
         for placed in range(1, options.clicks + 1):
             request: dict[str, Any] = {
-                "client_id": f"annotator {number}",
                 "label": "object",
                 "foreground": points[:placed][labels[:placed] == 1].tolist(),
                 "background": points[:placed][labels[:placed] == 0].tolist(),
@@ -121,7 +121,7 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
             nib.save(nib.Nifti1Image(volume.array, volume.geometry.affine), path)
             client.upload_image(path, image, {"PatientID": image})
             result: dict[str, Any] = {"volume": name, "shape": list(volume.geometry.shape)}
-            result.update(clicks(client, image, volume, options, bar))
+            result.update(clicks(server.address, image, volume, options, bar))
             for model, request in (
                 ("medvl_semantic", {"result_extension": ".nrrd"}),
                 ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),

@@ -149,9 +149,8 @@ class Prompt:
             worst = whole.points[outside[0]].tolist()
             raise PromptError(f"point {worst} lies outside the volume of {shape} voxels (index from 0)")
         box = whole.box
-        if box is not None:
-            if (box[1] < 0).any() or (box[0] > upper - 1).any():
-                raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
+        if box is not None and ((box[1] < 0).any() or (box[0] > upper - 1).any()):
+            raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
         mask = self.mask
         if mask is not None:
             mask = np.asarray(mask)
@@ -160,7 +159,7 @@ class Prompt:
             mask = mask > 0
         strokes = tuple(stroke.within(shape) for stroke in whole.strokes)
         accepted = tuple(dict.fromkeys(plane.within(shape) for plane in self.accepted))
-        return replace(whole, box=box, mask=mask, strokes=strokes, accepted=accepted)
+        return replace(whole, mask=mask, strokes=strokes, accepted=accepted)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
     good = {"foreground": [[1, 2, 3]], "label": "liver"}
     assert running.slicer("medvl_interactive", **good).status_code == 200
     started = time.process_time()
-    response = running.slicer("medvl_interactive", label="liver", **params)
+    response = running.slicer("medvl_interactive", **{"label": "liver", **params})
     seconds = time.process_time() - started
     assert response.status_code == 400, response.text
     assert reason in response.json()["detail"]

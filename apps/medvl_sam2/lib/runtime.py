@@ -237,6 +237,10 @@ class Runtime:
         journal = Journal(folder / session_name(key.client, str(key.image)), header, fresh=reset)
         try:
             session.restore(journal.changes)
+            if journal.changes:
+                journal.compact(session.timelines)
+        except OSError:
+            logger.exception("The journal in %s stays as it is", journal.folder)
         except (PromptError, ValueError) as error:
             session.reset()
             journal.set_aside(str(error))
@@ -267,12 +271,11 @@ class Runtime:
 
 
 def _record(session: Session, journal: Journal, change: Change) -> None:
-    """Write a change down; a full disk costs the annotator the journal, not the mask."""
+    """Write a change down; a full disk costs the annotator the journal until the next change, not the mask."""
     try:
-        journal.append(change)
+        journal.write(change, session.timelines)
     except OSError:
-        logger.exception("The session in %s is not written any further", journal.folder)
-        session.recorder = None
+        logger.exception("The session in %s lacks a change on disk; it is tried again with the next", journal.folder)
 
 
 def load_predictor(path: Path | None) -> Predictor:

@@ -54,7 +54,7 @@ class Session:
     def step(self, prompt: Prompt) -> Step:
         """A step for a validated prompt, still without its state."""
         self._order += 1
-        return Step(prompt, prompt_key(prompt), mask_key(prompt), self._order)
+        return Step(prompt, prompt_key(prompt), None if prompt.mask is None else mask_key(prompt.mask), self._order)
 
     def record(self, change: Change) -> None:
         """Tell the recorder, if there is one."""

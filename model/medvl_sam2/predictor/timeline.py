@@ -108,15 +108,13 @@ def prompt_key(prompt: Prompt) -> str:
     digest = hashlib.sha256()
     for array in (prompt.points, prompt.labels, prompt.box):
         digest.update(repr(None if array is None else (array.shape, array.tolist())).encode())
-    digest.update(repr(mask_key(prompt)).encode())
+    digest.update(repr(None if prompt.mask is None else mask_key(prompt.mask)).encode())
     for stroke in prompt.strokes:
         digest.update(repr((stroke.kind.value, stroke.label, stroke.points.shape)).encode() + stroke.points.tobytes())
     digest.update(repr((prompt.text, prompt.accepted, prompt.propagate)).encode())
     return digest.hexdigest()
 
 
-def mask_key(prompt: Prompt) -> str | None:
-    """Digest of a validated prompt's mask by value; None without one."""
-    if prompt.mask is None:
-        return None
-    return hashlib.sha256(repr(prompt.mask.shape).encode() + np.packbits(prompt.mask).tobytes()).hexdigest()
+def mask_key(mask: np.ndarray) -> str:
+    """Digest of a bool mask by value."""
+    return hashlib.sha256(repr(mask.shape).encode() + np.packbits(mask).tobytes()).hexdigest()
