@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib.changed_box import SentMasks
 from lib.configs.medvl_sam2 import AppConfig
 from lib.preparation import Preparation
 from lib.request_parsing import Client
@@ -55,6 +56,8 @@ class Held(NamedTuple):
     session: Session
     notes: dict[str, bool]
     """What the annotator should know of the session; empty when there is nothing."""
+    sent: SentMasks
+    """What a client that asks for changes was sent last."""
 
 
 @dataclass
@@ -62,6 +65,7 @@ class _Open:
     session: Session
     journal: Journal | None = None
     notes: dict[str, bool] = field(default_factory=dict)
+    sent: SentMasks = field(default_factory=SentMasks)
 
 
 class _Key(NamedTuple):
@@ -120,9 +124,10 @@ class Runtime:
                 if held.journal is not None:
                     held.journal.remove()
                 held.notes.clear()
+                held.sent.clear()
             self._sessions.move_to_end(key)
             try:
-                yield Held(predictor, held.session, held.notes)
+                yield Held(predictor, held.session, held.notes, held.sent)
             except MedVLError:
                 raise
             except BaseException:
@@ -260,7 +265,8 @@ class Runtime:
         """Memory of all sessions; what those on one image share counts once."""
         sessions = [held.session for held in self._sessions.values()]
         shared = {id(session.volume): session.shared_bytes for session in sessions}
-        return sum(shared.values()) + sum(session.own_bytes for session in sessions)
+        own = sum(held.session.own_bytes + held.sent.bytes for held in self._sessions.values())
+        return sum(shared.values()) + own
 
     def _evict(self) -> None:
         """Drop the least recently used sessions beyond the limits, never the last one."""

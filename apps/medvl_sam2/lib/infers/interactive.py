@@ -10,7 +10,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
-from lib.request_parsing import InferRequest, parse_corrected, parse_label, parse_move, parse_prompt
+from lib.request_parsing import InferRequest, parse_changed_box, parse_corrected, parse_label, parse_move, parse_prompt
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Prompt
@@ -33,6 +33,7 @@ class InteractiveTask(MedVLTask):
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
+        parse_changed_box(request)
         if parse_move(request):
             return
         prompt = parse_prompt(request)
@@ -58,8 +59,15 @@ class InteractiveTask(MedVLTask):
             if prompt.names_only and not prompt.text:
                 prompt = replace(prompt, text=name)
             segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
-        params = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
-        return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)
+        params: dict[str, Any] = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
+        mask = (segmentation.mask > 0).astype("uint8")
+        changes, have = parse_changed_box(request)
+        if not changes:
+            held.sent.forget(name)
+            return Reply(params, mask, segmentation.geometry)
+        part = held.sent.part(name, mask, segmentation.geometry, have)
+        params |= {"changed_box": part.box, "whole": part.whole, "mask_number": part.number}
+        return Reply(params, part.mask, part.geometry)
 
 
 def _only_background(prompt: Prompt) -> bool:
