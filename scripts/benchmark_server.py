@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_click_options(parser, objects=4)
     parser.add_argument("--infos", type=int, default=40, help="GET /info/ requests on the idle server")
+    parser.add_argument("--changed-box", action="store_true", help="ask for what changed of a mask, not for all of it")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2 or options.infos < 1:
         parser.error("give at least one object, two clicks and one /info/ request")
@@ -60,7 +62,7 @@ def info(address: str) -> None:
 def clicks(address: str, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     """Seconds of first and next clicks, mask transfer included; every object has an annotator of its own."""
     rng = np.random.default_rng(options.seed)
-    first, later = [], []
+    first, later, received = [], [], []
     for number in range(options.objects):
         points, labels = click_series(volume, options.clicks, rng)
         points = points.astype(int)
@@ -72,18 +74,41 @@ def clicks(address: str, image: str, volume: Volume, options: argparse.Namespace
                 "background": points[:placed][labels[:placed] == 0].tolist(),
                 "result_extension": ".nrrd",
                 "result_dtype": "uint8",
+                "changed_box": options.changed_box,
             }
-            seconds = timed(partial(infer, client, "medvl_interactive", image, request))
+            started = time.perf_counter()
+            reply = infer(client, "medvl_interactive", image, request)
+            seconds = time.perf_counter() - started
             (first if placed == 1 else later).append(seconds)
+            if placed > 1:
+                received.append(replace(reply, transfer_s=seconds - reply.infer_s))
             bar.update()
-    return {"first_click_s": summary(first), "next_click_s": summary(later)}
+    return {
+        "first_click_s": summary(first),
+        "next_click_s": summary(later),
+        "next_write_and_transfer_s": summary([reply.transfer_s for reply in received]),
+        "next_bytes": float(np.mean([reply.size for reply in received])),
+    }
 
 
-def infer(client: Any, model: str, image: str, request: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Received:
+    """Bytes of a reply's mask, seconds until it was there to write, and seconds to write, send and receive it."""
+
+    size: int
+    infer_s: float
+    transfer_s: float = 0.0
+
+
+def infer(client: Any, model: str, image: str, request: dict[str, Any]) -> Received:
     """One request; the mask it returns is thrown away."""
-    file, _ = client.infer(model, image, request)
+    file, params = client.infer(model, image, request)
+    latencies = params["latencies"]
+    size = 0
     if file is not None:
+        size = Path(file).stat().st_size
         Path(file).unlink()
+    return Received(size, latencies["pre"] + latencies["infer"])
 
 
 def under_load(server: OwnServer, work: Callable[[], None]) -> tuple[float, list[float]]:
@@ -148,7 +173,8 @@ def show(record: dict[str, Any]) -> None:
         head, after = result["first_click_s"], result["next_click_s"]
         print(
             f"{result['volume']} {result['shape']}: first click p50 {head['p50']:.2f} s, p95 {head['p95']:.2f} s; next "
-            f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}); "
+            f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}), of which written and sent "
+            f"p50 {result['next_write_and_transfer_s']['p50']:.3f} s, {result['next_bytes'] / 1e3:.1f} kB; "
             + ", ".join(f"{m} {result[f'medvl_{m}_s']:.1f} s" for m in ("semantic", "referring", "vqa", "report"))
         )
     print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")

@@ -22,7 +22,7 @@ from lib.request_parsing import Client
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor.journal import FILE, SPARE_LINES, Journal, JournalHeader, session_name
-from medvl_sam2.predictor.timeline import Change, Step, Timeline, mask_key, prompt_key
+from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
 from medvl_sam2.types import Prompt
 from small_model import oblique_volume, small_predictor
@@ -239,8 +239,7 @@ def written(folder: Path, prompts: list[Prompt], moves: int = 0) -> tuple[Journa
     """A journal of an object's prompts, then of undo and redo."""
     journal, timeline = Journal(folder, HEADER), Timeline()
     for n, prompt in enumerate(prompts):
-        key = None if prompt.mask is None else mask_key(prompt.mask)
-        timeline.place(n, Step(prompt, prompt_key(prompt), key, n))
+        timeline.place(n, Step.of(prompt, n))
         journal.write(Change("a", n, prompt), {"a": timeline})
     for n in range(moves):
         timeline.position = len(prompts) - n % 2
@@ -273,7 +272,7 @@ def test_a_journal_of_many_moves_is_written_anew(tmp_path: Path) -> None:
     again = Journal(tmp_path / "a", HEADER)
     assert same(again.changes, [masked, *prompts])
     assert again.changes[-1].at == timelines["a"].position
-    timelines["a"].place(0, Step(prompts[0], "", None, 9))  # the mask's step is cut off
+    timelines["a"].place(0, Step.of(prompts[0], 9))  # the mask's step is cut off
     journal.write(Change("a", 0, prompts[0]), timelines)
     for _ in range(2 * SPARE_LINES):
         journal.write(Change("a", 1), timelines)

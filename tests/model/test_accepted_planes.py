@@ -152,7 +152,7 @@ class Annotator:
         mask, _ = self.last()
         timeline = self.session.timelines["object"]
         assert mask is not None
-        again = self.predictor.segment_prompt(self.session, timeline.steps[timeline.position - 1].prompt).mask
+        again = self.predictor.segment_prompt(self.session, timeline.steps[timeline.position - 1].whole()).mask
         assert np.array_equal(again, mask)
 
 

@@ -37,7 +37,7 @@ class Asked:
         A request lists all that stands and not when it was placed: what ``known``, the newest state, holds came before
         the rest, in the order in which it was applied there. Of the rest, points come before strokes.
         """
-        prompt = step.prompt
+        prompt = step.whole()
         points = transform.forward_points(prompt.points)
         clicks = [
             CanonicalClick((float(p[0]), float(p[1]), float(p[2])), int(label))

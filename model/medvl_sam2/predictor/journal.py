@@ -136,7 +136,7 @@ class Journal:
         self._last = {}
         lines = [self._head]
         for name, timeline in timelines.items():
-            lines += [self._line(Change(name, n, step.prompt)) for n, step in enumerate(timeline.steps)]
+            lines += [self._line(Change(name, n, step.whole())) for n, step in enumerate(timeline.steps)]
             lines.append(self._line(Change(name, timeline.position)))
         with atomic_writer(self.folder / FILE) as file:
             file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)

@@ -6,6 +6,8 @@ The timeline does not look into prompts: it knows whether two are the same, so e
 from __future__ import annotations
 
 import hashlib
+import math
+import zlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,22 +28,59 @@ class Change:
     prompt: Prompt | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """A prompt's mask as compressed bits: one of 512x512x100 voxels, which has 26 MB, takes some ten kB.
+
+    ``key``: digest by value.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    content: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> PackedMask:
+        """Pack a bool mask."""
+        return cls(mask_key(mask), mask.shape, zlib.compress(np.packbits(mask).tobytes(), 1))
+
+    def mask(self) -> np.ndarray:
+        """The mask."""
+        bits = np.frombuffer(zlib.decompress(self.content), dtype=np.uint8)
+        return np.unpackbits(bits, count=math.prod(self.shape)).reshape(self.shape).astype(bool)
+
+
 @dataclass(eq=False)
 class Step:
     """A validated prompt as it was sent, and the state after it.
 
-    ``key`` and ``mask_key`` are digests of the prompt and of its mask. ``state`` is None where the answer was ``empty``
-    (the words found nothing) and where the state was dropped to save memory: computed anew when it is needed. ``reply``
-    is what was said by words that found nothing. ``order`` runs through a session's steps.
+    ``prompt`` is without its mask, which is packed; ``key`` is the digest of it all. ``state`` is None where the answer
+    was ``empty`` (the words found nothing) and where the state was dropped to save memory: computed anew when it is
+    needed. ``reply`` is what was said by words that found nothing. ``order`` runs through a session's steps.
     """
 
     prompt: Prompt
     key: str
-    mask_key: str | None
+    packed: PackedMask | None
     order: int
     state: ObjectState | None = None
     empty: bool = False
     reply: str | None = None
+
+    @classmethod
+    def of(cls, prompt: Prompt, order: int) -> Step:
+        """A step for a validated prompt, still without its state."""
+        packed = None if prompt.mask is None else PackedMask.of(prompt.mask)
+        return cls(replace(prompt, mask=None), prompt_key(prompt), packed, order)
+
+    def whole(self) -> Prompt:
+        """The prompt as it was sent, with its mask."""
+        return self.prompt if self.packed is None else replace(self.prompt, mask=self.packed.mask())
+
+    @property
+    def mask_key(self) -> str | None:
+        """Digest of the prompt's mask; None without one."""
+        return None if self.packed is None else self.packed.key
 
     @property
     def dropped(self) -> bool:
@@ -78,7 +117,7 @@ class Timeline:
         """Let ``step`` follow the first ``at`` steps; what came after them is gone."""
         alike = next((s for s in self.steps[:at] if self._same_mask(s, step)), None)
         if alike is not None:  # clients send an earlier mask again with every click
-            step.prompt = replace(step.prompt, mask=alike.prompt.mask)
+            step.packed = alike.packed
         self.steps[at:] = [step]
         self.position = at + 1
 
