@@ -31,7 +31,12 @@ from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.types import Volume
 
-_QUESTION = "Is there a lesion in the liver?"
+_TEXT_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("medvl_semantic", {"result_extension": ".nrrd"}),
+    ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),
+    ("medvl_vqa", {"question": "Is there a lesion in the liver?"}),
+    ("medvl_report", {}),
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_click_options(parser, objects=4)
     parser.add_argument("--infos", type=int, default=40, help="GET /info/ requests on the idle server")
     parser.add_argument("--changed-box", action="store_true", help="ask for what changed of a mask, not for all of it")
+    parser.add_argument("--clicks-only", action="store_true", help="leave the text requests out")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2 or options.infos < 1:
         parser.error("give at least one object, two clicks and one /info/ request")
@@ -139,7 +145,8 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
         "info_idle_s": summary([timed(lambda: info(server.address)) for _ in range(options.infos)])
     }
     record["volumes"], busy = [], []
-    with tqdm(total=len(volumes) * (options.objects * options.clicks + 4), unit="request") as bar:
+    texts = 0 if options.clicks_only else len(_TEXT_REQUESTS)
+    with tqdm(total=len(volumes) * (options.objects * options.clicks + texts), unit="request") as bar:
         for number, (name, volume) in enumerate(volumes):
             bar.set_postfix_str(name)
             image, path = f"study{number}", folder / f"study{number}.nii.gz"
@@ -147,19 +154,15 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
             client.upload_image(path, image, {"PatientID": image})
             result: dict[str, Any] = {"volume": name, "shape": list(volume.geometry.shape)}
             result.update(clicks(server.address, image, volume, options, bar))
-            for model, request in (
-                ("medvl_semantic", {"result_extension": ".nrrd"}),
-                ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),
-                ("medvl_vqa", {"question": _QUESTION}),
-                ("medvl_report", {}),
-            ):
+            for model, request in () if options.clicks_only else _TEXT_REQUESTS:
                 seconds, waits = under_load(server, partial(infer, client, model, image, dict(request)))
                 result[f"{model}_s"] = seconds
                 busy += waits
                 bar.update()
             result["peak_memory_mib_so_far"] = server.peak_memory_mib()
             record["volumes"].append(result)
-    record["info_busy_s"] = summary(busy)
+    if busy:
+        record["info_busy_s"] = summary(busy)
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 
@@ -167,15 +170,17 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
 def show(record: dict[str, Any]) -> None:
     """Print the figures."""
     for state in ("idle", "busy"):
-        part = record[f"info_{state}_s"]
+        part = record.get(f"info_{state}_s")
+        if part is None:
+            continue
         print(f"GET /info/ {state}: p50 {1e3 * part['p50']:.0f} ms, p95 {1e3 * part['p95']:.0f} ms (n={part['count']})")
     for result in record["volumes"]:
         head, after = result["first_click_s"], result["next_click_s"]
         print(
             f"{result['volume']} {result['shape']}: first click p50 {head['p50']:.2f} s, p95 {head['p95']:.2f} s; next "
             f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}), of which written and sent "
-            f"p50 {result['next_write_and_transfer_s']['p50']:.3f} s, {result['next_bytes'] / 1e3:.1f} kB; "
-            + ", ".join(f"{m} {result[f'medvl_{m}_s']:.1f} s" for m in ("semantic", "referring", "vqa", "report"))
+            f"p50 {result['next_write_and_transfer_s']['p50']:.3f} s, {result['next_bytes'] / 1e3:.1f} kB"
+            + "".join(f"; {m} {result[f'{m}_s']:.1f} s" for m, _ in _TEXT_REQUESTS if f"{m}_s" in result)
         )
     print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")
 
