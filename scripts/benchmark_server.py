@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ from medvl_sam2.errors import MedVLError
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.types import Volume
 
-_QUESTION = "Is there a lesion in the liver?"
+_TEXT_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("medvl_semantic", {"result_extension": ".nrrd"}),
+    ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),
+    ("medvl_vqa", {"question": "Is there a lesion in the liver?"}),
+    ("medvl_report", {}),
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,6 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--back-to-back", type=float, default=20, metavar="SECONDS", help="how long two clients ask without a pause"
     )
+    parser.add_argument("--changed-box", action="store_true", help="ask for what changed of a mask, not for all of it")
+    parser.add_argument("--clicks-only", action="store_true", help="leave the text requests out")
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2 or options.infos < 1 or options.back_to_back <= 0:
         parser.error("give at least one object, two clicks, one /info/ request and some seconds back to back")
@@ -61,33 +69,56 @@ def info(address: str) -> None:
         reply.read()
 
 
-def clicks(client: Any, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    """Seconds of first and next clicks, mask transfer included."""
+def clicks(address: str, image: str, volume: Volume, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """Seconds of first and next clicks, mask transfer included; every object has an annotator of its own."""
     rng = np.random.default_rng(options.seed)
-    first, later = [], []
+    first, later, received = [], [], []
     for number in range(options.objects):
         points, labels = click_series(volume, options.clicks, rng)
         points = points.astype(int)
+        client = MONAILabelClient(address, client_id=f"annotator {number}")  # it puts its own id into every request
         for placed in range(1, options.clicks + 1):
             request: dict[str, Any] = {
-                "client_id": f"annotator {number}",
                 "label": "object",
                 "foreground": points[:placed][labels[:placed] == 1].tolist(),
                 "background": points[:placed][labels[:placed] == 0].tolist(),
                 "result_extension": ".nrrd",
                 "result_dtype": "uint8",
+                "changed_box": options.changed_box,
             }
-            seconds = timed(partial(infer, client, "medvl_interactive", image, request))
+            started = time.perf_counter()
+            reply = infer(client, "medvl_interactive", image, request)
+            seconds = time.perf_counter() - started
             (first if placed == 1 else later).append(seconds)
+            if placed > 1:
+                received.append(replace(reply, transfer_s=seconds - reply.infer_s))
             bar.update()
-    return {"first_click_s": summary(first), "next_click_s": summary(later)}
+    return {
+        "first_click_s": summary(first),
+        "next_click_s": summary(later),
+        "next_write_and_transfer_s": summary([reply.transfer_s for reply in received]),
+        "next_bytes": float(np.mean([reply.size for reply in received])),
+    }
 
 
-def infer(client: Any, model: str, image: str, request: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Received:
+    """Bytes of a reply's mask, seconds until it was there to write, and seconds to write, send and receive it."""
+
+    size: int
+    infer_s: float
+    transfer_s: float = 0.0
+
+
+def infer(client: Any, model: str, image: str, request: dict[str, Any]) -> Received:
     """One request; the mask it returns is thrown away."""
-    file, _ = client.infer(model, image, request)
+    file, params = client.infer(model, image, request)
+    latencies = params["latencies"]
+    size = 0
     if file is not None:
+        size = Path(file).stat().st_size
         Path(file).unlink()
+    return Received(size, latencies["pre"] + latencies["infer"])
 
 
 def under_load(server: OwnServer, work: Callable[[], None]) -> tuple[float, list[float]]:
@@ -133,32 +164,29 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
         "info_idle_s": summary([timed(lambda: info(server.address)) for _ in range(options.infos)])
     }
     record["volumes"], busy = [], []
-    with tqdm(total=len(volumes) * (options.objects * options.clicks + 4), unit="request") as bar:
+    texts = 0 if options.clicks_only else len(_TEXT_REQUESTS)
+    with tqdm(total=len(volumes) * (options.objects * options.clicks + texts), unit="request") as bar:
         for number, (name, volume) in enumerate(volumes):
             bar.set_postfix_str(name)
             image, path = f"study{number}", folder / f"study{number}.nii.gz"
             nib.save(nib.Nifti1Image(volume.array, volume.geometry.affine), path)
             client.upload_image(path, image, {"PatientID": image})
             result: dict[str, Any] = {"volume": name, "shape": list(volume.geometry.shape)}
-            result.update(clicks(client, image, volume, options, bar))
-            for model, request in (
-                ("medvl_semantic", {"result_extension": ".nrrd"}),
-                ("medvl_referring", {"prompt": "the liver", "result_extension": ".nrrd"}),
-                ("medvl_vqa", {"question": _QUESTION}),
-                ("medvl_report", {}),
-            ):
+            result.update(clicks(server.address, image, volume, options, bar))
+            for model, request in () if options.clicks_only else _TEXT_REQUESTS:
                 seconds, waits = under_load(server, partial(infer, client, model, image, dict(request)))
                 result[f"{model}_s"] = seconds
                 busy += waits
                 bar.update()
             result["peak_memory_mib_so_far"] = server.peak_memory_mib()
             record["volumes"].append(result)
-    record["info_busy_s"] = summary(busy)
-    counted: list[int] = []
-    work = partial(without_a_pause, client, "study0", options.back_to_back)
-    seconds, waits = under_load(server, lambda: counted.append(work()))
-    record["info_back_to_back_s"] = summary(waits)
-    record["back_to_back"] = {"seconds": seconds, "inferences": counted[0]}
+    if busy:
+        record["info_busy_s"] = summary(busy)
+        counted: list[int] = []
+        work = partial(without_a_pause, client, "study0", options.back_to_back)
+        seconds, waits = under_load(server, lambda: counted.append(work()))
+        record["info_back_to_back_s"] = summary(waits)
+        record["back_to_back"] = {"seconds": seconds, "inferences": counted[0]}
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 
@@ -166,15 +194,18 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
 def show(record: dict[str, Any]) -> None:
     """Print the figures."""
     for state in ("idle", "busy", "back_to_back"):
-        part = record[f"info_{state}_s"]
+        part = record.get(f"info_{state}_s")
+        if part is None:
+            continue
         p50, p95 = (f"{1e3 * part[key]:.0f} ms" for key in ("p50", "p95"))
         print(f"GET /info/ {state.replace('_', ' ')}: p50 {p50}, p95 {p95} (n={part['count']})")
     for result in record["volumes"]:
         head, after = result["first_click_s"], result["next_click_s"]
         print(
             f"{result['volume']} {result['shape']}: first click p50 {head['p50']:.2f} s, p95 {head['p95']:.2f} s; next "
-            f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}); "
-            + ", ".join(f"{m} {result[f'medvl_{m}_s']:.1f} s" for m in ("semantic", "referring", "vqa", "report"))
+            f"click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']}), of which written and sent "
+            f"p50 {result['next_write_and_transfer_s']['p50']:.3f} s, {result['next_bytes'] / 1e3:.1f} kB"
+            + "".join(f"; {m} {result[f'{m}_s']:.1f} s" for m, _ in _TEXT_REQUESTS if f"{m}_s" in result)
         )
     print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")
 

@@ -91,12 +91,14 @@ class Prompt:
     """What an annotator asks for. All coordinates are stored voxels (i, j, k).
 
     ``points`` (N, 3) with ``labels`` (N,): 1 foreground, 0 background, in the order they were placed.
-    ``box`` (2, 3): lowest and highest stored voxel, both inclusive. One voxel thick along one axis, it bounds the
-    object's outline on that plane, and how far the object goes beyond the plane is found.
+    ``box`` (2, 3): lowest and highest stored voxel, both inclusive; it may reach beyond the volume. One voxel thick
+    along one axis, it bounds the object's outline on that plane, and how far the object goes beyond the plane is found.
     ``mask`` (I, J, K) bool on the stored grid: an earlier mask to start from.
     ``text``: free text naming the object; its mask is the one to start from when there is neither mask nor box.
-    ``strokes``: scribbles and lassos in the order they were drawn, applied after the points.
-    ``accepted``: planes that stay as they are until something is placed on them.
+    ``strokes``: scribbles and lassos in the order they were drawn. Where edits contradict each other the last one wins:
+    those that an object has already came before those that are new, and of the new ones points come before strokes.
+    ``accepted``: planes that stay as they are until something is placed on them; with the first prompt they stay as its
+    answer shows them.
     ``propagate``: afterwards carry everything prompted through the whole object again; without it an edit stays local.
     """
 
@@ -147,10 +149,8 @@ class Prompt:
             worst = whole.points[outside[0]].tolist()
             raise PromptError(f"point {worst} lies outside the volume of {shape} voxels (index from 0)")
         box = whole.box
-        if box is not None:
-            if (box[1] < 0).any() or (box[0] > upper - 1).any():
-                raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
-            box = np.clip(box, 0, upper - 1)
+        if box is not None and ((box[1] < 0).any() or (box[0] > upper - 1).any()):
+            raise PromptError(f"box {box.tolist()} lies outside the volume of {shape} voxels")
         mask = self.mask
         if mask is not None:
             mask = np.asarray(mask)
@@ -159,7 +159,7 @@ class Prompt:
             mask = mask > 0
         strokes = tuple(stroke.within(shape) for stroke in whole.strokes)
         accepted = tuple(dict.fromkeys(plane.within(shape) for plane in self.accepted))
-        return replace(whole, box=box, mask=mask, strokes=strokes, accepted=accepted)
+        return replace(whole, mask=mask, strokes=strokes, accepted=accepted)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ class FakeSession:
     def prompts(self) -> dict[str, Prompt]:
         return dict(self.objects)
 
+    def stands(self, name: str) -> bool:
+        return name in self.objects
+
     def reset(self) -> None:
         self.objects.clear()
 
@@ -82,7 +85,7 @@ class FakePredictor:
         if prompt.mask is not None:
             mask[prompt.mask] = 1
         if prompt.box is not None:
-            low, high = prompt.box.astype(int)
+            low, high = prompt.box.clip(0, np.array(mask.shape) - 1).astype(int)
             mask[low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1] = 1
         for point, label in zip(prompt.points.astype(int), prompt.labels, strict=True):
             mask[tuple(point)] = label

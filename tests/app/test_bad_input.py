@@ -70,7 +70,7 @@ BOW_TIE = [[1, 1, 3], [8, 8, 3], [8, 1, 3], [1, 7, 3]]
         ({"scribbles": [[[1, 2, 3], [2, 2, 3]]] * 201}, "201 lines; give at most 200"),
         ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 2}]}, "label 2"),
         ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": "liver"}]}, "label 'liver'"),
-        ({"scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 0}]}, "only background"),
+        ({"label": "new", "scribbles": [{"points": [[1, 2, 3], [2, 2, 3]], "label": 0}]}, "only background"),
         ({"scribbles": [7]}, "list of voxels"),
         ({"scribbles": "here"}, "list of lines"),
         ({"lasso": [BOW_TIE]}, "crosses itself"),
@@ -93,7 +93,7 @@ def test_bad_prompts_are_refused_in_time_and_the_session_lives_on(
     good = {"foreground": [[1, 2, 3]], "label": "liver"}
     assert running.slicer("medvl_interactive", **good).status_code == 200
     started = time.process_time()
-    response = running.slicer("medvl_interactive", label="liver", **params)
+    response = running.slicer("medvl_interactive", **{"label": "liver", **params})
     seconds = time.process_time() - started
     assert response.status_code == 400, response.text
     assert reason in response.json()["detail"]

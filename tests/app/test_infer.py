@@ -297,3 +297,16 @@ def test_undo_and_redo_by_request(running: Running, read_label: Read, tmp_path: 
     assert (refused.status_code, "cannot be redone" in refused.text) == (400, True)
     for bad in ({"undo": True, "redo": True}, {"undo": -1}, {"redo": "yes"}):
         assert running.slicer("medvl_interactive", label="liver", **bad).status_code == 400
+
+
+def test_what_words_found_is_corrected_by_background_points_alone(running: Running) -> None:
+    background = {"label": "liver", "background": [[1, 2, 3]]}
+    refused = running.slicer("medvl_interactive", **background)
+    assert (refused.status_code, "no 'liver' yet" in refused.text) == (400, True)
+    assert running.slicer("medvl_interactive", label="liver").status_code == 200
+    assert running.slicer("medvl_interactive", **background).status_code == 200
+    assert running.slicer("medvl_interactive", **{**background, "label": "spleen"}).status_code == 400
+    name, prompt = running.predictors[0].prompts[-1]
+    assert (name, prompt.text, prompt.labels.tolist()) == ("liver", None, [0])
+    assert running.slicer("medvl_interactive", label="liver", undo=True).status_code == 200
+    assert running.slicer("medvl_interactive", **background).status_code == 400

@@ -21,7 +21,8 @@ from lib.configs.medvl_sam2 import AppConfig
 from lib.request_parsing import Client
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
-from medvl_sam2.predictor.journal import FILE, Journal, session_name
+from medvl_sam2.predictor.journal import FILE, SPARE_LINES, Journal, JournalHeader, session_name
+from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
 from medvl_sam2.types import Prompt
 from small_model import oblique_volume, small_predictor
@@ -148,7 +149,7 @@ def test_what_does_not_fit_is_put_aside(config: AppConfig, image: Path, harm: st
     elif harm == "order":
         path.write_text("".join([*lines, json.dumps({"object": "a", "stand": 7}) + "\n"]))
     else:
-        path.write_text("junk\n" + lines[1] if harm == "line" else lines[0].replace("session-1", "session-9"))
+        path.write_text("junk\n" + lines[1] if harm == "line" else lines[0].replace("session-2", "session-9"))
     with runtime(config).use(image, CLIENT) as held:
         assert held.notes == {}
         assert not held.session.timelines
@@ -224,3 +225,107 @@ def test_a_session_outlives_kill_9(config: AppConfig, image: Path, repository: P
         place(uninterrupted)
         for one, other in zip(go_on(held), go_on(uninterrupted), strict=True):
             assert np.array_equal(one, other)
+
+
+def many(count: int) -> Prompt:
+    """Foreground and background points, the first listed before the second as clients do."""
+    points = [[float(n % 30), float(n % 25), float(n % 15)] for n in range(count)]
+    labels = [n % 2 for n in range(count)]
+    order = np.argsort([-label for label in labels], kind="stable")
+    return Prompt(np.array(points)[order], np.array(labels)[order], strokes=(SCRIBBLE,))
+
+
+def written(folder: Path, prompts: list[Prompt], moves: int = 0) -> tuple[Journal, dict[str, Timeline]]:
+    """A journal of an object's prompts, then of undo and redo."""
+    journal, timeline = Journal(folder, HEADER), Timeline()
+    for n, prompt in enumerate(prompts):
+        timeline.place(n, Step.of(prompt, n))
+        journal.write(Change("a", n, prompt), {"a": timeline})
+    for n in range(moves):
+        timeline.position = len(prompts) - n % 2
+        journal.write(Change("a", timeline.position), {"a": timeline})
+    return journal, {"a": timeline}
+
+
+HEADER = JournalHeader("1", "0" * 64, "image", 1)
+
+
+def same(changes: list[Change], prompts: list[Prompt]) -> bool:
+    found = [prompt_key(change.prompt) for change in changes if change.prompt is not None]
+    return found == [prompt_key(prompt.validated((40, 34, 18))) for prompt in prompts]
+
+
+def test_a_line_costs_what_was_placed(tmp_path: Path) -> None:
+    prompts = [many(n) for n in range(1, 81)]
+    written(tmp_path / "a", prompts)
+    lines = (tmp_path / "a" / FILE).read_bytes().splitlines()
+    assert max(len(line) for line in lines[3:]) < 100
+    assert same(Journal(tmp_path / "a", HEADER).changes, prompts)
+
+
+def test_a_journal_of_many_moves_is_written_anew(tmp_path: Path) -> None:
+    masked = click(15, 20, 9, mask=oblique_volume()[1])
+    prompts = [many(n) for n in range(1, 6)]
+    journal, timelines = written(tmp_path / "a", [masked, *prompts], moves=500)
+    lines = (tmp_path / "a" / FILE).read_bytes().splitlines()
+    assert len(lines) <= 2 * 7 + SPARE_LINES
+    again = Journal(tmp_path / "a", HEADER)
+    assert same(again.changes, [masked, *prompts])
+    assert again.changes[-1].at == timelines["a"].position
+    timelines["a"].place(0, Step.of(prompts[0], 9))  # the mask's step is cut off
+    journal.write(Change("a", 0, prompts[0]), timelines)
+    for _ in range(2 * SPARE_LINES):
+        journal.write(Change("a", 1), timelines)
+    assert not list((tmp_path / "a").glob("*.npz"))
+    assert same(Journal(tmp_path / "a", HEADER).changes[:1], prompts[:1])
+
+
+def test_the_first_format_is_read_and_gone_on_with(config: AppConfig, image: Path) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        masks = place(held)
+    path = journal_of(config, image)
+    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    old: list[dict[str, object]] = [{**head, "format": "medvl-sam2-session-1"}]
+    for line, prompt in zip(lines, PROMPTS, strict=True):
+        strokes = [{"kind": s.kind.value, "points": s.points.tolist(), "label": s.label} for s in prompt.strokes]
+        whole = {
+            "points": prompt.points.tolist(),
+            "labels": prompt.labels.tolist(),
+            "box": None,
+            "mask": line["changed"].get("mask"),
+            "text": None,
+            "strokes": strokes,
+            "accepted": [[plane.axis, plane.index] for plane in prompt.accepted],
+            "propagate": False,
+        }
+        old.append({"object": line["object"], "at": line["at"], "prompt": whole})
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+    extra = Prompt(points=np.array([[18.0, 22, 11]]), labels=np.array([1]))
+    with runtime(config).use(image, CLIENT) as held:
+        assert held.notes["restored"]
+        assert np.array_equal(held.predictor.segment_prompt(held.session, PROMPTS[2], "a").mask, masks[2])
+        held.predictor.segment_prompt(held.session, extra, "a")
+    with runtime(config).use(image, CLIENT) as held:
+        assert len(held.session.timelines["a"].steps) == 4
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_what_could_not_be_written_is_written_with_the_next_change(
+    config: AppConfig, image: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    with runtime(config).use(image, CLIENT) as held:
+        place(held, PROMPTS[:1])
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", _no_space)
+            place(held, PROMPTS[1:2])
+            if torn:
+                with open(journal_of(config, image), "ab") as file:
+                    file.write(b'{"object": "a", "at": 1, "chan')
+        mask = place(held, PROMPTS[2:])[-1]
+    with runtime(config).use(image, CLIENT) as held:
+        assert len(held.session.timelines["a"].steps) == 3
+        assert np.array_equal(place(held, PROMPTS[2:])[-1], mask)
+
+
+def _no_space(_: int) -> None:
+    raise OSError(28, "No space left on device")

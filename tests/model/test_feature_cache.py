@@ -64,6 +64,30 @@ def test_slices_go_to_files_and_come_back_bit_for_bit(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("harm", ["missing", "cut off", "empty", "folder"])
+def test_a_lost_file_is_a_slice_that_is_not_held(
+    image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cache = FeatureCache(CacheConfig(device_megabytes=1.5 * EACH / 1e6, disk_megabytes=4.5 * EACH / 1e6))
+    for z in range(3):
+        cache.put(image, CROP, z, features(z))
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        if harm in ("missing", "folder"):
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: EACH // 2 if harm == "cut off" else 0])
+    if harm == "folder":
+        next(tmp_path.iterdir()).rmdir()
+    assert cache.get(image, CROP, 0) is None
+    assert cache.bytes == (EACH, 0, EACH)  # what was lost does not count
+    for z in range(6):
+        cache.put(image, CROP, z, features(z))
+    for z in range(1, 6):
+        assert same(cache.get(image, CROP, z), features(z))
+    cache.close()
+
+
 def test_without_a_budget_for_files_there_are_none(
     image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

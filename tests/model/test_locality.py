@@ -300,3 +300,74 @@ def test_frames_of_these_tests_are_not_trivial(study: tuple[Volume, np.ndarray])
     transform = CanonicalTransform(study[0].geometry)
     assert transform.shape != study[0].array.shape
     assert len(set(transform.spacing)) == 3
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_box_of_which_one_slice_lies_in_the_volume_is_no_box_on_a_plane(
+    predictor: Predictor, study: tuple[Volume, np.ndarray], axis: int
+) -> None:
+    volume, _ = study
+    session, flat = predictor.open(volume), BOX.astype(float)
+    flat[:, axis] = 0
+    thick = flat.copy()
+    thick[0, axis] = -6
+    on_plane = predictor.segment_prompt(session, Prompt(box=flat)).mask
+    one_slice = predictor.segment_prompt(session, Prompt(box=thick)).mask  # the plane's object is not gone on from
+    assert len(list(session.objects["object"].history())) == 1
+    bounded = session.transform.forward_plane(axis, 0)[0] == 0  # a box bounds the object along the slices
+    if bounded:
+        assert not one_slice.take(range(1, volume.array.shape[axis]), axis=axis).any()
+    assert session.objects["object"].across is None
+    assert (on_plane != one_slice).any()
+    again = predictor.segment_prompt(predictor.open(volume), Prompt(box=thick)).mask
+    assert np.array_equal(again, one_slice)
+
+
+def test_what_was_placed_last_wins_also_when_the_object_is_built_again(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    session, inside = predictor.open(study[0]), (12, 20, 9)
+    filled = Prompt(box=BOX, strokes=(FILL,))
+    assert predictor.segment_prompt(session, filled).mask[inside] == 1
+    cleared = replace(filled, points=np.array([inside], dtype=float), labels=np.array([0]))
+    assert predictor.segment_prompt(session, cleared).mask[inside] == 0
+    moved = replace(cleared, box=BOX + 1)
+    assert predictor.segment_prompt(session, moved).mask[inside] == 0
+    alone = predictor.segment_prompt(predictor.open(study[0]), moved).mask
+    assert alone[inside] == 1  # nobody knows which came first: points, then strokes
+    filled_again = replace(moved, strokes=(FILL, replace(FILL, points=FILL.points[::-1])))
+    assert predictor.segment_prompt(session, filled_again).mask[inside] == 1
+
+
+def test_the_same_mask_goes_on_from_what_there_is(predictor: Predictor, study: tuple[Volume, np.ndarray]) -> None:
+    session = predictor.open(study[0])
+    start = Prompt(mask=study[1])
+    predictor.segment_prompt(session, start)
+    first = session.objects["object"]
+    predictor.segment_prompt(session, replace(EDITS[1], mask=study[1].copy()))
+    assert session.objects["object"].before is first
+    other = study[1].copy()
+    other[:12] = False
+    predictor.segment_prompt(session, replace(EDITS[1], mask=other))
+    assert len(list(session.objects["object"].history())) == 2
+
+
+@torch.inference_mode()
+def test_propagation_keeps_a_prompted_slice_whose_mask_is_finer_than_its_logits(
+    predictor: Predictor, study: tuple[Volume, np.ndarray]
+) -> None:
+    session = predictor.open(study[0])
+    predictor.segment_prompt(session, CLICK)
+    state = session.objects["object"].snapshot()
+    z = state.high
+    state.paste_changed()
+    thin = np.zeros_like(state.on_window(z))
+    thin[len(thin) // 2] = True
+    state.logits[z] = torch.full_like(state.logits_at(z), -1.0)
+    state.paste_changed()
+    state.hold(z, thin)
+    state.clicks.append(CanonicalClick((float(z), *np.array(CLICK.points[0, :2])), 0))  # somebody judged the slice
+    carried = predictor.interactive.propagate(state, session.spacing)
+    carried.paste_changed()
+    assert carried.high >= z
+    assert np.array_equal(carried.on_window(z), thin)

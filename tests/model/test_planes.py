@@ -28,9 +28,9 @@ def test_the_axis_across_a_flat_box(box: list[list[float]], shape: tuple[int, ..
 
 def test_a_flat_box_is_thickened_in_mm_inside_the_volume() -> None:
     on_slice = np.array([[5.0, 10, 10], [5, 29, 49]])  # 20 mm by 20 mm
-    assert thickened(on_slice, SHAPE, SPACING).tolist() == [[2, 10, 10], [8, 29, 49]]
+    assert thickened(on_slice, 0, SHAPE, SPACING).tolist() == [[2, 10, 10], [8, 29, 49]]
     along = np.array([[0.0, 10, 3], [4, 29, 3]])  # 20 mm by 20 mm on a plane of x
-    assert thickened(along, SHAPE, SPACING).tolist() == [[0, 10, 0], [4, 29, 23]]
+    assert thickened(along, 2, SHAPE, SPACING).tolist() == [[0, 10, 0], [4, 29, 23]]
 
 
 def test_the_first_mask_that_the_box_runs_through_completes_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor, Session, SessionConfig
 from medvl_sam2.predictor.holdings import Tally
-from medvl_sam2.predictor.timeline import prompt_key
+from medvl_sam2.predictor.timeline import Timeline, prompt_key
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
 from medvl_sam2.types import Prompt, Segmentation, Volume
 from small_model import oblique_volume, small_predictor
@@ -179,6 +179,18 @@ def test_what_states_share_counts_once(predictor: Predictor, volume: Volume) -> 
     assert len(states) == 2
     assert Tally(states).bytes < sum(Tally([state]).bytes for state in states)
     assert Tally([*states, *states]).bytes == Tally(states).bytes
+
+
+def test_masks_of_prompts_are_held_as_compressed_bits(predictor: Predictor, volume: Volume) -> None:
+    session, truth = predictor.open(volume), oblique_volume()[1]
+    masks = [np.roll(truth, n, axis=0) for n in range(20)]
+    for n, mask in enumerate(masks):
+        timeline = session.timelines.setdefault("object", Timeline())
+        timeline.place(n, session.step(Prompt(mask=mask).validated(volume.geometry.shape)))
+    assert session.own_bytes < 20 * truth.nbytes / 20
+    whole = [step.whole() for step in session.timelines["object"].steps]
+    assert all(np.array_equal(prompt.mask, mask) for prompt, mask in zip(whole, masks, strict=True))  # type: ignore[arg-type]
+    assert [prompt_key(prompt) for prompt in whole] == [step.key for step in session.timelines["object"].steps]
 
 
 def test_objects_have_timelines_of_their_own(predictor: Predictor, volume: Volume) -> None:

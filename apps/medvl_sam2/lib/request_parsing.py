@@ -169,6 +169,18 @@ def parse_corrected(request: Mapping[str, Any]) -> str | None:
     return None if _flag(request.get("propagate"), default=False) else parse_label(request)
 
 
+def parse_changed_box(request: Mapping[str, Any]) -> tuple[bool, int | None]:
+    """Whether only what changed since the last mask is wanted, and the number of the mask that the client ``have``.
+
+    Clients without an id share a session, so nobody knows which mask one of them has: they get whole masks.
+    """
+    have = request.get("have")
+    if have is not None and type(have) is not int:
+        raise PromptError(f"have {have!r} must be the mask_number of a reply")
+    wanted = _flag(request.get("changed_box"), default=False)
+    return wanted and bool(request.get("client_id")), have
+
+
 def parse_move(request: Mapping[str, Any]) -> int:
     """Steps of the timeline to go: ``redo`` (true or a count) forth, ``undo`` back, 0 when neither is asked for."""
     undo, redo = _steps(request, "undo"), _steps(request, "redo")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lib.changed_box import SentMasks
 from lib.configs.medvl_sam2 import AppConfig
 from lib.label_versions import Provenance
 from lib.preparation import Preparation
@@ -69,6 +70,8 @@ class Held(NamedTuple):
     session: Session
     notes: dict[str, bool]
     """What the annotator should know of the session; empty when there is nothing."""
+    sent: SentMasks
+    """What a client that asks for changes was sent last."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class _Open:
     session: Session
     journal: Journal | None = None
     notes: dict[str, bool] = field(default_factory=dict)
+    sent: SentMasks = field(default_factory=SentMasks)
 
 
 class _Key(NamedTuple):
@@ -134,9 +138,10 @@ class Runtime:
                 if held.journal is not None:
                     held.journal.remove()
                 held.notes.clear()
+                held.sent.clear()
             self._sessions.move_to_end(key)
             try:
-                yield Held(predictor, held.session, held.notes)
+                yield Held(predictor, held.session, held.notes, held.sent)
             except MedVLError:
                 raise
             except BaseException:
@@ -268,6 +273,10 @@ class Runtime:
         journal = Journal(folder / session_name(key.client, str(key.image)), header, fresh=reset)
         try:
             session.restore(journal.changes)
+            if journal.changes:
+                journal.compact(session.timelines)
+        except OSError:
+            logger.exception("The journal in %s stays as it is", journal.folder)
         except (PromptError, ValueError) as error:
             session.reset()
             journal.set_aside(str(error))
@@ -287,7 +296,8 @@ class Runtime:
         """Memory of all sessions; what those on one image share counts once."""
         sessions = [held.session for held in self._sessions.values()]
         shared = {id(session.volume): session.shared_bytes for session in sessions}
-        return sum(shared.values()) + sum(session.own_bytes for session in sessions)
+        own = sum(held.session.own_bytes + held.sent.bytes for held in self._sessions.values())
+        return sum(shared.values()) + own
 
     def _evict(self) -> None:
         """Drop the least recently used sessions beyond the limits, never the last one."""
@@ -298,12 +308,11 @@ class Runtime:
 
 
 def _record(session: Session, journal: Journal, change: Change) -> None:
-    """Write a change down; a full disk costs the annotator the journal, not the mask."""
+    """Write a change down; a full disk costs the annotator the journal until the next change, not the mask."""
     try:
-        journal.append(change)
+        journal.write(change, session.timelines)
     except OSError:
-        logger.exception("The session in %s is not written any further", journal.folder)
-        session.recorder = None
+        logger.exception("The session in %s lacks a change on disk; it is tried again with the next", journal.folder)
 
 
 def _shown(name: str, prompt: Prompt) -> dict[str, Any]:

@@ -9,6 +9,7 @@ without the lock, by whichever thread the collector runs in, and acted on at the
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import weakref
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, SliceCrop, int]
 """Identity of a canonical image, window, slice."""
@@ -127,14 +130,14 @@ class _Tier:
         while self.bytes + size > self.budget:
             oldest = next(iter(self.entries))
             taken = self.take(oldest)
-            assert taken is not None
-            leaving.append((oldest, taken))
+            if taken is not None:
+                leaving.append((oldest, taken))
         self.entries[key] = self.entering(key, features)
         self.bytes += size
         return leaving
 
     def take(self, key: Key) -> SliceFeatures | None:
-        """Features as they were put in, which leave the tier."""
+        """Features as they were put in, which leave the tier; None where they are not there or were lost."""
         if key not in self.entries:
             return None
         features = self.leaving(key, self.entries[key])
@@ -157,8 +160,8 @@ class _Tier:
         """What is held for features put in: rows of a batch by themselves, as they would hold all of it."""
         return _each(features, lambda part: part if part.untyped_storage().nbytes() == part.nbytes else part.clone())
 
-    def leaving(self, key: Key, held: SliceFeatures) -> SliceFeatures:
-        """The features that were put in."""
+    def leaving(self, key: Key, held: SliceFeatures) -> SliceFeatures | None:
+        """The features that were put in, or None where they were lost."""
         return held
 
     def dropped(self, key: Key) -> None:
@@ -189,13 +192,23 @@ class _DiskTier(_Tier):
             self._folder = tempfile.TemporaryDirectory(prefix="medvl-sam2-slices-")
         self._count += 1
         path = self._files[key] = Path(self._folder.name) / f"{self._count}.raw"
-        with open(path, "wb") as file:
-            for part in (features.fine, features.middle, features.coarse):
-                part.cpu().contiguous().view(torch.uint8).numpy().tofile(file)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "wb") as file:
+                for part in (features.fine, features.middle, features.coarse):
+                    part.cpu().contiguous().view(torch.uint8).numpy().tofile(file)
+        except OSError:
+            logger.warning("Slice %d cannot be put into a file; it is encoded anew when it is wanted", key[2])
         return _each(features, lambda part: torch.empty(part.shape, dtype=part.dtype, device="meta"))
 
-    def leaving(self, key: Key, held: SliceFeatures) -> SliceFeatures:
-        content, start = np.memmap(self._files[key], mode="r"), 0
+    def leaving(self, key: Key, held: SliceFeatures) -> SliceFeatures | None:
+        """What the file has; a clean-up of temporary files may have taken it or a full disk cut it off."""
+        try:
+            content, start = np.memmap(self._files[key], mode="r"), 0
+        except (OSError, ValueError):  # missing, or empty
+            return None
+        if content.nbytes != _bytes(held):
+            return None
         parts = []
         for part in (held.fine, held.middle, held.coarse):
             raw = torch.from_numpy(np.array(content[start : start + part.nbytes]))
@@ -204,7 +217,7 @@ class _DiskTier(_Tier):
         return SliceFeatures(parts[0], parts[1], parts[2], held.position)
 
     def dropped(self, key: Key) -> None:
-        self._files.pop(key).unlink()
+        self._files.pop(key).unlink(missing_ok=True)
 
     def clear(self) -> None:
         super().clear()

@@ -83,14 +83,16 @@ class FirstPrompts:
         box: np.ndarray,
         elements: SceneElements | None = None,
     ) -> ObjectState:
-        """Start from a canonical 3D box (2, 3); the box bounds the object in z.
+        """Start from a canonical 3D box (2, 3), which may reach beyond the volume; the box bounds the object in z.
 
         With the scene's ``elements`` a box round one of them starts from that element's map. A box one voxel thick
         along one axis bounds the object on that plane alone (:meth:`_from_plane`).
         """
-        if thin_axis(box, image.shape) is not None:
-            return self._from_plane(image, spacing, intensity, box, elements)
-        return self._from_extent(image, spacing, intensity, box, elements)
+        across = thin_axis(box, image.shape)
+        box = np.clip(box, 0, np.array(image.shape) - 1)
+        if across is None:
+            return self._from_extent(image, spacing, intensity, box, elements)
+        return replace(self._from_plane(image, spacing, intensity, box, across, elements), across=across)
 
     def _from_extent(
         self,
@@ -124,24 +126,24 @@ class FirstPrompts:
         spacing: tuple[float, float, float],
         intensity: SliceIntensity,
         box: np.ndarray,
+        axis: int,
         elements: SceneElements | None,
     ) -> ObjectState:
-        """Start from the box of the object's outline on one plane.
+        """Start from the box of the object's outline on one plane across ``axis``.
 
         An element of the scene with such a section there says how far it goes across the plane. Else, on a slice the
         outline is decoded and carried both ways until the object ends; on the other planes the decoder's mask of the
         middle slice, or the intensities there, tell the extent across.
         """
-        axis = thin_axis(box, image.shape)
         part = None
-        if elements is not None and axis is not None:
+        if elements is not None:
             part = element_on_plane(elements, box, axis, image.shape, self.config.match)
-        if part is not None and axis is not None:
+        if part is not None:
             found = box.astype(np.float64)
             span = part.box(image.shape)[:, axis]
             found[:, axis] = min(span[0], box[0, axis]), max(span[1], box[1, axis])
             return replace(self._from_extent(image, spacing, intensity, found, elements), box=box)
-        guess = thickened(box, image.shape, spacing)
+        guess = thickened(box, axis, image.shape, spacing)
         grown = grown_round_box(image, spacing, guess, self.config.assist_rule)
         crop = self._window(guess[:, 1:], spacing)
         z = round(float(box[:, 0].mean()))
@@ -179,7 +181,7 @@ class FirstPrompts:
         if edit.kind is StrokeKind.LASSO:
             voxels = np.clip(edit.voxels, 0, np.array(image.shape) - 1).astype(np.float64)
             box = np.stack([voxels.min(axis=0), voxels.max(axis=0)])
-            return replace(self.from_box(image, spacing, intensity, box, elements), box=None)
+            return replace(self.from_box(image, spacing, intensity, box, elements), box=None, across=None)
         z, y, x = edit.anchors[len(edit.anchors) // 2].tolist()
         return replace(self.from_click(image, spacing, intensity, CanonicalClick((z, y, x), 1), elements), clicks=[])
 

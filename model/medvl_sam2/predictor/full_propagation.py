@@ -11,7 +11,6 @@ from torch import Tensor
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SlicePrompt
 from medvl_sam2.predictor.first_prompts import FirstPrompts
 from medvl_sam2.predictor.objects import ObjectState
-from medvl_sam2.predictor.planes import thin_axis
 from medvl_sam2.predictor.propagation import ObjectMemory, propagate
 from medvl_sam2.predictor.slice_points import click_points
 from medvl_sam2.predictor.stack import planned_slices
@@ -46,8 +45,8 @@ class FullPropagation:
         masks = {z: state.kept[z] for z in sources if z in state.kept}
         outputs = propagate(state.stack, state.memory, plan, spacing[0], self.config.memory, True, known)
         state.logits = standing | {z: self.first.blended(state, z, out.logits[0, 0]) for z, out in outputs.items()}
-        state.trim()
         state.kept = masks
+        state.trim()
         state.propagated = True
         return state
 
@@ -58,7 +57,7 @@ class FullPropagation:
         """
         last = state.stack.image.shape[0] - 1
         box = state.box
-        if box is not None and thin_axis(box, state.stack.image.shape) != 0:
+        if box is not None and state.across != 0:
             low, high = round(float(box[0, 0])), round(float(box[1, 0]))
         elif state.from_scene and state.rough:
             more = int(self.config.memory.empty / spacing)

@@ -17,7 +17,6 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit
 from medvl_sam2.predictor.feature_cache import FeatureCache
@@ -48,7 +47,7 @@ class InteractiveEngine:
 
         ``opens``: whether accepted planes the edit lies on may change; not where it is applied once more.
         """
-        state = self._widened(state.fork(), spacing, edit)
+        state = self._widened(state.fork(), edit)
         state = opened(state, edit) if opens else state
         state.propagated = False
         state.paste_changed()
@@ -101,24 +100,16 @@ class InteractiveEngine:
 
     # --- corrections ---------------------------------------------------------------------------------------------
 
-    def _widened(self, state: ObjectState, spacing: Spacing, edit: Edit) -> ObjectState:
-        """A window that holds the edit with room around it; only a foreground edit outside needs a new one."""
+    @staticmethod
+    def _widened(state: ObjectState, edit: Edit) -> ObjectState:
+        """A window that holds the edit with room around it; only a foreground edit outside needs another one."""
         crop = state.stack.crop
         points = edit.voxels[:, 1:].astype(np.float64) if isinstance(edit, CanonicalStroke) else edit.anchors[:, 1:]
         pixels = crop.forward_points(points)
         margin = 0.06 * crop.size
         if edit.label == 0 or (margin <= pixels.min() and pixels.max() <= crop.size - 1 - margin):
             return state
-        box = state.extent_yx()
-        corners = points if box is None else np.concatenate([box, points])
-        wider = SliceCrop.around(
-            np.stack([corners.min(axis=0), corners.max(axis=0)]),
-            spacing[1:],
-            1.4,
-            crop.size,
-            max(self.config.min_window_mm, crop.extent_mm),
-        )
-        return state.moved(wider)
+        return state.widened(points)
 
     def _lay_on(self, state: ObjectState, painted: Painted, label: int) -> None:
         """Push the painted region's logits to the edit's side; the object's range grows with foreground paint."""

@@ -7,7 +7,7 @@ beyond the region; accepted planes keep even then. Axis order is (z, y, x).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,22 +94,29 @@ def restrict(state: ObjectState, reference: ObjectState, region: EditRegion, lab
             state.hold(z, result)
 
 
-def accepted_planes(
-    planes: Iterable[CanonicalPlane], known: dict[CanonicalPlane, np.ndarray], mask: np.ndarray
-) -> dict[CanonicalPlane, np.ndarray]:
-    """What each accepted plane shows: as it was accepted before, else as in the canonical ``mask`` (Z, Y, X)."""
-    return {
-        (axis, index): known[axis, index] if (axis, index) in known else mask.take(index, axis=axis)
-        for axis, index in planes
-    }
+def released(state: ObjectState, planes: Collection[CanonicalPlane]) -> ObjectState:
+    """The state with accepted ``planes`` open to change again and the mask as it was.
+
+    Window and range grow to hold what the planes show: where the box was changed since, that may lie beyond both.
+    """
+    if not planes:
+        return state
+    mask = state.mask()
+    content = np.concatenate([_voxels_on(plane, state.accepted[plane]) for plane in planes])
+    free = state.holding(mask, content)
+    free = replace(free, accepted={plane: shown for plane, shown in state.accepted.items() if plane not in planes})
+    if free.logits:
+        free.keep(mask)
+    return free
 
 
 def opened(state: ObjectState, edit: Edit) -> ObjectState:
     """The state with the accepted planes that an edit lies on open to change again, and the mask as it was."""
-    touched = [(axis, index) for axis, index in state.accepted if (edit.voxels[:, axis] == index).any()]
-    if not touched:
-        return state
-    free = replace(state, accepted={plane: shown for plane, shown in state.accepted.items() if plane not in touched})
-    if free.logits:
-        free.keep(state.mask())
-    return free
+    voxels = np.clip(edit.voxels, 0, np.array(state.stack.image.shape) - 1)
+    return released(state, [plane for plane in state.accepted if (voxels[:, plane[0]] == plane[1]).any()])
+
+
+def _voxels_on(plane: CanonicalPlane, shown: np.ndarray) -> np.ndarray:
+    """Canonical voxels (N, 3) that a plane shows."""
+    axis, index = plane
+    return np.insert(np.argwhere(shown), axis, index, axis=1)

@@ -78,7 +78,7 @@ class ObjectEditor:
         else:
             # Left in the order it has in memory: that of files, and turning it round costs as much as a click.
             mask = session.transform.inverse_array(step.state.mask().view(np.uint8))
-            score, reply = float(np.clip(step.state.score, 0, 1)), None
+            score, reply = float(np.clip(step.state.score, 0, 1)), step.reply
         session.trim(self._history)  # now that the state holds what its mask was made from
         return Segmentation(mask, geometry, (name,), {name: score}, reply)
 
@@ -93,9 +93,11 @@ class ObjectEditor:
     def _compute(self, session: Session, timeline: Timeline, step: Step, at: int) -> None:
         """Give ``step`` its state (or its empty answer), going on from the first ``at`` steps of ``timeline``."""
         self._rebuild(session, timeline, at)
-        asked, known = Asked.of(step.prompt, session.transform), timeline.known(at)
+        known = timeline.known(at)
+        asked = Asked.of(step, session.transform, known)
         state = asked.latest_within(known)
-        if state is None and asked.mask is None and known is not None and any(s.cut for s in known.history()):
+        cut = known is not None and any(s.cut for s in known.history())
+        if state is None and cut and (asked.mask is None or timeline.has_mask(step, at)):
             timeline.drop(at)  # an earlier state may hold all that is asked: with none dropped it would be found
             self._rebuild(session, timeline, at)
             known = timeline.known(at)
@@ -103,15 +105,31 @@ class ObjectEditor:
         if state is None:
             said = self._say(session, step.prompt.text or "") if asked.starts_with_text else None
             if said is not None and not said.mask.any() and not asked.edits:
-                step.empty, step.reply = True, said.text
-                return
-            state = self._first_state(session, asked, said)
+                step.reply = said.text
+                state = self._accepted_alone(session, asked, known)
+                step.empty = state is None
+            else:
+                state = self._first_state(session, asked, said)
+        if state is None:
+            return
         state = asked.accepting(state, known)
         for edit in asked.left(state):
             state = self.engine.edit(state, session.spacing, edit, asked.opens(edit, known))
+        if known is None and asked.mask is None:
+            state = asked.accepting(state, state)  # the first prompt: nothing was shown before its answer
         if asked.propagate and not state.propagated:
             state = self.engine.propagate(state, session.spacing)
         step.state = state
+
+    def _accepted_alone(self, session: Session, asked: Asked, known: ObjectState | None) -> ObjectState | None:
+        """What stays of an object whose words find nothing: the accepted planes; None where they show nothing."""
+        mask = np.zeros(session.image.shape, dtype=bool)
+        for (axis, index), shown in asked.shown(known).items():
+            mask[(slice(None),) * axis + (index,)] = shown
+        if not mask.any():
+            return None
+        first = self.engine.first.from_mask(session.image, session.spacing, session.intensity, mask)
+        return replace(first, text=asked.text)
 
     def _first_state(self, session: Session, asked: Asked, said: Segmentation | None) -> ObjectState:
         """State from the strongest prompt; ``said`` is what the words gave.
@@ -121,7 +139,7 @@ class ObjectEditor:
         args = (session.image, session.spacing, session.intensity)
         first = self.engine.first
         if asked.mask is not None:
-            return first.from_mask(*args, asked.mask)
+            return replace(first.from_mask(*args, asked.mask), source=asked.mask_key)
         if said is not None and said.mask.any():
             found = np.ascontiguousarray(session.transform.forward_array(said.mask > 0))
             return replace(first.from_mask(*args, found), text=asked.text, score=max(said.scores.values()))

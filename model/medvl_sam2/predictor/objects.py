@@ -68,9 +68,13 @@ class ObjectState:
     clicks: list[Edit] = field(default_factory=list)
     """Clicks, scribbles and lassos in the order they were applied."""
     box: np.ndarray | None = None
-    """Canonical box (2, 3) the annotator gave, if any."""
+    """Canonical box (2, 3) the annotator gave, inside the volume, if any."""
+    across: int | None = None
+    """Axis across the plane the box was drawn on; None for a 3D box."""
     text: str | None = None
     """Words whose mask was the start, if any."""
+    source: str | None = None
+    """Digest of the annotator's earlier mask that was the start, if any."""
     accepted: dict[CanonicalPlane, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     """Planes the annotator is done with, and the bool mask they show."""
     propagated: bool = False
@@ -141,8 +145,9 @@ class ObjectState:
         return self.pasted[z].inside
 
     def trim(self) -> None:
-        """Let the range end with the outermost slices that show the object; with none it is the start slice."""
-        shown = [z for z, values in self.logits.items() if bool((values > 0).any())] or [self.start]
+        """Let the range end with the outermost slices that show or keep the object; with none it is the start."""
+        kept = {z for z, slice_ in self.kept.items() if slice_.mask.any()}
+        shown = [z for z, values in self.logits.items() if z in kept or bool((values > 0).any())] or [self.start]
         self.low, self.high = min(shown), max(shown)
         self.logits = {z: values for z, values in self.logits.items() if self.low <= z <= self.high}
 
@@ -207,6 +212,32 @@ class ObjectState:
         if logits:
             moved.keep(self.mask())
         return moved
+
+    def widened(self, points: np.ndarray) -> ObjectState:
+        """The same object in a window that holds it and canonical ``points`` (N, 2) (y, x), with room around."""
+        crop, box = self.stack.crop, self.extent_yx()
+        corners = points if box is None else np.concatenate([box, points])
+        corners = np.stack([corners.min(axis=0), corners.max(axis=0)])
+        return self.moved(SliceCrop.around(corners, crop.spacing_yx, 1.4, crop.size, crop.extent_mm))
+
+    def holding(self, mask: np.ndarray, voxels: np.ndarray) -> ObjectState:
+        """The object in a window and range that hold ``voxels`` (N, 3); added slices show the canonical ``mask``."""
+        if not len(voxels) or not self.logits:
+            return self
+        y0, y1, x0, x1 = self.stack.crop.bounds(self.stack.plane)
+        low, high = voxels.min(axis=0), voxels.max(axis=0)
+        inside = y0 <= low[1] and high[1] < y1 and x0 <= low[2] and high[2] < x1
+        state = self if inside else self.widened(voxels[:, 1:].astype(np.float64))
+        first, last = min(state.low, int(low[0])), max(state.high, int(high[0]))
+        added = [z for z in range(first, last + 1) if not state.low <= z <= state.high]
+        if not added:
+            return state
+        small = replace(state.stack.crop, size=state.stack.segmenter.mask_size)
+        soft = small.sample(torch.from_numpy(mask[added].astype(np.float32)))[:, 0]
+        logits = state.logits | {z: plane * 12 - 6 for z, plane in zip(added, soft, strict=True)}
+        # The old ends bound what lies between them and the new slices, also where they were interpolated.
+        ends = {z: state.logits_at(z) for z in (state.low, state.high)}
+        return replace(state, low=first, high=last, logits=logits | ends, pasted=dict(state.pasted))
 
     def extent_yx(self) -> np.ndarray | None:
         """Box (2, 2) of the current mask in canonical (y, x) voxels over all slices, or None when empty."""

@@ -9,20 +9,19 @@ from scipy import ndimage
 def thin_axis(box: np.ndarray, shape: tuple[int, ...]) -> int | None:
     """The axis across the plane that a canonical box (2, 3), inclusive corners, was drawn on; None for a 3D box.
 
-    That is the only axis along which the box is one voxel thick where the volume (Z, Y, X) is thicker.
+    That is the only axis along which the box, as it was drawn, is one voxel thick where the volume (Z, Y, X) is
+    thicker; a 3D box of which one slice lies in the volume is still a 3D box.
     """
     thick = np.rint(box[1]) - np.rint(box[0])
     thin = np.flatnonzero((thick == 0) & (np.array(shape) > 1))
     return int(thin[0]) if len(thin) == 1 else None
 
 
-def thickened(box: np.ndarray, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> np.ndarray:
-    """A plane's box (2, 3) as thick across as its two edges are long in the mean, in mm, inside the volume."""
-    axis = thin_axis(box, shape)
+def thickened(box: np.ndarray, axis: int, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> np.ndarray:
+    """The box (2, 3) of a plane across ``axis``, as thick as its two edges are long in the mean, in mm."""
     edges = (box[1] - box[0] + 1) * np.asarray(spacing)
     half = np.zeros(3)
-    if axis is not None:
-        half[axis] = np.delete(edges, axis).mean() / 2 / spacing[axis]
+    half[axis] = np.delete(edges, axis).mean() / 2 / spacing[axis]
     return np.clip(np.rint(np.stack([box[0] - half, box[1] + half])), 0, np.array(shape) - 1)
 
 

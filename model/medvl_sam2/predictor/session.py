@@ -13,7 +13,7 @@ from medvl_sam2.predictor.holdings import Tally
 from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.predictor.stack import SliceStack
-from medvl_sam2.predictor.timeline import Change, Step, Timeline, prompt_key
+from medvl_sam2.predictor.timeline import Change, Step, Timeline
 from medvl_sam2.types import Prompt, Volume
 
 
@@ -53,10 +53,14 @@ class Session:
         standing = {name: line.steps[: line.position][-1:] for name, line in list(self.timelines.items())}
         return {name: steps[0].prompt for name, steps in standing.items() if steps}
 
+    def stands(self, name: str) -> bool:
+        """Whether prompts of an object stand, so that a further one may correct it; its state need not be in memory."""
+        return name in self.timelines and self.timelines[name].position > 0
+
     def step(self, prompt: Prompt) -> Step:
         """A step for a validated prompt, still without its state."""
         self._order += 1
-        return Step(prompt, prompt_key(prompt), self._order)
+        return Step.of(prompt, self._order)
 
     def record(self, change: Change) -> None:
         """Tell the recorder, if there is one."""
@@ -155,5 +159,5 @@ class Session:
     def own_bytes(self) -> int:
         """The part of :attr:`bytes` that no other session on the volume shares."""
         steps = [step for timeline in self.timelines.values() for step in timeline.steps]
-        masks = {id(step.prompt.mask): step.prompt.mask.nbytes for step in steps if step.prompt.mask is not None}
+        masks = {id(step.packed): len(step.packed.content) for step in steps if step.packed is not None}
         return Tally(self.states()).bytes + sum(masks.values())

@@ -10,7 +10,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
-from lib.request_parsing import InferRequest, parse_corrected, parse_label, parse_move, parse_prompt
+from lib.request_parsing import InferRequest, parse_changed_box, parse_corrected, parse_label, parse_move, parse_prompt
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Prompt
@@ -33,9 +33,10 @@ class InteractiveTask(MedVLTask):
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
+        parse_changed_box(request)
         if parse_move(request):
             return
-        prompt = _prompt(request)
+        prompt = parse_prompt(request)
         if prompt.names_only and not prompt.text and parse_label(request) == OBJECT_LABEL:
             raise PromptError("no prompt: place at least one foreground point, draw a box, or name the segment")
 
@@ -49,17 +50,27 @@ class InteractiveTask(MedVLTask):
         elif move > 0:
             segmentation = held.predictor.redo(held.session, name, move)
         else:
-            prompt = _prompt(request)
+            prompt = parse_prompt(request)
+            if _only_background(prompt) and not held.session.stands(name):
+                raise PromptError(
+                    f"only background points, and there is no {name!r} yet to correct: place at least one point inside "
+                    "the structure, or draw a box"
+                )
             if prompt.names_only and not prompt.text:
                 prompt = replace(prompt, text=name)
             segmentation = held.predictor.segment_prompt(held.session, prompt, name=name)
-        params = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
-        return Reply(params, (segmentation.mask > 0).astype("uint8"), segmentation.geometry)
+        params: dict[str, Any] = {"label_names": {name: 1}, "scores": dict(segmentation.scores)}
+        mask = (segmentation.mask > 0).astype("uint8")
+        changes, have = parse_changed_box(request)
+        if not changes:
+            held.sent.forget(name)
+            return Reply(params, mask, segmentation.geometry)
+        part = held.sent.part(name, mask, segmentation.geometry, have)
+        params |= {"changed_box": part.box, "whole": part.whole, "mask_number": part.number}
+        return Reply(params, part.mask, part.geometry)
 
 
-def _prompt(request: Mapping[str, Any]) -> Prompt:
-    prompt = parse_prompt(request)
+def _only_background(prompt: Prompt) -> bool:
+    """Whether a prompt says only where the object is not."""
     placed = [*prompt.labels.tolist(), *(stroke.label for stroke in prompt.strokes)]
-    if placed and not any(placed) and prompt.box is None and prompt.mask is None and not prompt.text:
-        raise PromptError("only background points: place at least one point inside the structure, or draw a box")
-    return prompt
+    return bool(placed) and not any(placed) and prompt.box is None and prompt.mask is None and not prompt.text
