@@ -29,6 +29,7 @@ from monailabel.datastore.dicom import DICOMwebClientX, DICOMWebDatastore
 from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.datastore.utils.convert import nifti_to_dicom_seg
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
+from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.label_upload import CheckedLabel, check_label
 from lib.label_versions import LabelVersion, Provenance, named_structures, now, text_of, version_number, whole_review
@@ -73,7 +74,7 @@ class GuardedStore(VersionedStore):
         Raises:
             HTTPException: 404 unknown image, 400 unsafe tag, 415 not a label map, 422 another grid.
         """
-        tag, info = str(label_tag), label_info if isinstance(label_info, dict) else {}
+        tag, info = _plain(label_tag), label_info if isinstance(label_info, dict) else {}
         with http_errors(f"Saving the label of {image_id!r}"), ExitStack() as stack:
             _check_name("tag", tag)
             image = self._image_file(image_id)
@@ -110,7 +111,7 @@ class GuardedStore(VersionedStore):
         The Reviewer module sends the names of ``final`` along with its verdict on any version, so those of a version
         stay as they are.
         """
-        tag = str(label_tag)
+        tag = _plain(label_tag)
         with self._writing():
             number = version_number(tag) if tag != FINAL else self.final_version(label_id)
             record = None if number is None else self._files.read(label_id, number)
@@ -130,7 +131,7 @@ class GuardedStore(VersionedStore):
 
         When the newest version goes, ``final`` holds the one before.
         """
-        tag = str(label_tag)
+        tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
             self._adopt(label_id)
             obj = self._datastore.objects.get(label_id)
@@ -323,3 +324,8 @@ def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebSto
 def _check_name(what: str, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name) or ".." in name:
         raise PromptError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_', '-' and blanks")
+
+
+def _plain(tag: str) -> str:
+    """A tag as text: MONAI Label's own calls give members of an enumeration, whose ``str`` is their Python name."""
+    return tag.value if isinstance(tag, DefaultLabelTag) else str(tag)
