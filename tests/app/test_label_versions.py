@@ -266,8 +266,8 @@ def test_consensus_of_annotators(running: Running, tmp_path: Path) -> None:
 def test_what_is_unknown_is_a_404(running: Running, tmp_path: Path) -> None:
     post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, 5))))
     client = running.client
-    for image in ("nobody", "../case_a"):
-        assert client.get("/medvl/labels", params={"image": image}).status_code == 404
+    for image, status in (("nobody", 404), ("../case_a", 400)):
+        assert client.get("/medvl/labels", params={"image": image}).status_code == status
         assert post(running, tmp_path / "label.nii.gz", image=image).status_code == 404
     known = {"image": "case_a"}
     assert client.get("/medvl/labels/file", params=known | {"version": 2}).status_code == 404
@@ -412,6 +412,8 @@ def test_leftovers_are_cleaned_and_what_is_being_written_is_not(start: Any, tmp_
 
 def test_concurrent_submits_all_survive(running: Running, tmp_path: Path) -> None:
     """Eight threads of this process and, between them, another process's store on the same folder."""
+    from monailabel.interfaces.datastore import DefaultLabelTag
+
     from lib.datastore import open_local_store
 
     other = open_local_store(str(running.studies), running.app.runtime.geometry)
@@ -420,7 +422,7 @@ def test_concurrent_submits_all_survive(running: Running, tmp_path: Path) -> Non
     def save(n: int) -> int:
         info: dict[str, Any] = {"author": f"a{n}", "label_info": LIVER}
         store = other if n % 2 else running.app.datastore()
-        store.save_label("case_a", str(files[n]), "final", info)
+        store.save_label("case_a", str(files[n]), DefaultLabelTag.FINAL, info)
         return info["version"]
 
     with ThreadPoolExecutor(8) as pool:

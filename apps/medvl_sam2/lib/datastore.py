@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from fastapi import HTTPException
 from monailabel.config import settings
 from monailabel.datastore.local import DataModel, LocalDatastore
+from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.label_upload import CheckedLabel, check_label
 from lib.label_versions import LabelVersion, Provenance, named_structures, now, text_of, version_number, whole_review
@@ -72,7 +73,7 @@ class GuardedStore(VersionedStore):
         Raises:
             HTTPException: 404 unknown image, 400 unsafe tag, 415 not a label map, 422 another grid.
         """
-        tag, info = str(label_tag), label_info if isinstance(label_info, dict) else {}
+        tag, info = _plain(label_tag), label_info if isinstance(label_info, dict) else {}
         with http_errors(f"Saving the label of {image_id!r}"), ExitStack() as stack:
             _check_name("tag", tag)
             image = self._image_file(image_id)
@@ -96,7 +97,7 @@ class GuardedStore(VersionedStore):
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
             added = self._label_stored(record, path)
             if added:
-                self.update_label_info(image_id, FINAL, added)
+                self.update_label_info(image_id, record.tag, added)
         return image_id
 
     def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
@@ -109,7 +110,7 @@ class GuardedStore(VersionedStore):
         The Reviewer module sends the names of ``final`` along with its verdict on any version, so those of a version
         stay as they are.
         """
-        tag = str(label_tag)
+        tag = _plain(label_tag)
         with self._writing():
             number = version_number(tag) if tag != FINAL else self.final_version(label_id)
             record = None if number is None else self._files.read(label_id, number)
@@ -129,7 +130,7 @@ class GuardedStore(VersionedStore):
 
         When the newest version goes, ``final`` holds the one before.
         """
-        tag = str(label_tag)
+        tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
             self._adopt(label_id)
             obj = self._datastore.objects.get(label_id)
@@ -259,3 +260,8 @@ def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
 def _check_name(what: str, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name) or ".." in name:
         raise PromptError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_', '-' and blanks")
+
+
+def _plain(tag: str) -> str:
+    """A tag as text: MONAI Label's own calls give members of an enumeration, whose ``str`` is their Python name."""
+    return tag.value if isinstance(tag, DefaultLabelTag) else str(tag)
