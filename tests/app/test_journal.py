@@ -266,7 +266,7 @@ def test_a_line_costs_what_was_placed(tmp_path: Path) -> None:
 def test_a_journal_of_many_moves_is_written_anew(tmp_path: Path) -> None:
     masked = click(15, 20, 9, mask=oblique_volume()[1])
     prompts = [many(n) for n in range(1, 6)]
-    journal, timelines = written(tmp_path / "a", [masked, *prompts], moves=500)
+    journal, timelines = written(tmp_path / "a", [masked, *prompts], moves=150)
     lines = (tmp_path / "a" / FILE).read_bytes().splitlines()
     assert len(lines) <= 2 * 7 + SPARE_LINES
     again = Journal(tmp_path / "a", HEADER)
@@ -274,7 +274,7 @@ def test_a_journal_of_many_moves_is_written_anew(tmp_path: Path) -> None:
     assert again.changes[-1].at == timelines["a"].position
     timelines["a"].place(0, Step.of(prompts[0], 9))  # the mask's step is cut off
     journal.write(Change("a", 0, prompts[0]), timelines)
-    for _ in range(2 * SPARE_LINES):
+    for _ in range(SPARE_LINES + 20):
         journal.write(Change("a", 1), timelines)
     assert not list((tmp_path / "a").glob("*.npz"))
     assert same(Journal(tmp_path / "a", HEADER).changes[:1], prompts[:1])
