@@ -121,6 +121,21 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class SceneSideConfig:
+    """Image side of a SigLIP head that reads the measured scene of the unified model (this project's addition)."""
+
+    hidden_size: int = 256
+    """Of the two layers over everything measured."""
+    lesion_size: int = 64
+    """Features of one lesion, which are summed over lesions: their order means nothing."""
+    dropout: float = 0.2
+    noise: float = 0.1
+    """Spread of what is added in training to every standardised measurement."""
+    weights_sha256: str = ""
+    """Digest of the encoder and scene that were measured with; the head is meaningless beside others."""
+
+
+@dataclass(frozen=True)
 class AlignmentConfig:
     """SigLIP head: a text encoder of DistilBERT's form beside the volume encoder (Med3DVLM's ``DEC_CLIP``).
 
@@ -136,6 +151,9 @@ class AlignmentConfig:
     """Tokens of a text, its start mark included."""
     width: int = 192
     """Of the space that volumes and texts share."""
+    scene: SceneSideConfig | None = None
+    """Embed volumes from the scene of the checkpoint that the head lies beside; None: from the mean of the last map of
+    an encoder of its own, as published."""
 
 
 @dataclass(frozen=True)
