@@ -65,7 +65,7 @@ def generated_scenes(config: SceneAlignmentConfig, language: VisionLanguage, out
     """Generated cases; what is measured of them lies in ``out``, and the cases themselves in the data's cache."""
     data, vision = config.data, language.config.vision
     cache = data.cache or out / "cache"
-    seen, labelled = (SceneReading(out / name, language) for name in ("scenes", "labelled"))
+    seen, labelled = (SceneReading(language, out / name) for name in ("scenes", "labelled"))
     cases = CaseStore(range(data.generated), vision, cache, wordings=_WORDINGS)
     unseen = range(HELD_OUT_SEED, HELD_OUT_SEED + data.held_out)
 
@@ -91,7 +91,7 @@ def manifest_scenes(config: SceneAlignmentConfig, language: VisionLanguage, out:
     assert config.data.manifest is not None
     manifest = read_manifest(config.data.manifest, config.data.root)
     told = AlignmentStageConfig(data=config.data, organ_weight=0.0, reconstruction_weight=0.0, trainer=config.trainer)
-    sides, seen = manifest_sides(told, manifest, language.config.vision), SceneReading(out / "scenes", language)
+    sides, seen = manifest_sides(told, manifest, language.config.vision), SceneReading(language, out / "scenes")
     known = scene_sha256(language)
     held_out = None if sides.held_out is None else sides.held_out.mapped(seen.measured, known)
     return SceneSides(sides.training.mapped(seen.measured, known), held_out)
