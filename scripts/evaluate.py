@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, read_meta, shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, MIN_VOXELS, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
@@ -177,6 +178,9 @@ def evaluate(options: argparse.Namespace) -> None:
         figures["options"] = {name: str(value) for name, value in vars(options).items()}
         figures["checkpoint"] = None if predictor is None else predictor.meta.version
         figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
+        beside = (options.checkpoint or shipped_checkpoint()) / ALIGNMENT_FOLDER
+        if "retrieval" in figures:
+            figures["image_text_sha256"] = read_meta(beside).sha256
         figures["seconds"] = seconds
         if options.json is not None:
             write_json_atomically(options.json, figures)

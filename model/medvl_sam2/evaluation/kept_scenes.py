@@ -54,7 +54,7 @@ class KeptScenes:
         if not path.exists():
             self._look(seed, path)
         with np.load(path, allow_pickle=False) as data:
-            parts = (torch.from_numpy(data[name])[None] for name in MeasuredScene._fields)
+            parts = [torch.from_numpy(data[name])[None] for name in MeasuredScene._fields]
             report = data["report"].tobytes().decode()
         seen = self._encoder.embed_scene(MeasuredScene(*parts))
         return EmbeddedPair(f"generated_{seed}", report, seen, self._encoder.embed_text(report))
