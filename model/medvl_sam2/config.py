@@ -151,6 +151,10 @@ class AlignmentConfig:
     """Tokens of a text, its start mark included."""
     width: int = 192
     """Of the space that volumes and texts share."""
+    grams: int = 0
+    """Tower of runs of up to so many tokens instead of DistilBERT, for training on a CPU; 0: DistilBERT, as published.
+    Layers, heads and intermediate_size are without meaning then."""
+    gram_buckets: int = 8192
     scene: SceneSideConfig | None = None
     """Embed volumes from the scene of the checkpoint that the head lies beside; None: from the mean of the last map of
     an encoder of its own, as published."""

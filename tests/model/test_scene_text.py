@@ -20,6 +20,7 @@ from medvl_sam2.evaluation.kept_scenes import KeptScenes
 from medvl_sam2.modeling.scene_measured import MeasuredScene, measured_scene, scene_sha256
 from medvl_sam2.modeling.scene_text import SceneSide, SceneTextModel
 from medvl_sam2.modeling.siglip import ImageTextModel
+from medvl_sam2.modeling.text_grams import GramEncoder
 from medvl_sam2.modeling.vision_language import VisionLanguage
 from medvl_sam2.partial_weights import load_image_text
 from medvl_sam2.predictor import Predictor
@@ -272,3 +273,34 @@ def test_a_scene_is_measured_as_the_predictor_does(folder: Path) -> None:
         found = measured_scene(predictor.model.language, view, extent)
     assert look.scene is not None
     assert all(torch.equal(a, b) for a, b in zip(look.scene, found, strict=True))
+
+
+def test_a_text_of_runs_is_its_tokens_in_order_and_not_its_padding() -> None:
+    torch.manual_seed(0)
+    encoder = GramEncoder(3, 64, 8).eval()
+    ids = torch.tensor([[1, 7, 9, 3, 0, 0], [1, 9, 7, 3, 5, 6]])
+    there = ids > 0
+    rows, kept = encoder.runs(ids, there)
+    assert rows.shape == kept.shape == (2, 6 + 5 + 4)
+    assert kept.sum(dim=1).tolist() == [4 + 3 + 2, 15]
+    assert int(rows.min()) >= 0
+    assert int(rows.max()) < 64
+    found = encoder(ids, there).last_hidden_state
+    assert found.shape == (2, 1, 8)
+    alone = encoder(ids[:1, :4], there[:1, :4]).last_hidden_state
+    assert torch.allclose(alone, found[:1], atol=1e-6)
+    turned = encoder(ids[:1, [0, 2, 1, 3]], there[:1, :4]).last_hidden_state
+    assert not torch.allclose(turned, alone, atol=1e-3)
+    single = encoder(ids[:1, :1], there[:1, :1]).last_hidden_state  # shorter than the longest run
+    assert bool(torch.isfinite(single).all())
+
+
+def test_a_head_may_read_texts_as_runs_of_tokens() -> None:
+    language = small_model().language
+    torch.manual_seed(0)
+    head = SceneTextModel(replace(SMALL, alignment=replace(HEAD, grams=4, gram_buckets=128)), language.tokenizer)
+    assert isinstance(head.alignment.language_encoder, GramEncoder)
+    texts = ["The liver is normal.", "A cyst of 2.5 cm lies in the spleen, and nothing else is to be seen."]
+    found = head.eval().embed_texts(texts)
+    assert torch.allclose(found.norm(dim=-1), torch.ones(2))
+    assert torch.allclose(head.embed_texts(texts[:1]), found[:1], atol=1e-6)

@@ -41,7 +41,7 @@ def labelled_scene(case: LanguageCase, config: SceneConfig) -> SceneRecord:
     extent = torch.tensor([case.extent_mm])
     planes = view.shape[2] // grid[0]  # the map has every plane of the view, which the first and the last one tell
     logits = _logits(organs.repeat_interleave(planes, dim=1), config)
-    mean = functional.adaptive_avg_pool3d(view, tuple(logits.shape[2:]))[:, 0]
+    mean = _mean(view, logits)
     measured = measure_scene(logits, mean, extent, len(ORGANS), 0, config.threshold).organs[0].numpy()
     rows = [
         _lesion(finding, torch.from_numpy(cells), organs, view, extent, config)
@@ -62,7 +62,7 @@ def _lesion(
     logits = _logits(organs, config)
     logits[0, len(ORGANS)] = torch.where(cells, _SURE, -_SURE)
     logits[0, len(ORGANS) + 1 + config.kinds.index(finding.kind)] = _SURE
-    mean = functional.adaptive_avg_pool3d(view, tuple(logits.shape[2:]))[:, 0]
+    mean = _mean(view, logits)
     row = measure_scene(logits, mean, extent, len(ORGANS), 1, config.threshold, least=0.0).lesions[0, 0].numpy()
     size = size_features(np.pi / 6 * finding.diameter_mm**3)
     row[LESION_SPREAD] *= min(1.0, size[1] / float(row[LESION_SIZE][1]))
@@ -80,3 +80,9 @@ def _logits(organs: Tensor, config: SceneConfig) -> Tensor:
     """Organs' log-odds (organs, d, h, w) as a map without lesions (1, organs + 1 + kinds, d, h, w)."""
     nothing = torch.full((1 + len(config.kinds), *organs.shape[1:]), -_SURE)
     return torch.cat([organs, nothing])[None]
+
+
+def _mean(view: Tensor, logits: Tensor) -> Tensor:
+    """Mean value (1, d, h, w) of the ``view`` (1, 1, D, H, W) in every cell of the map ``logits``."""
+    d, h, w = logits.shape[2:]
+    return functional.adaptive_avg_pool3d(view, (d, h, w))[:, 0]
