@@ -128,9 +128,11 @@ class SceneSideConfig:
     """Of the two layers over everything measured."""
     lesion_size: int = 64
     """Features of one lesion, which are summed over lesions: their order means nothing."""
-    dropout: float = 0.2
-    noise: float = 0.1
+    dropout: float = 0.3
+    noise: float = 0.2
     """Spread of what is added in training to every standardised measurement."""
+    missed: float = 0.15
+    """Share of lesions that training leaves out, as a map misses some of those that a report tells."""
     weights_sha256: str = ""
     """Digest of the encoder and scene that were measured with; the head is meaningless beside others."""
 

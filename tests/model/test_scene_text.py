@@ -42,7 +42,7 @@ from medvl_sam2.training.trainer import Trainer, TrainerConfig
 from small_model import SMALL, oblique_volume, small_model
 
 META = CheckpointMeta("small", "0", "Random weights for tests.")
-SIDE = SceneSideConfig(hidden_size=16, lesion_size=8, dropout=0.0, noise=0.0)
+SIDE = SceneSideConfig(hidden_size=16, lesion_size=8, dropout=0.0, noise=0.0, missed=0.0)
 HEAD = AlignmentConfig(400, 16, 24, layers=1, heads=2, max_length=96, width=12, scene=SIDE)
 REPORT = "The liver is normal."
 SETTINGS = """
@@ -150,9 +150,10 @@ def test_lesions_are_a_set_and_empty_slots_are_not_there() -> None:
     assert not torch.allclose(side(some._replace(lesions=some.lesions[:, :1])), found, atol=1e-2)
     scaled = side._scaled("whole", side._whole(some))
     assert torch.allclose(scaled.mean(dim=0), torch.zeros(1), atol=1e-4)
-    noisy = SceneSide(len(ORGANS), replace(SIDE, noise=0.5))
-    assert not torch.equal(noisy(some), noisy(some))
-    assert torch.equal(noisy.eval()(some), noisy(some))
+    for spoilt in (replace(SIDE, noise=0.5), replace(SIDE, missed=0.5)):
+        noisy = SceneSide(len(ORGANS), spoilt)
+        assert not torch.equal(noisy(some), noisy(some))
+        assert torch.equal(noisy.eval()(some), noisy(some))
 
 
 def test_labels_are_measured_as_a_scene_that_sees_everything() -> None:

@@ -32,7 +32,7 @@ class SceneSide(nn.Module):
     def __init__(self, organs: int, config: SceneSideConfig) -> None:
         super().__init__()
         whole, lesion = organs * ORGAN_FEATURES + 3, LESION_FEATURES + organs
-        self.noise = config.noise
+        self.noise, self.missed = config.noise, config.missed
         for name, size in (("whole", whole), ("lesion", lesion)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
@@ -57,6 +57,8 @@ class SceneSide(nn.Module):
     def forward(self, scenes: MeasuredScene) -> Tensor:
         """Features (B, hidden_size)."""
         there = (scenes.lesions[..., :1] > 0).float()
+        if self.training:
+            there = there * (torch.rand_like(there) >= self.missed)
         lesions = (self.lesion(self._scaled("lesion", scenes.lesions)) * there).sum(dim=1)
         return cast(Tensor, self.layers(torch.cat([self._scaled("whole", self._whole(scenes)), lesions], dim=-1)))
 

@@ -37,14 +37,12 @@ class SceneAlignmentConfig:
     weights."""
     data: AlignmentData = field(default_factory=lambda: AlignmentData(generated=1500, held_out=300))
     head: AlignmentConfig = field(
-        default_factory=lambda: AlignmentConfig(
-            hidden_size=128, intermediate_size=256, layers=2, scene=SceneSideConfig()
-        )
+        default_factory=lambda: AlignmentConfig(hidden_size=128, grams=5, scene=SceneSideConfig())
     )
     batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=1000, warmup=50, tensorboard=True))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=1500, warmup=45, tensorboard=True))
 
     def __post_init__(self) -> None:
         if self.batch < 2:

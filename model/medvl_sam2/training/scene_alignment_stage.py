@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = out / ALIGNMENT_FOLDER
 
     def save(scores: Mapping[str, float]) -> None:
-        meta = CheckpointMeta("scene alignment", "0", f"Head over the scene after {progress.step} steps.", dict(scores))
+        notice = f"Head over the scene: {len(looked_at)} cases, {progress.step} steps."
+        meta = CheckpointMeta("scene alignment", "0", notice, dict(scores))
         save_checkpoint(place, weights, model, start / TOKENIZER_FILE, meta, overwrite=True)
 
     save({})
