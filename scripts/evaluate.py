@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, read_meta, shipped_checkpoint
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, MIN_VOXELS, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
 from medvl_sam2.evaluation.html_report import About, html_report
+from medvl_sam2.evaluation.kept_scenes import KeptScenes
 from medvl_sam2.evaluation.overview import overview
 from medvl_sam2.evaluation.protocol import Setting
 from medvl_sam2.evaluation.runner import EXTRA_TASKS, TASKS, TEXT_TASKS, Plan, Runner
@@ -51,6 +53,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help="generated cases that retrieval runs on (usual: 500); those above come first (default: they alone)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=Path,
+        metavar="DIR",
+        help="keep what is measured of the cases that only retrieval runs on, so that an interrupted run goes on",
     )
     parser.add_argument("--real", type=Path, metavar="DIR", help="folder with the unseen real cases")
     parser.add_argument("--cases", help="names of real cases, comma separated (default: all unseen ones)")
@@ -115,7 +123,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     )
 
 
-def run(runner: Runner, options: argparse.Namespace) -> None:
+def run(runner: Runner, options: argparse.Namespace, kept: KeptScenes | None = None) -> None:
     """Run all cases, then those of the text tasks and of retrieval, whose seeds follow."""
     cases, total = chosen_cases(options)
     told = options.generated + options.text_cases
@@ -127,8 +135,12 @@ def run(runner: Runner, options: argparse.Namespace) -> None:
         for case in generated_cases(options.text_cases, options.first_seed + options.generated, options.min_voxels):
             runner.run_text(case, bar.set_postfix_str)
             bar.update()
-        for case in generated_cases(more, options.first_seed + told, options.min_voxels):
-            runner.run_retrieval(case)
+        for seed in range(options.first_seed + told, options.first_seed + told + more):
+            if kept is None:
+                (case,) = generated_cases(1, seed, options.min_voxels)
+                runner.run_retrieval(case)
+            else:
+                runner.pairs.append(kept.pair(seed))
             bar.update()
 
 
@@ -157,7 +169,8 @@ def evaluate(options: argparse.Namespace) -> None:
             plan = dataclasses.replace(plan, pictures=Path(scratch))
         runner = Runner(plan, predictor, [ShapeControl(), GrowControl()], scorer)
         started = time.perf_counter()
-        run(runner, options)
+        kept = None if options.scenes is None or predictor is None else KeptScenes(predictor, options.scenes)
+        run(runner, options, kept)
         seconds = time.perf_counter() - started
         figures = runner.figures()
         print(overview(figures))
@@ -165,6 +178,9 @@ def evaluate(options: argparse.Namespace) -> None:
         figures["options"] = {name: str(value) for name, value in vars(options).items()}
         figures["checkpoint"] = None if predictor is None else predictor.meta.version
         figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
+        beside = (options.checkpoint or shipped_checkpoint()) / ALIGNMENT_FOLDER
+        if "retrieval" in figures:
+            figures["image_text_sha256"] = read_meta(beside).sha256
         figures["seconds"] = seconds
         if options.json is not None:
             write_json_atomically(options.json, figures)

@@ -121,6 +121,23 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class SceneSideConfig:
+    """Image side of a SigLIP head that reads the measured scene of the unified model (this project's addition)."""
+
+    hidden_size: int = 256
+    """Of the two layers over everything measured."""
+    lesion_size: int = 64
+    """Features of one lesion, which are summed over lesions: their order means nothing."""
+    dropout: float = 0.3
+    noise: float = 0.2
+    """Spread of what is added in training to every standardised measurement."""
+    missed: float = 0.15
+    """Share of lesions that training leaves out, as a map misses some of those that a report tells."""
+    weights_sha256: str = ""
+    """Digest of the encoder and scene that were measured with; the head is meaningless beside others."""
+
+
+@dataclass(frozen=True)
 class AlignmentConfig:
     """SigLIP head: a text encoder of DistilBERT's form beside the volume encoder (Med3DVLM's ``DEC_CLIP``).
 
@@ -136,6 +153,13 @@ class AlignmentConfig:
     """Tokens of a text, its start mark included."""
     width: int = 192
     """Of the space that volumes and texts share."""
+    grams: int = 0
+    """Tower of runs of up to so many tokens instead of DistilBERT, for training on a CPU; 0: DistilBERT, as published.
+    Layers, heads and intermediate_size are without meaning then."""
+    gram_buckets: int = 8192
+    scene: SceneSideConfig | None = None
+    """Embed volumes from the scene of the checkpoint that the head lies beside; None: from the mean of the last map of
+    an encoder of its own, as published."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, META_FILE, WEIGHTS_FILE, load_checkpoint
 from medvl_sam2.errors import CheckpointError
 from medvl_sam2.modeling.dcformer import DCFormer
+from medvl_sam2.modeling.scene_measured import scene_sha256
+from medvl_sam2.modeling.scene_text import SceneTextModel
 from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
+from medvl_sam2.modeling.vision_language import VisionLanguage
 
 ENCODER_PREFIXES = ("language.vision.", "vision.", "")
 """What the volume encoder's weights are called in a checkpoint, in a stage's result, and in a converted part."""
@@ -86,7 +89,7 @@ def load_encoder(vision: DCFormer, source: Path) -> None:
     load_part(vision, weights, source, prefix, [f"s{number}." for number in range(5)])
 
 
-def load_image_text(folder: Path) -> ImageTextModel:
+def load_image_text(folder: Path) -> ImageTextModel | SceneTextModel:
     """The image-text model of an alignment stage's checkpoint folder, in evaluation mode.
 
     Raises :class:`CheckpointError` when the folder is damaged or belongs to another kind of model.
@@ -94,6 +97,21 @@ def load_image_text(folder: Path) -> ImageTextModel:
     checkpoint = load_checkpoint(folder)
     if checkpoint.config.alignment is None:
         raise CheckpointError(f"{folder} holds no image-text model; put the folder {ALIGNMENT_FOLDER!r} of a run there")
-    model = ImageTextModel(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
+    kind = ImageTextModel if checkpoint.config.alignment.scene is None else SceneTextModel
+    model = kind(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
     load_part(model, checkpoint.state, folder)
     return model.eval()
+
+
+def load_image_text_beside(folder: Path, language: VisionLanguage) -> ImageTextModel | SceneTextModel:
+    """:func:`load_image_text` for use beside ``language``, whose scene a head without an encoder of its own reads.
+
+    Raises :class:`CheckpointError` also when such a head was trained on the scene of other weights.
+    """
+    model = load_image_text(folder)
+    if isinstance(model, SceneTextModel) and (language.scene is None or model.reads != scene_sha256(language)):
+        raise CheckpointError(
+            f"{folder} was trained on the scene of other weights than those it lies beside; run the scene alignment "
+            "stage on this checkpoint, or remove the folder"
+        )
+    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medvl_sam2.checkpoint import load_checkpoint, shipped_checkpoint
+from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, load_checkpoint, shipped_checkpoint
 from medvl_sam2.evaluation.cases import FIRST_SEED
 from medvl_sam2.evaluation.metrics import dice
 from medvl_sam2.predictor import Predictor
@@ -42,3 +42,16 @@ def test_organs_are_found_by_name_and_by_click(predictor: Predictor, case: Case)
     clicked = predictor.segment_prompt(session, Prompt(point[None].astype(float), np.array([1]))).mask > 0
     assert clicked[tuple(point)]
     assert predictor.answer(session, "Which contrast phase is this?").notice
+
+
+def test_volumes_and_reports_meet_in_the_shipped_image_text_model(predictor: Predictor, case: Case) -> None:
+    folder = shipped_checkpoint()
+    shipped = folder.rglob("*.safetensors")
+    assert sum(path.stat().st_size for path in shipped) <= 25_000_000
+    assert load_checkpoint(folder / ALIGNMENT_FOLDER).meta.sha256 in (folder / "MODEL_CARD.md").read_text()
+    assert predictor.embeds
+    seen = predictor.embed_volume(predictor.open(case.volume()))
+    own = predictor.embed_text(case.report)
+    other = predictor.embed_text("CT of the chest in the arterial phase. The right lung and left lung are normal.")
+    assert np.linalg.norm([seen, own, other], axis=1) == pytest.approx(np.ones(3), abs=1e-5)
+    assert seen @ own > seen @ other

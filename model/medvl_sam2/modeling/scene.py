@@ -151,9 +151,13 @@ class SceneReader(nn.Module):
         mean = functional.avg_pool3d(images.float(), (1, 2, 2))[:, 0]
         return measure_scene(logits, mean, extent_mm, self.organs, self.scene.lesions, self.scene.threshold)
 
+    def judged(self, facts: SceneFacts) -> SceneFacts:
+        """The measurements with the judge's word on the kinds of lesions, where there is a judge."""
+        return facts if self.judge is None else SceneFacts(facts.organs, self.judge(facts.lesions))
+
     def embed(self, facts: SceneFacts) -> Tensor:
         """Image tokens (B, organs + lesions, hidden)."""
-        lesions = facts.lesions if self.judge is None else self.judge(facts.lesions)
+        lesions = self.judged(facts).lesions
         lesion_tokens = self.lesion_token(lesions)
         if self.words is not None:
             lesion_tokens = lesion_tokens + self.words(lesions)

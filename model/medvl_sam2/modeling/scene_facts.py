@@ -12,8 +12,12 @@ from torch import Tensor
 ORGAN_FEATURES = 14
 LESION_FEATURES = 20
 """Without the shares of the host organs, which follow."""
+LESION_SIZE, LESION_SPREAD, LESION_CENTRE = slice(3, 5), slice(5, 8), slice(8, 11)
+"""Columns of a lesion's :func:`size_features`, of its spread, and of its centre as a share of the view."""
 LESION_KINDS_AT = 14
 """Column of a lesion's first kind."""
+LESION_VALUE, LESION_CONTRAST = 18, 19
+"""Columns of a lesion's value in the view, and of how far it lies above its organ's."""
 _REFERENCE_MM = 300.0
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 _LEAST_CELLS = 3.0
@@ -45,10 +49,21 @@ def lesion_parts(
     return [parts == part + 1 for part in order[:slots]]
 
 
+def size_features(volume_mm3: float) -> tuple[float, float]:
+    """A lesion's volume and the diameter of a ball of it, near unit scale."""
+    return float(np.log1p(volume_mm3 / 1000) / 3), float((6 * volume_mm3 / np.pi) ** (1 / 3) / 30)
+
+
 def measure_scene(
-    logits: Tensor, mean: Tensor, extent_mm: Tensor | None, organs: int, slots: int, threshold: float
+    logits: Tensor,
+    mean: Tensor,
+    extent_mm: Tensor | None,
+    organs: int,
+    slots: int,
+    threshold: float,
+    least: float = LEAST_LESION_CELLS,
 ) -> SceneFacts:
-    """Facts of every volume of a batch; not differentiable.
+    """Facts of every volume of a batch; not differentiable. Lesions of less than ``least`` cells are left out.
 
     ``logits`` (B, organs + 1 + kinds, d, h, w): share of each organ, any lesion, kinds of lesion. ``mean`` (B, d, h, w)
     the cells' mean value in [0, 1]. ``extent_mm`` (B, 3) edges (z, y, x) of the view; None takes 300 mm.
@@ -61,7 +76,7 @@ def measure_scene(
         grid = _Grid(value.shape, extent)
         facts = np.stack([grid.organ(part, value) for part in share[:organs]])
         rows = np.zeros((slots, LESION_FEATURES + organs))
-        for slot, inside in enumerate(lesion_parts(share[organs], threshold, slots)):
+        for slot, inside in enumerate(lesion_parts(share[organs], threshold, slots, least)):
             rows[slot] = _lesion(inside, share, value, grid, facts)
         organ_rows.append(facts)
         lesion_rows.append(rows)
@@ -90,8 +105,8 @@ def _lesion(
     core = weight >= 0.8 * weight.max()
     attenuation = float(value[core].mean())
     return [
-        1.0, float(weight.max()), total / max(1, int(inside.sum())), np.log1p(volume / 1000) / 3,
-        (6 * volume / np.pi) ** (1 / 3) / 30, *(spread / 10), *(centre / grid.extent),
+        1.0, float(weight.max()), total / max(1, int(inside.sum())), *size_features(volume),
+        *(spread / 10), *(centre / grid.extent),
         *np.clip(relative, -3, 3), *kind, attenuation, attenuation - host[11], *hosts,
     ]  # fmt: skip
 

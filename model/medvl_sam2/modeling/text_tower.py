@@ -12,13 +12,19 @@ from transformers import DistilBertConfig, DistilBertModel
 
 from medvl_sam2.config import AlignmentConfig
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.text_grams import GramEncoder
 from medvl_sam2.modeling.tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
-def build_text_encoder(config: AlignmentConfig, pad_id: int = 0) -> DistilBertModel:
-    """Randomly initialised DistilBERT; raises :class:`ConfigError` when heads do not divide the width."""
+def build_text_encoder(config: AlignmentConfig, pad_id: int = 0) -> DistilBertModel | GramEncoder:
+    """Randomly initialised DistilBERT, or the runs of tokens that ``config.grams`` asks for.
+
+    Raises :class:`ConfigError` when heads do not divide the width.
+    """
+    if config.grams:
+        return GramEncoder(config.grams, config.gram_buckets, config.hidden_size)
     if config.hidden_size % config.heads:
         raise ConfigError(
             f"text tower: heads {config.heads} do not divide hidden_size {config.hidden_size}; choose others"

@@ -32,6 +32,7 @@ from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import ConfigError
 from medvl_sam2.geometry import global_view
 from medvl_sam2.intensity import IntensityRange, global_channel
+from medvl_sam2.modeling.scene_measured import MeasuredScene
 from medvl_sam2.modeling.scene_pointer import SceneElements, lesions_within, pointed_place, scene_elements
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
@@ -58,10 +59,14 @@ def language_view(
 
 @dataclass(frozen=True)
 class GlobalLook:
-    """One volume as the language side sees it: ``tokens`` (1, n, H) and, with a scene stream, its ``elements``."""
+    """One volume as the language side sees it: ``tokens`` (1, n, H) and, with a scene stream, its ``elements``.
+
+    ``scene``: what was measured of it, where :meth:`UnifiedModel.look` made this.
+    """
 
     tokens: Tensor
     elements: SceneElements | None
+    scene: MeasuredScene | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,11 @@ class UnifiedModel(nn.Module):
         if language.scene is None:
             return GlobalLook(language.project(maps, extent_mm, None), None)
         logits = language.scene(view, maps)
-        tokens = language.project(maps, extent_mm, language.scene.measure(view, logits, extent_mm))
+        facts = language.scene.measure(view, logits, extent_mm)
+        tokens = language.project(maps, extent_mm, facts)
         elements = scene_elements(tokens[0, -self.config.scene_tokens :], logits[0], self.config)
-        return GlobalLook(tokens, elements)
+        judged = language.scene.judged(facts)
+        return GlobalLook(tokens, elements, MeasuredScene(judged.organs, judged.lesions, extent_mm))
 
     def answer(self, image_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 160) -> list[str]:
         """Greedy replies about one volume; ``image_tokens`` (1, n, H) come from :meth:`look`."""

@@ -24,10 +24,12 @@ from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, CheckpointMeta, load_checkpo
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, PromptError
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
+from medvl_sam2.modeling.scene_measured import MeasuredScene
+from medvl_sam2.modeling.scene_text import SceneTextModel
 from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
-from medvl_sam2.partial_weights import load_image_text
+from medvl_sam2.partial_weights import load_image_text_beside
 from medvl_sam2.predictor.evidence import NOT_FOUND, EvidenceMap, ground_answer, ground_report
 from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
@@ -67,7 +69,7 @@ class Predictor:
         meta: CheckpointMeta,
         interactive: InteractiveConfig | None = None,
         named: NamedConfig | None = None,
-        image_text: ImageTextModel | None = None,
+        image_text: ImageTextModel | SceneTextModel | None = None,
         sessions: SessionConfig | None = None,
         cache: CacheConfig | None = None,
     ) -> None:
@@ -99,7 +101,8 @@ class Predictor:
         model = UnifiedModel(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
         load_into(model, checkpoint.state)
         beside = path / ALIGNMENT_FOLDER
-        return cls(model, checkpoint.meta, image_text=load_image_text(beside) if beside.is_dir() else None)
+        image_text = load_image_text_beside(beside, model.language) if beside.is_dir() else None
+        return cls(model, checkpoint.meta, image_text=image_text)
 
     @property
     def config(self) -> ModelConfig:
@@ -319,13 +322,16 @@ class Predictor:
         """Unit vector (D,), float32, of a whole volume; its product with that of a text is their similarity.
 
         A session that is open on the volume saves turning it to the canonical grid once more.
-        The volume may lie on any grid: the encoder sees its canonical global view (SigLIP, arXiv 2303.15343).
+        The volume may lie on any grid: the encoder sees its canonical global view (SigLIP, arXiv 2303.15343). A head
+        over the scene takes that of the session, which all its text answers share.
 
         Raises:
             CheckpointError: the checkpoint has no image-text model.
         """
         model = self._image_text()
         session = volume if isinstance(volume, Session) else self.open(volume)
+        if isinstance(model, SceneTextModel):
+            return self.embed_scene(self.measured_scene(session))
         size = model.config.vision.input_size
         with self._lock:
             view, _ = language_view(session.image, session.spacing, session.volume.modality, size)
@@ -345,7 +351,38 @@ class Predictor:
         with self._lock:
             return model.embed_texts([text.strip()])[0].numpy()
 
-    def _image_text(self) -> ImageTextModel:
+    @property
+    def reads(self) -> str | None:
+        """Digest of the weights whose scene the image-text model reads; None where it has an encoder of its own."""
+        return self.image_text.reads if isinstance(self.image_text, SceneTextModel) else None
+
+    @torch.inference_mode()
+    def measured_scene(self, session: Session) -> MeasuredScene:
+        """What the scene says of the volume (a batch of one): see :mod:`medvl_sam2.modeling.scene_facts`.
+
+        Raises:
+            CheckpointError: the checkpoint has no scene.
+        """
+        with self._lock:
+            scene = self._look(session).scene
+        if scene is None:
+            raise CheckpointError("this checkpoint has no scene (SceneConfig.lesions is 0), so nothing is measured")
+        return scene
+
+    @torch.inference_mode()
+    def embed_scene(self, scene: MeasuredScene) -> np.ndarray:
+        """:meth:`embed_volume` of a volume whose :meth:`measured_scene` is at hand.
+
+        Raises:
+            CheckpointError: the checkpoint has no image-text model that reads scenes.
+        """
+        model = self._image_text()
+        if not isinstance(model, SceneTextModel):
+            raise CheckpointError("this checkpoint's image-text model has an encoder of its own; embed the volume")
+        with self._lock:
+            return model.embed_scenes(scene)[0].numpy()
+
+    def _image_text(self) -> ImageTextModel | SceneTextModel:
         if self.image_text is None:
             raise CheckpointError(
                 f"this checkpoint has no image-text model; copy the folder {ALIGNMENT_FOLDER!r} of an alignment stage "

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from medvl_sam2.errors import DataError, MedVLError
 from medvl_sam2.training.run_settings import digest
@@ -21,6 +22,7 @@ from medvl_sam2.training.run_settings import digest
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class CaseFeed(Generic[T]):
@@ -68,8 +70,20 @@ class CaseFeed(Generic[T]):
 
     def readable(self, count: int) -> list[T]:
         """Those of the first ``count`` cases that can be read, each once."""
-        found = [self._ask(self._index(number)).result() for number in range(min(count, len(self)))]
+        numbers = tqdm(range(min(count, len(self))), desc="cases", unit="case", mininterval=5)
+        found = [self._ask(self._index(number)).result() for number in numbers]
         return [case for case in found if case is not None]
+
+    def mapped(self, turn: Callable[[str, Callable[[], T]], U], facts: object = None) -> CaseFeed[U]:
+        """The same cases in the same order, each as ``turn`` makes it of its name and the way to read it; all are kept.
+
+        ``facts``: plain values that tell what ``turn`` makes from what another one does.
+        """
+
+        def read(number: int) -> U:
+            return turn(self._names[number], lambda: self._read(number))
+
+        return CaseFeed(self._names, read, self._seed, len(self), 0, [self.digest, facts])
 
     def _case(self, number: int) -> T:
         for later in range(len(self)):
