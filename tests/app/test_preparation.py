@@ -15,8 +15,9 @@ import pytest
 from app.conftest import Running, write_phantom
 from app.fakes import FakePredictor
 from lib.configs.medvl_sam2 import AppConfig
-from lib.preparation import MOST_WAITING, Preparation, Turns
+from lib.preparation import MOST_WAITING, Preparation
 from lib.runtime import PREPARED, Runtime
+from lib.turns import Turns
 from medvl_sam2.errors import ConfigError
 from medvl_sam2.types import Prompt
 from small_model import oblique_volume, small_predictor

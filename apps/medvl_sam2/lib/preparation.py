@@ -1,10 +1,8 @@
 """Work ahead of the annotator, in small steps that give way to requests.
 
-Concurrency: everything that uses the predictor or a session happens under the one lock of :class:`Turns`. A request
-takes it with ``foreground`` and is counted from its arrival to its end; background work takes it with ``background``
-for one step at a time, and only while no request is counted. So a request waits for one step at most, and a step that
-is due waits for as long as requests follow one another. The background thread is a daemon, started by the first image
-it is given and ended by ``stop`` or with the process.
+Concurrency: each step is a background turn of :class:`lib.turns.Turns`. So a request waits for one step at most, and a
+step that is due waits for as long as requests follow one another. The background thread is a daemon, started by the
+first image it is given and ended by ``stop`` or with the process.
 """
 
 from __future__ import annotations
@@ -13,46 +11,15 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from lib.turns import Turns
 from medvl_sam2.errors import MedVLError
 
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 4
 """Images that wait to be prepared; of more, the ones asked for first are forgotten."""
-
-
-class Turns:
-    """A lock that requests take at once and background steps only in between."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._quiet = threading.Condition()
-        self._requests = 0
-
-    @contextmanager
-    def foreground(self) -> Iterator[None]:
-        """Hold the lock for a request; the same thread may take it again."""
-        with self._quiet:
-            self._requests += 1
-        try:
-            with self._lock:
-                yield
-        finally:
-            with self._quiet:
-                self._requests -= 1
-                self._quiet.notify_all()
-
-    @contextmanager
-    def background(self, stopped: threading.Event) -> Iterator[bool]:
-        """Hold the lock for one step once no request is there; False when ``stopped`` came first."""
-        with self._quiet:
-            while self._requests and not stopped.is_set():
-                self._quiet.wait(timeout=0.5)
-        with self._lock:
-            yield not stopped.is_set()
 
 
 class Preparation:

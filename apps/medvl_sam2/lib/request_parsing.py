@@ -130,6 +130,11 @@ def parse_label(request: Mapping[str, Any]) -> str:
     return _checked_text(name, "label")
 
 
+def parse_corrected(request: Mapping[str, Any]) -> str | None:
+    """The object that a request corrects or moves along its timeline; None where it asks for the whole object anew."""
+    return None if _flag(request.get("propagate"), default=False) else parse_label(request)
+
+
 def parse_move(request: Mapping[str, Any]) -> int:
     """Steps of the timeline to go: ``redo`` (true or a count) forth, ``undo`` back, 0 when neither is asked for."""
     undo, redo = _steps(request, "undo"), _steps(request, "redo")

@@ -1,11 +1,12 @@
 """One predictor per process, loaded when first asked, and the sessions annotators hold with it.
 
-Concurrency: the predictor, the sessions and everything in this class stand behind one lock
-(:mod:`lib.preparation`): a model answers one question at a time, and a session is one annotator's work on one image. A
-request holds it from the look-up of its session to its answer, so that annotators take turns by whole requests and
-never see each other's objects; masks are written and sent after it. Preparing an image takes turns by single steps
-while no request waits. What sessions on one image share (its array, the global look, encoded slices) never changes once
-it is made. Other requests of the server (``/info/``, images, labels) do not take the lock.
+Concurrency: the predictor, the sessions and everything in this class are used in turns (:mod:`lib.turns`): a model
+answers one question at a time, and a session is one annotator's work on one image. A request holds its turn from the
+look-up of its session to its answer, so that annotators take turns by whole requests and never see each other's
+objects; masks are written and sent after it. A correction of an object that stands in memory takes a moment, so it goes
+before others' long work, which lets only a few pass. Preparing an image takes turns by single steps while no request
+waits. What sessions on one image share (its array, the global look, encoded slices) never changes once it is made.
+Other requests of the server (``/info/``, images, labels) do not wait for a turn.
 
 Weights are looked up anew before every use, so a published version is served without a restart; sessions of the old
 weights go with them. What was asked in a session stands in its journal on disk, so it goes on after a restart, with
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.configs.medvl_sam2 import AppConfig
-from lib.preparation import Preparation, Turns
+from lib.preparation import Preparation
 from lib.request_parsing import Client
+from lib.turns import Turns, Waiting
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Volume
@@ -86,13 +88,26 @@ class Runtime:
         self._geometries: dict[tuple[Path, int], Geometry] = {}
 
     @contextmanager
-    def use(self, image: Path, client: str, reset: bool = False, ahead: bool = False) -> Iterator[Held]:
-        """Hold the lock, the current predictor and this annotator's session of this image.
+    def use(
+        self,
+        image: Path,
+        client: str,
+        reset: bool = False,
+        ahead: bool = False,
+        what: str = "",
+        corrected: str | None = None,
+    ) -> Iterator[Held]:
+        """Hold a turn, the current predictor and this annotator's session of this image.
 
         ``reset`` forgets what the annotator placed so far, ``ahead`` prepares what the next requests on a new session
-        may want. Raises :class:`MedVLError` of reading image or weights.
+        may want. ``what`` names the work for :meth:`waiting`; ``corrected`` is the object it only corrects, if any.
+        Raises :class:`MedVLError` of reading image or weights.
         """
-        with self._turns.foreground():
+
+        def short() -> bool:
+            return not reset and corrected is not None and self._stands(image, client, corrected)
+
+        with self._turns.foreground(client, image.name, what, short):
             predictor = self._current_predictor()
             key = _Key(client, image, image.stat().st_mtime_ns)
             held = self._sessions.get(key)
@@ -115,6 +130,10 @@ class Runtime:
                 raise
             finally:
                 self._evict()
+
+    def waiting(self) -> tuple[Waiting, ...]:
+        """Requests that wait for their turn or have it; cheap, from any thread, and never waits itself."""
+        return self._turns.waiting()
 
     def expect(self, image: Path) -> None:
         """Prepare an image that an annotator is about to open."""
@@ -145,7 +164,7 @@ class Runtime:
 
     def forget(self, image: Path, client: str) -> None:
         """Close this annotator's sessions of an image."""
-        with self._turns.foreground():
+        with self._turns.foreground(client, image.name, "close"):
             for key in [key for key in self._sessions if key.client == client and key.image == image]:
                 del self._sessions[key]
 
@@ -168,6 +187,14 @@ class Runtime:
     def session_count(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    def _stands(self, image: Path, client: str, name: str) -> bool:
+        """Whether an annotator's object is in memory, so that a next click on it is cheap."""
+        return any(
+            name in held.session.objects
+            for key, held in self._sessions.items()
+            if (key.client, key.image) == (client, image)
+        )
 
     def _current_predictor(self) -> Predictor:
         """The predictor of the published weights; the one before when those cannot be loaded."""

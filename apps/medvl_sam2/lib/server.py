@@ -22,6 +22,7 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 
+from lib.api.routers import ROUTERS
 from lib.result_writing import http_error
 from medvl_sam2.errors import MedVLError
 
@@ -63,6 +64,11 @@ def build_app() -> FastAPI:
     """Put the front's routes before MONAI Label's own and add its error handlers."""
     app = monailabel_app
     prefix = settings.MONAI_LABEL_API_STR
+    theirs = list(app.router.routes)
+    for router in ROUTERS:
+        app.include_router(router, prefix=prefix)
+    ours = app.router.routes[len(theirs) :]
+    app.router.routes[:] = [*ours, *theirs]
     for path, endpoint in ((f"{prefix}/infer/{{model}}", run_infer), (f"{prefix}/scoring/{{method}}", run_scoring)):
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
         app.router.routes.insert(0, app.router.routes.pop())

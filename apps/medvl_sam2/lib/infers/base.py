@@ -54,6 +54,10 @@ class MedVLTask(InferTask):
     def check(self, request: Mapping[str, Any]) -> None:
         """Raise for what is wrong with the request itself, before an image is read or weights are loaded."""
 
+    def corrected(self, request: Mapping[str, Any]) -> str | None:
+        """Name of the object that a request only corrects, which is quick where it stands; None for other work."""
+        return None
+
     @abstractmethod
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
         """Answer one request."""
@@ -61,10 +65,12 @@ class MedVLTask(InferTask):
     def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Serve one request; errors leave as HTTP errors with their reason."""
         started = time.perf_counter()
-        with http_errors(str(request.get("model") or type(self).__name__)):
+        what = str(request.get("model") or type(self).__name__)
+        with http_errors(what):
             parsed = parse_request(request)
             self.check(request)
-            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset, ahead=True) as held:
+            corrected = self.corrected(request)
+            with self.runtime.use(parsed.image, parsed.client_id, parsed.reset, True, what, corrected) as held:
                 opened = time.perf_counter()
                 reply = self.run(request, parsed, held)
                 version = held.predictor.meta.version

@@ -10,7 +10,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 
 from lib.configs.medvl_sam2 import LABEL_VALUES, OBJECT_LABEL
 from lib.infers.base import MedVLTask, Reply
-from lib.request_parsing import InferRequest, parse_label, parse_move, parse_prompt
+from lib.request_parsing import InferRequest, parse_corrected, parse_label, parse_move, parse_prompt
 from lib.runtime import Held, Runtime
 from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Prompt
@@ -38,6 +38,9 @@ class InteractiveTask(MedVLTask):
         prompt = _prompt(request)
         if prompt.names_only and not prompt.text and parse_label(request) == OBJECT_LABEL:
             raise PromptError("no prompt: place at least one foreground point, draw a box, or name the segment")
+
+    def corrected(self, request: Mapping[str, Any]) -> str | None:
+        return parse_corrected(request)
 
     def run(self, request: Mapping[str, Any], parsed: InferRequest, held: Held) -> Reply:
         name, move = parse_label(request), parse_move(request)

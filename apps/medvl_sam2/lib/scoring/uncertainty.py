@@ -55,7 +55,7 @@ class UncertaintyScoring(ScoringMethod):
             known = self._scores.read().get(image_id)
             if known and known.stamp == stamp and known.model_version == self._runtime.served_version():
                 return known.value
-            with self._runtime.use(path, _CLIENT) as held:
+            with self._runtime.use(path, _CLIENT, what="uncertainty") as held:
                 value = float(held.predictor.uncertainty(held.session))
             self._runtime.forget(path, _CLIENT)
         except (MedVLError, OSError) as error:
