@@ -21,11 +21,13 @@ import SimpleITK as sitk
 from pydicom.errors import InvalidDicomError
 
 from medvl_sam2.errors import VolumeError
+from medvl_sam2.types import Geometry
 
 MAX_TILT_DEG = 2.0
 """Angle between slice normal and stacking direction, or off a right angle, that is still taken for a straight grid."""
 _MAX_ZIP_BYTES = 16 * 2**30
-_NOT_IMAGES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC"})
+NOT_IMAGES = frozenset({"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC"})
+"""Values of DICOM ``Modality`` whose objects are no images to read here."""
 _TAGS = (
     "SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames",
     "SamplesPerPixel", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices",
@@ -52,6 +54,14 @@ class DicomSlice:
     def normal(self) -> np.ndarray:
         """Unit normal, rows x columns."""
         return np.cross(self.orientation[0], self.orientation[1])
+
+
+@dataclass(frozen=True)
+class DicomGrid:
+    """A series before its pixels are read: ``slices`` in stacking order, on ``geometry`` (column, row, slice)."""
+
+    slices: tuple[DicomSlice, ...]
+    geometry: Geometry
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,26 @@ def read_dicom_directory(path: Path) -> DicomStack:
 def read_dicom_files(files: Iterable[Path], source: Path) -> DicomStack:
     """Stack the slices among ``files``. ``source`` is what messages name.
 
+    Raises :class:`VolumeError` as :func:`read_dicom_grid`, and when pixels cannot be decoded.
+    """
+    grid = read_dicom_grid(files, source)
+    rows, columns = grid.slices[0].size
+    images = [_pixels(s) for s in grid.slices]
+    kinds = {image.dtype for image in images}
+    dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    array = np.empty(grid.geometry.shape, dtype=dtype, order="F")
+    for k, image in enumerate(images):
+        if image.shape != (rows, columns):
+            raise VolumeError(
+                f"{grid.slices[k].path} decodes to {image.shape}, its header says {(rows, columns)}; export it again"
+            )
+        array[:, :, k] = image.T
+    return DicomStack(array, grid.geometry.affine, grid.slices[0].modality)
+
+
+def read_dicom_grid(files: Iterable[Path], source: Path) -> DicomGrid:
+    """The slices among ``files`` in stacking order and where they lie; pixels are not read.
+
     Raises :class:`VolumeError` when there is no image, more than one series, no position, a time series, gantry tilt,
     or an uneven slice distance.
     """
@@ -107,23 +137,13 @@ def read_dicom_files(files: Iterable[Path], source: Path) -> DicomStack:
     slices = _one_series([header for header in headers if header is not None], source)
     first = slices[0]
     slices = sorted(slices, key=lambda s: float(s.position @ first.normal))
-    step = _stack_step(slices, source)
-    images = [_pixels(s) for s in slices]
-    kinds = {image.dtype for image in images}
-    dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-    array = np.empty((first.size[1], first.size[0], len(slices)), dtype=dtype, order="F")
-    for k, image in enumerate(images):
-        if image.shape != (first.size[0], first.size[1]):
-            raise VolumeError(
-                f"{slices[k].path} decodes to {image.shape}, its header says {first.size}; export it again"
-            )
-        array[:, :, k] = image.T
     affine = np.eye(4)
     affine[:3, 0] = first.orientation[0] * first.spacing_rows_columns[1]
     affine[:3, 1] = first.orientation[1] * first.spacing_rows_columns[0]
-    affine[:3, 2] = step
+    affine[:3, 2] = _stack_step(slices, source)
     affine[:3, 3] = slices[0].position
-    return DicomStack(array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, first.modality)
+    shape = (first.size[1], first.size[0], len(slices))
+    return DicomGrid(tuple(slices), Geometry(shape, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine))
 
 
 def _header(path: Path) -> DicomSlice | None:
@@ -133,7 +153,7 @@ def _header(path: Path) -> DicomSlice | None:
     except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         raise VolumeError(f"{path} has a broken DICOM header ({error}); export the series again") from error
     modality = str(data.get("Modality", "") or "").upper()
-    if modality in _NOT_IMAGES or data.get("Rows") is None:
+    if modality in NOT_IMAGES or data.get("Rows") is None:
         return None
     if int(data.get("NumberOfFrames", 1) or 1) > 1:
         raise VolumeError(
