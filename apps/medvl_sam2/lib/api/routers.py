@@ -2,5 +2,7 @@
 
 from fastapi import APIRouter
 
-ROUTERS: tuple[APIRouter, ...] = ()
+from lib.api import panel
+
+ROUTERS: tuple[APIRouter, ...] = (panel.router,)
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""
