@@ -19,7 +19,7 @@ from monailabel.endpoints.user.auth import RBAC, User
 PANEL = Path(__file__).resolve().parents[1] / "panel"
 _TYPES = {".js": "text/javascript", ".css": "text/css"}
 _TAGS = (
-    '<link href="/medvl/panel/panel.css" rel="stylesheet"><script type="module" src="/medvl/panel/panel.js"></script>'
+    '<link href="/medvl/panel/page.css" rel="stylesheet"><script type="module" src="/medvl/panel/panel.js"></script>'
 )
 # Browsers ask whether a file changed before they use their copy: an upgraded server must not meet an old panel.
 _FRESH = {"Cache-Control": "no-cache"}

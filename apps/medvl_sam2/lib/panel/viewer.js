@@ -31,6 +31,8 @@ export function current() {
 /** The study the address names, for a hint where no volume of it is on screen. */
 export const studyInAddress = () => new URLSearchParams(location.search).get("StudyInstanceUIDs");
 
+export const isStudyList = () => location.pathname.replace(/\/$/, "") === "/ohif";
+
 /** Every viewport that shows the volume of `image`. */
 export function viewports(image) {
   const ids = [...services().viewportGridService.getState().viewports.keys()];
