@@ -83,6 +83,16 @@ def published_version(store: Path) -> int:
     return _read_pointer(Path(store)).version
 
 
+def publication_history(store: Path) -> tuple[int, ...]:
+    """Numbers of the versions served so far, oldest first, the served one last; a rollback takes its origin out.
+
+    Raises:
+        CheckpointError: the pointer is damaged.
+    """
+    pointer = _read_pointer(Path(store))
+    return (*pointer.history, pointer.version)
+
+
 def read_published(store: Path) -> Path | None:
     """Directory of the served version, or None when the shipped weights are served.
 

@@ -41,6 +41,8 @@ class FakeSession:
 class FakePredictor:
     """Marks exactly the voxels a prompt names; a class is the slice ``k = value - 1`` of the stored grid."""
 
+    device = "cpu"
+
     def __init__(self, version: str = "shipped-1") -> None:
         self.meta = CheckpointMeta("fake", version, NOTICE)
         self.opened: list[Path | None] = []

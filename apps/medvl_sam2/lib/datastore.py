@@ -117,6 +117,15 @@ class GuardedStore(LocalDatastore):
         with self._writing():
             super().refresh()
 
+    def json(self) -> dict[str, Any]:
+        with self._thread_lock:  # not while another thread changes it
+            index: dict[str, Any] = super().json()
+            return index
+
+    def image_infos(self) -> dict[str, dict[str, Any]]:
+        """What is known of every image, by its id; from memory, or by one query for all."""
+        return {image: entry["image"]["info"] for image, entry in self.json()["objects"].items()}
+
     def _on_modify_event(self, event: Any) -> None:
         with self._thread_lock:
             super()._on_modify_event(event)
@@ -185,6 +194,11 @@ class GuardedDicomWebStore(GuardedStore, DICOMWebDatastore):
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         with self._query_lock:
             return super().get_labeled_images(label_tag, labels)
+
+    def image_infos(self) -> dict[str, dict[str, Any]]:
+        """As far as series were fetched; of the others the series is known."""
+        known = super().image_infos()
+        return {image: known.get(image, {"SeriesInstanceUID": image}) for image in self.list_images()}
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of the series in the cache, fetched when needed; empty for what is no series of the server."""

@@ -173,6 +173,15 @@ class RetrainSchedule:
         self._trigger = None if config.cron is None else cron_trigger(config.cron)
         self._scheduler: BackgroundScheduler | None = None
 
+    @property
+    def config(self) -> RetrainConfig:
+        """What the operator asked for."""
+        return self._config
+
+    def next_cron(self) -> datetime | None:
+        """When the cron expression comes true next; None without one."""
+        return None if self._trigger is None else self._trigger.get_next_fire_time(None, self._clock())
+
     def start(self) -> None:
         """Begin to watch; does nothing when neither trigger is configured or it runs already."""
         if self._scheduler is not None or not self._config.enabled:

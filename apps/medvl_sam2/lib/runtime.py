@@ -48,6 +48,17 @@ PREPARED = 2
 Loader = Callable[[Path | None], "Predictor"]
 
 
+class Loaded(NamedTuple):
+    """Which weights are in memory."""
+
+    version: str | None
+    """None before the first request."""
+    refused: str | None
+    """A published version that could not be loaded, so that ``version`` is served in its place."""
+    device: str | None
+    """Where they compute; None before the first request."""
+
+
 class Held(NamedTuple):
     """What :meth:`Runtime.use` lends: valid until its block ends."""
 
@@ -183,6 +194,12 @@ class Runtime:
         except CheckpointError:
             return "unknown"
         return path.name if path else "shipped"
+
+    def loaded(self) -> Loaded:
+        """Which weights are in memory; cheap, from any thread, and never waits."""
+        predictor, refused = self._predictor, self._refused
+        version, device = (predictor.meta.version, predictor.device) if predictor else (None, None)
+        return Loaded(version, refused.name if refused else None, device)
 
     def session_count(self) -> int:
         """How many sessions are open."""

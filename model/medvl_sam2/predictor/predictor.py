@@ -80,6 +80,11 @@ class Predictor:
         self._editor = ObjectEditor(self.interactive, self._look, self.segment_text, history)
         self._lock = threading.RLock()
 
+    @property
+    def device(self) -> str:
+        """Where the model computes, as torch names it."""
+        return str(next(self.model.parameters()).device)
+
     @classmethod
     def load(cls, path: Path | None = None) -> Predictor:
         """Load a checkpoint directory; None takes the demo weights shipped with the package.

@@ -40,9 +40,10 @@ class AppConfig:
     """Memory all open sessions may hold together."""
     journal_days: int = 14
     """For how long the prompts of a session nobody works on are kept on disk; 0: they are never written."""
-
     prepare: bool = True
     """Read an image and look at it ahead of its first prompt, while no request waits."""
+    max_upload_megabytes: int = 4096
+    """Largest request; MB of 1,000,000 bytes."""
 
     @classmethod
     def from_conf(cls, app_dir: Path, conf: Mapping[str, str]) -> AppConfig:
@@ -53,6 +54,7 @@ class AppConfig:
             session_megabytes=_positive(conf, "session_megabytes", cls.session_megabytes),
             journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
             prepare=_truth(conf, "prepare", cls.prepare),
+            max_upload_megabytes=_positive(conf, "max_upload_megabytes", cls.max_upload_megabytes),
         )
 
 

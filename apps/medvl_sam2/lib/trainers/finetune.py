@@ -102,6 +102,8 @@ class FinetuneTask(TrainTask):
             "total_epochs": progress.total_epochs,
             "best_metric": round(progress.best_metric or 0.0, 4),
             "stage": progress.stage,
+            "loss": None if progress.loss is None else round(progress.loss, 4),
+            "seconds": round(progress.seconds, 1),
             "message": progress.message,
         }
         write_json_atomically(self._stats_path, stats)

@@ -1,0 +1,93 @@
+"""The DICOMweb proxy of MONAI Label, at its paths: the viewer's queries arrive whole, answers are passed as they come.
+
+MONAI Label's own drops query strings (so a study filter finds everything), reads answers into memory and blocks
+everybody meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from typing import IO
+
+import requests
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import MutableHeaders
+
+from lib.api import dicomweb_server
+from lib.api.access import AsUser
+from lib.api.plain_names import check_plain_path
+
+router = APIRouter(prefix="/proxy/dicom", include_in_schema=False)
+
+_ASKED = ("accept", "accept-encoding", "content-type", "if-none-match", "if-modified-since", "range")
+"""Headers of the client that say what it wants. Its cookies, tokens and host name are not the DICOM server's matter."""
+_KEPT_BACK = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade")
+)
+"""Headers of one connection or of the other site."""
+_CHUNK_BYTES = 256 * 1024
+_IN_MEMORY_BYTES = 8_000_000
+
+
+@router.get("/wado/{path:path}")
+@router.get("/qido/{path:path}")
+@router.get("/stow/{path:path}")
+@router.get("/{path:path}")
+def get(request: Request, path: str, user: AsUser) -> StreamingResponse:
+    """QIDO-RS and WADO-RS."""
+    return _passed_on(request, path, None)
+
+
+@router.post("/wado/{path:path}")
+@router.post("/qido/{path:path}")
+@router.post("/stow/{path:path}")
+@router.post("/{path:path}")
+async def post(request: Request, path: str, user: AsUser) -> StreamingResponse:
+    """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large."""
+    check_plain_path(path)
+    with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as body:
+        async for chunk in request.stream():
+            await asyncio.to_thread(body.write, chunk)
+        size = body.tell()
+        body.seek(0)
+        return await asyncio.to_thread(_passed_on, request, path, body if size else None)
+
+
+def _passed_on(request: Request, path: str, body: IO[bytes] | None) -> StreamingResponse:
+    root = dicomweb_server.server_root()
+    if root is None:
+        raise HTTPException(404, "the studies are a folder, so there is no DICOMweb server to ask")
+    url = dicomweb_server.resource_url(root, _service(request), path)
+    headers = {name: request.headers[name] for name in _ASKED if name in request.headers}
+    # What is packed passes as it is, so only as the client can unpack it.
+    headers.setdefault("accept-encoding", "identity")
+    try:
+        answer = dicomweb_server.send(request.method, url, request.url.query, headers, body)
+    except requests.RequestException as error:
+        reason = f"the DICOMweb server does not answer ({type(error).__name__}); is it running and reachable from here?"
+        raise HTTPException(502, reason) from error
+    return _streamed(answer)
+
+
+def _service(request: Request) -> str:
+    first, slash, _ = request.url.path.partition("/proxy/dicom/")[2].partition("/")
+    return first if slash and first in ("qido", "wado", "stow") else ""
+
+
+def _streamed(answer: requests.Response) -> StreamingResponse:
+    response = StreamingResponse(_chunks(answer), status_code=answer.status_code)
+    passed = MutableHeaders()
+    for name, value in answer.headers.items():
+        if name.lower() not in _KEPT_BACK and not name.lower().startswith("access-control-"):
+            passed[name] = value
+    response.init_headers(passed)
+    return response
+
+
+def _chunks(answer: requests.Response) -> Iterator[bytes]:
+    with closing(answer):
+        yield from answer.raw.stream(_CHUNK_BYTES, decode_content=False)
