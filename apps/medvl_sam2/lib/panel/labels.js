@@ -50,7 +50,7 @@ export class Labels {
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
       const params = {
-        author: author(), client_id: clientId(), source: "ohif", status, note: this.note.value.trim(),
+        author: author(), client_id: clientId(), source: "ohif", note: this.note.value.trim(), segmentationMeta: { status },
         model_version: this.panel.modelVersion(), prompts: this.panel.segment.record(),
         label_info: present.map(({ name, index }) => ({ name, idx: index })),
       };
@@ -121,7 +121,7 @@ export class Labels {
     const image = this.panel.image();
     if (!author()) return this.panel.askAuthor();
     await this.panel.work.run(KIND, `Restoring version ${version}`, async (signal) => {
-      const body = { author: author(), note: this.note.value.trim() || `version ${version} restored`, client_id: clientId() };
+      const body = { author: author(), note: this.note.value.trim() || `version ${version} restored` };
       const record = await api.restore(image.series, version, body, { signal });
       await this.#load(image, signal);
       this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);

@@ -208,8 +208,7 @@ class Panel {
 
   async #version() {
     try {
-      const jobs = await api.jobs();
-      this.version = String(jobs.model?.version ?? jobs.served_version ?? jobs.model_version ?? "");
+      this.version = (await api.jobs()).model.served;
     } catch (error) {
       if (error.status !== 404) throw error;
     }

@@ -1,7 +1,7 @@
 // The tab "Server": what it serves, what it does at the moment, and its cases.
 
 import * as api from "./api.js";
-import { button, counted, make, replace } from "./dom.js";
+import { button, clock, counted, make, replace } from "./dom.js";
 
 const POLL_MS = 4000;
 
@@ -40,16 +40,15 @@ export class Server {
   async cases() {
     let list;
     try {
-      const reply = await api.cases();
-      list = Array.isArray(reply) ? reply : reply.cases;
+      list = await api.cases();
     } catch (error) {
       replace(this.caseList, make("li", { class: "hint" }, error.status === 404 ? "This server does not list its cases" : error.message));
       return;
     }
     replace(this.caseList, ...list.map((item) => {
-      const study = item.StudyInstanceUID ?? item.study;
-      const versions = item.versions ? counted(item.versions, "version") : "no label";
-      const name = [item.PatientID, item.SeriesDescription].filter(Boolean).join(", ") || item.image;
+      const study = item.StudyInstanceUID;
+      const versions = item.versions ? counted(item.versions, "version") : item.labelled ? "labelled" : "no label";
+      const name = [item.PatientID, item.Modality, item.StudyDate].filter(Boolean).join(", ") || item.image;
       const go = () => this.panel.goToStudy(study);
       return make("li", { "data-image": item.image }, study ? button(name, go, { class: "link" }) : name, make("span", { class: "count" }, versions));
     }));
@@ -58,15 +57,17 @@ export class Server {
 }
 
 function jobFacts(jobs) {
-  const name = (job) => `${job.kind ?? job.model} (${Math.round(job.seconds ?? 0)} s)`;
-  const training = jobs.training ?? {};
-  const state = typeof training === "string" ? training : (training.state ?? training.status ?? "not running");
-  const progress = typeof training.progress === "number" ? `, ${Math.round(100 * training.progress)} %` : "";
+  const [first, ...others] = jobs.inference;
+  const { training, schedule, model } = jobs;
+  const progress = training?.progress ? `, epoch ${training.progress.epoch} of ${training.progress.total_epochs}` : "";
+  const published = model.history.filter((item) => item.published).map((item) => `${item.version} (${clock(item.published)})`);
+  const due = schedule.every_labels ? ` of ${schedule.every_labels} until the next training` : "";
   return [
-    ["Model", String(jobs.model?.version ?? jobs.served_version ?? jobs.model_version ?? "?")],
-    ["Running", (jobs.running ?? []).map(name).join(", ") || "nothing"],
-    ["Waiting", String((jobs.waiting ?? []).length)],
-    ["Training", `${state}${progress}`],
+    ["Model", model.refused ? `${model.loaded ?? "none"} (version ${model.refused} cannot be loaded)` : model.served],
+    ["Published", published.join(", ") || "nothing yet"],
+    ["Running", first ? `${first.what} for ${Math.round(first.seconds)} s` : "nothing"],
+    ["Waiting", counted(others.length, "request")],
+    ["Training", training ? `${training.status.toLowerCase()}${progress}` : "not since the server's start"],
+    ["New labels", `${schedule.labels_since_training}${due}`],
   ];
 }
-

@@ -9,12 +9,17 @@ import { jumpTo } from "./viewer.js";
 
 const KIND = "text";
 
+/** What a stored text keeps of the draft it was made from. */
+const origin = (reply, evidence) => ({
+  model_version: reply.model_version, structures: [...new Set(evidence.map((item) => item.name))],
+});
+
 export class Texts {
   /** `panel` has `image()`, `work` and `askAuthor()`. */
   constructor(panel) {
     this.panel = panel;
     this.answered = null;
-    this.draft = "";
+    this.drafted = null;
     this.question = make("input", { id: "medvl-question", placeholder: "is there a lesion in the liver?", maxlength: 2000 });
     this.askButton = make("button", { type: "submit", class: "primary" }, "Ask");
     this.answer = make("textarea", { id: "medvl-answer", rows: 2, maxlength: 10000 });
@@ -23,7 +28,7 @@ export class Texts {
     this.answerBox = make("div", { hidden: true },
       make("label", { for: "medvl-answer" }, "Answer (correct it where it is wrong)"), this.answer, this.answerEvidence, this.storeAnswer);
     this.draftButton = button("Draft a report", () => this.draftReport(), { class: "primary" });
-    this.report = make("textarea", { id: "medvl-report", rows: 8, maxlength: 10000 });
+    this.report = make("textarea", { id: "medvl-report", rows: 8, maxlength: 10000, oninput: () => this.#buttons() });
     this.sentences = make("ul", { class: "sentences", "aria-label": "Sentences and what they rest on" });
     this.storeReport = button("Store the report", () => this.store("report"));
     this.hide = button("Hide the evidence", () => this.hideEvidence(), { hidden: true });
@@ -50,7 +55,7 @@ export class Texts {
     if (!question) return this.panel.work.complain("Type a question first");
     await this.panel.work.run(KIND, "Asking", async (signal) => {
       const reply = await api.askQuestion({ image: image.series, question, client_id: clientId() }, { signal });
-      this.answered = { question, text: reply.answer };
+      this.answered = { question, draft: reply.answer, ...origin(reply, reply.evidence) };
       this.answer.value = reply.answer;
       this.answerBox.hidden = false;
       replace(this.answerEvidence, ...this.#evidence(image, reply.evidence), reply.notice && make("p", { class: "hint" }, reply.notice));
@@ -61,17 +66,19 @@ export class Texts {
     const image = this.panel.image();
     await this.panel.work.run(KIND, "Drafting", async (signal) => {
       const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
-      this.draft = reply.text;
+      this.drafted = { question: "", draft: reply.text, ...origin(reply, reply.sentences.flatMap((item) => item.evidence)) };
       this.report.value = reply.text;
-      const lines = (reply.sentences ?? []).map((sentence) => make("li", {}, sentence.text, ...this.#evidence(image, sentence.evidence)));
+      const lines = reply.sentences.map((sentence) => make("li", {}, sentence.text, ...this.#evidence(image, sentence.evidence)));
       replace(this.sentences, ...lines, reply.notice && make("li", { class: "hint" }, reply.notice));
     });
   }
 
   /** A chip for every structure a text rests on; a click shows its mask beside the label map and goes there. */
   #evidence(image, evidence) {
-    return (evidence ?? []).map((item) =>
-      button(spoken(item.name), () => this.showEvidence(image, item), { class: "evidence-chip", title: item.why ?? "", "data-evidence": item.name }));
+    return evidence.map((item) => button(spoken(item.name), () => this.showEvidence(image, item), {
+      class: "evidence-chip", disabled: !item.voxels, "data-evidence": item.name,
+      title: item.voxels ? item.why : `${item.why}; the image map does not show it`,
+    }));
   }
 
   async showEvidence(image, item) {
@@ -98,13 +105,12 @@ export class Texts {
     const text = (report ? this.report : this.answer).value.trim();
     if (!text) return this.panel.work.complain("There is no text to store");
     await this.panel.work.run(KIND, report ? "Storing the report" : "Storing the answer", async (signal) => {
-      const body = report
-        ? { kind, text, draft: this.draft, question: "", author: author(), note: "", client_id: clientId() }
-        : { kind, text, draft: this.answered.text, question: this.answered.question, author: author(), note: "", client_id: clientId() };
+      const body = { kind, text, author: author(), ...(report ? (this.drafted ?? {}) : this.answered) };
       const record = await api.storeText(image.series, body, { signal });
       await this.#load(image, signal);
-      const where = record.sr ? " and as DICOM SR beside the study" : "";
-      this.panel.work.say(`Stored as version ${record.version}${where}`);
+      if (record.sr_error) throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
+      const waiting = record.sr?.waiting ? ` (waits: ${record.sr.waiting})` : "";
+      this.panel.work.say(`Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`);
     });
   }
 
@@ -120,8 +126,7 @@ export class Texts {
   async #load(image, signal) {
     let versions;
     try {
-      const reply = await api.texts(image.series, { signal });
-      versions = Array.isArray(reply) ? reply : (reply.versions ?? []);
+      versions = (await api.texts(image.series, { signal })).versions;
     } catch (error) {
       if (error.status !== 404) throw error;
       replace(this.stored, make("li", { class: "hint" }, `No stored texts: ${error.message}`));
@@ -137,7 +142,8 @@ export class Texts {
   }
 
   edit(version) {
-    [this.report.value, this.draft] = [version.text, version.text];
+    this.report.value = version.text;
+    this.drafted = { question: "", draft: version.draft, model_version: version.model_version };
     replace(this.sentences);
     this.#buttons();
   }

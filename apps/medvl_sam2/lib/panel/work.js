@@ -72,16 +72,11 @@ export class Work {
     this.said = "No longer waiting; what the server still computes is not used";
   }
 
-  /** While something runs, ask about our place in the queue once a second; without that route, count seconds only. */
+  /** While something runs, ask about our place in the queue once a second; where the server does not tell, count seconds only. */
   poll() {
     if (this.timer || !this.running.size) return;
     this.timer = setTimeout(async () => {
-      let place = "";
-      try {
-        place = placeOf(await api.jobs());
-      } catch (error) {
-        if (error.status !== 404) place = "";
-      }
+      const place = await api.jobs().then(placeOf, () => "");
       this.timer = null;
       for (const job of this.running.values()) job.place = place;
       if (this.running.size) this.show();
@@ -90,6 +85,6 @@ export class Work {
 }
 
 function placeOf(jobs) {
-  const waiting = (jobs.waiting ?? []).find((job) => job.client === clientId() || job.client_id === clientId());
-  return waiting ? `number ${waiting.position} in the queue,` : "";
+  const ours = (jobs.inference ?? []).find((request) => request.client === clientId());
+  return ours?.position ? `number ${ours.position} in the queue,` : "";
 }
