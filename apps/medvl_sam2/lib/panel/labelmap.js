@@ -19,10 +19,10 @@ function colour(index) {
 }
 
 /** Make a segmentation of the viewer with these segments (`{index: name}`) for the image on screen. */
-async function create(image, id, label, names) {
+async function create(image, id, label, names, colourOf = colour) {
   const segments = Object.fromEntries(
     Object.entries(names).map(([index, name], n) => [
-      index, { segmentIndex: Number(index), label: name, active: n === 0, locked: false, color: colour(Number(index)) },
+      index, { segmentIndex: Number(index), label: name, active: n === 0, locked: false, color: colourOf(Number(index)) },
     ]),
   );
   const config = { label, segments };
@@ -35,7 +35,7 @@ async function create(image, id, label, names) {
   for (const { id: viewport } of viewports(image)) {
     for (const index of Object.keys(segments)) {
       if (segmentationService().getSegmentationRepresentations(viewport, { segmentationId: id }).length) {
-        segmentationService().setSegmentColor(viewport, id, Number(index), colour(Number(index)));
+        segmentationService().setSegmentColor(viewport, id, Number(index), colourOf(Number(index)));
       }
     }
   }
@@ -194,11 +194,12 @@ export function centre(values, [width, height], isIn) {
 }
 
 const EVIDENCE = "medvl-evidence";
+const EVIDENCE_COLOUR = [255, 209, 102, 255];
 
 /** Show a mask beside the label map, never in it: the structure an answer rests on. */
 export async function showEvidence(image, values, name) {
   await hideEvidence();
-  await create(image, EVIDENCE, "Evidence", { 1: name });
+  await create(image, EVIDENCE, "Evidence", { 1: name }, () => EVIDENCE_COLOUR);
   put(values.map((value) => (value ? 1 : 0)), EVIDENCE);
 }
 

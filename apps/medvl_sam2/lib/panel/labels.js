@@ -97,13 +97,13 @@ export class Labels {
       version.note ? make("div", { class: "note" }, version.note) : null,
       make("div", { class: "hint" }, (version.structures ?? []).map((item) => spoken(item.name)).join(", ")),
       make("div", { class: "row" },
-        button("Open", () => this.open(version), { "aria-label": `Open version ${number}` }),
+        button("Open", () => this.reopen(version), { "aria-label": `Open version ${number}` }),
         previous ? button(`Compare with ${previous}`, () => this.compare(previous, number)) : null,
         number === this.final ? null : button("Restore", () => this.restore(number), { "aria-label": `Restore version ${number}` })));
   }
 
   /** Put a version on screen in place of the present label map. */
-  async open(version) {
+  async reopen(version) {
     const image = this.panel.image();
     if (!(await this.panel.mayLeave("open another version"))) return;
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {

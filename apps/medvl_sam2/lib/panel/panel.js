@@ -97,8 +97,8 @@ class Panel {
       tab.tabIndex = chosen ? 0 : -1;
     }
     for (const page of this.pages) page.hidden = page.id !== `medvl-page-${name}`;
-    for (const [other, tab] of Object.entries(this.tabs)) if (other !== name) tab.close?.();
-    this.tabs[name].open?.();
+    for (const [other, tab] of Object.entries(this.tabs)) if (other !== name) tab.left?.();
+    this.tabs[name].entered?.();
   }
 
   #tabKey(event) {

@@ -15,12 +15,12 @@ export class Server {
   }
 
   /** Ask while the tab is open. */
-  open() {
+  entered() {
     this.cases();
     this.#poll();
   }
 
-  close() {
+  left() {
     clearTimeout(this.timer);
   }
 

@@ -68,7 +68,7 @@ export class Texts {
       const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
       this.drafted = { question: "", draft: reply.text, ...origin(reply, reply.sentences.flatMap((item) => item.evidence)) };
       this.report.value = reply.text;
-      const lines = reply.sentences.map((sentence) => make("li", {}, sentence.text, ...this.#evidence(image, sentence.evidence)));
+      const lines = reply.sentences.map((sentence) => make("li", {}, `${sentence.text} `, ...this.#evidence(image, sentence.evidence)));
       replace(this.sentences, ...lines, reply.notice && make("li", { class: "hint" }, reply.notice));
     });
   }
