@@ -14,6 +14,7 @@ const ANYTHING = "object";
 const KIND = "segment";
 const BRUSHES = { Brush: "CircularBrush", Eraser: "CircularEraser" };
 const BRUSH_MM = 20;
+const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
 
 export class Segment {
   /** `panel` has `image()`, `names()` (the server's labels) and `work`. */
@@ -221,11 +222,17 @@ export class Segment {
     this.refresh();
   }
 
+  /** The structure a described thing belongs to: "the cyst in the liver" is a lesion, unless somebody named one so. */
+  #structureOf(name) {
+    const known = labelmap.structures(this.panel.image()).some((item) => item.name === name);
+    return !known && LESION.test(spoken(name)) ? "lesion" : name;
+  }
+
   /** Paste a reply and say which structures have voxels in it. */
   async #paste(image, file, names) {
     const mask = await readNrrd(file);
     labelmap.checkGrid(image, mask);
-    const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, name]));
+    const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, this.#structureOf(name)]));
     labelmap.paste(image, mask.voxels, byValue);
     const counts = labelmap.counts(mask.voxels);
     return Object.entries(byValue).filter(([value]) => counts[value]).map(([, name]) => name);
