@@ -123,9 +123,9 @@ def _by_hand(viewer: Viewer, study: Study) -> None:
     inside = middle(organ(study, "spleen"))
     viewer.show(inside)
     before = viewer.mask("spleen")
-    spot = inside + [0, 14, 0]
+    spot = inside + np.array([0, 14, 0])
     viewer.press("Brush")
-    viewer.drag(spot, spot + [6, 0, 0])
+    viewer.drag(spot, spot + np.array([6, 0, 0]))
     viewer.wait()
     painted = viewer.mask("spleen")
     assert painted[tuple(spot)]
