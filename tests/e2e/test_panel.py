@@ -246,7 +246,7 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.show([30, 30, 24])
     viewer.click([30, 30, 24])
     assert "only background points" in viewer.alert, "the server's reason"
-    viewer.page.mouse.click(*viewer.place([-8, 30, 24]))
+    viewer.page.mouse.click(*viewer.place([30, -8, 24]))
     assert "outside the image" in viewer.alert
     viewer.press("− Outside")
     viewer.panel.get_by_role("button", name="All organs", exact=True).click()

@@ -125,8 +125,8 @@ export function viewportUnder(image, target) {
   return viewports(image).find((viewport) => viewport.element.contains(target)) ?? null;
 }
 
-/** Close OHIF's own panel on the right where two panels would leave the images no room; one click opens it again. */
+/** Close OHIF's own side panels where three would leave the images no room; one click opens either again. */
 export function makeRoom() {
-  const panel = document.querySelector('[data-cy="side-panel-header-right"]');
-  if (panel && window.innerWidth < 1600) panel.click();
+  if (window.innerWidth >= 1600) return;
+  for (const side of ["left", "right"]) document.querySelector(`[data-cy="side-panel-header-${side}"]`)?.click();
 }
