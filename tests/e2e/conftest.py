@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import requests
@@ -59,6 +60,18 @@ def store_case(orthanc: Orthanc, folder: Path, name: str, case: Case) -> Study:
     orthanc.store(series.files)
     organs, lesions = (array.transpose(2, 1, 0) for array in (case.organs, case.lesions))
     return Study(series.study, series.series, organs, lesions, sz)
+
+
+def store_real_case(orthanc: Orthanc, folder: Path, source: Path) -> Study:
+    """Store the real abdominal CT, which lies in RAS order, as scanners do: i to the left, j to posterior."""
+    image, mask = (nib.load(source / name) for name in ("ct.nii.gz", "seg_total_fast.nii.gz"))
+    voxels, organs = (np.asarray(one.dataobj)[::-1, ::-1].astype(np.int16) for one in (image, mask))
+    turn = np.diag([-1.0, -1.0, 1.0, 1.0])
+    turn[:2, 3] = np.array(voxels.shape[:2]) - 1
+    tags = {"PatientID": "real", "PatientName": "Abdomen^Real", "SeriesDescription": "abdomen CT"}
+    series = write_series(folder / "real", voxels, image.affine @ turn, **tags)
+    orthanc.store(series.files)
+    return Study(series.study, series.series, organs, np.zeros_like(organs), float(image.affine[2, 2]))
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pydicom
 import pytest
 import requests
 
 from e2e.browser import Viewer
-from e2e.conftest import ORIGIN_Z, Site, Study
+from e2e.conftest import ORIGIN_Z, Site, Study, store_real_case
 from medvl_sam2.vocabulary import CLASSES
 from orthanc import Orthanc
 
@@ -258,3 +260,34 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.panel.get_by_role("button", name="Close the MedVL-SAM2 panel").click()
     viewer.picture("13-collapsed")
     viewer.panel.get_by_role("button", name="Open the MedVL-SAM2 panel").click()
+
+
+@pytest.mark.shared_data
+def test_a_real_ct(site: Site, viewer: Viewer, shared_data: Path, tmp_path: Path) -> None:
+    """A real abdomen, whose pictures stand in README; the masks beside it are another model's output."""
+    study = store_real_case(site.orthanc, tmp_path, shared_data / "ts_ct_wholeabdomen_3mm")
+    viewer.page.set_viewport_size({"width": 1600, "height": 900})
+    viewer.open_from_list(study.study)
+    viewer.type("Your name", "Dr. Ada")
+    viewer.choose("")
+    viewer.type("In words", "the liver")
+    viewer.press("Segment")
+    assert dice(viewer.mask("liver"), study.organs == 5) > 0.85, "TotalSegmentator's liver is 5, as ours"
+    kidney = middle(study.organs == 2)
+    viewer.choose("kidney_right")
+    viewer.show(kidney)
+    viewer.press("▭ Box")
+    there = np.argwhere((study.organs == 2)[:, :, kidney[2]])
+    viewer.drag([*there.min(0) - 1, kidney[2]], [*there.max(0) + 1, kidney[2]])
+    viewer.wait()
+    viewer.press("+ Inside")
+    viewer.click(kidney)
+    assert dice(viewer.mask("kidney_right"), study.organs == 2) > 0.6
+    viewer.press("+ Inside")
+    viewer.picture("30-real-ct-segment")
+    viewer.tab("Text")
+    viewer.press("Draft a report")
+    viewer.panel.get_by_label("Sentences and").locator('[data-evidence="liver"]:not([disabled])').first.click()
+    viewer.wait()
+    assert viewer.mask("liver", "medvl-evidence").any()
+    viewer.picture("31-real-ct-report")

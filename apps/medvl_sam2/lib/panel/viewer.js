@@ -128,5 +128,6 @@ export function viewportUnder(image, target) {
 /** Close OHIF's own side panels where three would leave the images no room; one click opens either again. */
 export function makeRoom() {
   if (window.innerWidth >= 1600) return;
-  for (const side of ["left", "right"]) document.querySelector(`[data-cy="side-panel-header-${side}"]`)?.click();
+  // An open panel's arrow stands in its header; a closed one's is a bar of its own.
+  for (const side of ["left", "right"]) document.querySelector(`[data-cy="side-panel-header-${side}"].absolute`)?.click();
 }
