@@ -1,12 +1,16 @@
-// The viewer's label map: segmentation "1", the one MONAI Label's own panel uses too, so that both edit the same voxels.
+// The viewer's label map of the image on screen. For the first series it is segmentation "1", the one MONAI Label's own
+// panel uses too, so that both edit the same voxels; another series of the study gets one of its own.
 
 import { gridOf, sameGrid, viewports } from "./viewer.js";
 
-const ID = "1";
+const FIRST = "1";
 const GOLDEN_TURN = 137.508;
 
+const idOfSeries = new Map();
+let shown = FIRST;
+
 const segmentationService = () => window.services.segmentationService;
-const segmentation = () => segmentationService().getSegmentations().find((item) => item.segmentationId === ID);
+const segmentation = () => segmentationService().getSegmentations().find((item) => item.segmentationId === shown);
 
 /** Colours far apart for neighbouring numbers. */
 function colour(index) {
@@ -41,11 +45,15 @@ async function create(image, id, label, names, colourOf = colour) {
   }
 }
 
-/** Make the label map with these names, sorted as MONAI Label's panel sorts them, unless it is there. */
+/** Turn to the image's label map; made with these names, sorted as MONAI Label's panel sorts them, unless it is there. */
 export async function ensure(image, names) {
-  if (segmentation() && segmentationService().getLabelmapVolume(ID)) return;
+  const known = segmentationService().getSegmentations();
+  if (!known.some((item) => item.segmentationId === FIRST)) idOfSeries.clear(); // another study was opened
+  if (!idOfSeries.has(image.series)) idOfSeries.set(image.series, idOfSeries.size ? `medvl-${image.series}` : FIRST);
+  shown = idOfSeries.get(image.series);
+  if (segmentation() && segmentationService().getLabelmapVolume(shown)) return;
   const sorted = [...new Set(names)].sort();
-  await create(image, ID, "Segmentations", Object.fromEntries(sorted.map((name, n) => [n + 1, name])));
+  await create(image, shown, "Segmentations", Object.fromEntries(sorted.map((name, n) => [n + 1, name])));
 }
 
 /** Names of the label map with their values, colours and locks: `[{name, index, colour, locked}]`. */
@@ -55,7 +63,7 @@ export function structures(image) {
     name: segment.label,
     index: segment.segmentIndex,
     locked: Boolean(segment.locked),
-    colour: (viewport && segmentationService().getSegmentColor(viewport.id, ID, segment.segmentIndex)) ?? colour(segment.segmentIndex),
+    colour: (viewport && segmentationService().getSegmentColor(viewport.id, shown, segment.segmentIndex)) ?? colour(segment.segmentIndex),
   }));
 }
 
@@ -66,27 +74,27 @@ export function indexOf(image, name) {
   if (found) return found.index;
   const index = known.reduce((most, item) => Math.max(most, item.index), 0) + 1;
   if (index > 254) throw new Error("the label map is full: it holds 254 structures");
-  segmentationService().addSegment(ID, { segmentIndex: index, label: name, color: colour(index) });
+  segmentationService().addSegment(shown, { segmentIndex: index, label: name, color: colour(index) });
   return index;
 }
 
 /** Make a structure the one the viewer's own brush paints. */
 export function activate(image, name) {
   const index = indexOf(image, name);
-  for (const { id } of viewports(image)) segmentationService().setActiveSegmentation(id, ID);
-  segmentationService().setActiveSegment(ID, index);
+  for (const { id } of viewports(image)) segmentationService().setActiveSegmentation(id, shown);
+  segmentationService().setActiveSegment(shown, index);
 }
 
-export const setLocked = (index, locked) => segmentationService().setSegmentLocked(ID, index, locked);
+export const setLocked = (index, locked) => segmentationService().setSegmentLocked(shown, index, locked);
 
 export function setVisible(image, index, visible) {
-  for (const { id } of viewports(image)) segmentationService().setSegmentVisibility(id, ID, index, visible, "Labelmap");
+  for (const { id } of viewports(image)) segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
 }
 
 /** All voxels of the label map, first axis fastest. */
-export const voxels = () => segmentationService().getLabelmapVolume(ID).voxelManager.getCompleteScalarDataArray();
+export const voxels = () => segmentationService().getLabelmapVolume(shown).voxelManager.getCompleteScalarDataArray();
 
-export function put(values, id = ID) {
+export function put(values, id = shown) {
   segmentationService().getLabelmapVolume(id).voxelManager.setCompleteScalarDataArray(values);
   const { eventTarget, triggerEvent } = window.cornerstone;
   triggerEvent(eventTarget, window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: id });
@@ -96,7 +104,7 @@ export function put(values, id = ID) {
 export function onChange(then) {
   const { SEGMENTATION_DATA_MODIFIED } = window.cornerstoneTools.Enums.Events;
   window.cornerstone.eventTarget.addEventListener(SEGMENTATION_DATA_MODIFIED, (event) => {
-    if (event.detail?.segmentationId === ID) then();
+    if (event.detail?.segmentationId === shown) then();
   });
 }
 

@@ -54,11 +54,11 @@ class Panel {
 
   #build() {
     this.caseLine = make("p", { class: "case" }, "No image on screen yet");
-    this.author = make("input", { id: "medvl-author", autocomplete: "name", maxlength: 80, value: author(), placeholder: "kept in this browser",
+    this.author = make("input", { id: "medvl-author", autocomplete: "name", maxlength: 64, value: author(), placeholder: "kept in this browser",
       onchange: () => setAuthor(this.author.value) });
     this.strategy = select("medvl-strategy", [], { "aria-label": "How the next case is chosen" });
     this.next = button("Next case", () => this.nextCase());
-    this.question = make("div", { class: "question", role: "alertdialog", "aria-label": "Unsaved changes" });
+    this.question = make("div", { class: "question" });
     const tabs = Object.keys(this.tabs).map((name) => make("button", {
       type: "button", role: "tab", id: `medvl-tab-${name}`, "aria-controls": `medvl-page-${name}`, onclick: () => this.open(name),
     }, name));
@@ -124,12 +124,17 @@ class Panel {
     await this.work.run("next", "Choosing the next case", async () => {
       const sample = await api.nextCase(this.strategy.value || "random", clientId());
       if (!sample.StudyInstanceUID) throw new Error("there is no case left to annotate");
-      location.assign(studyAddress(sample.StudyInstanceUID));
+      this.#leaveFor(sample.StudyInstanceUID);
     });
   }
 
   async goToStudy(study) {
-    if (await this.mayLeave("open another case")) location.assign(studyAddress(study));
+    if (await this.mayLeave("open another case")) this.#leaveFor(study);
+  }
+
+  #leaveFor(study) {
+    this.labels.unsaved = false; // answered already
+    location.assign(studyAddress(study));
   }
 
   /** Resolves to whether the present masks may go: at once when they are saved, else as the annotator says. */
@@ -141,8 +146,9 @@ class Panel {
         resolve(await act());
       });
       const first = answer("Save first", async () => Boolean(await this.labels.store("draft")));
-      replace(this.question, make("p", {}, `The masks changed since the last version; ${what}?`),
-        make("div", { class: "row" }, first, answer("Without saving", async () => true), answer("Stay", async () => false)));
+      replace(this.question, make("div", { role: "alertdialog", "aria-label": "Unsaved changes" },
+        make("p", {}, `The masks changed since the last version; ${what}?`),
+        make("div", { class: "row" }, first, answer("Without saving", async () => true), answer("Stay", async () => false))));
       first.focus();
     });
   }
@@ -197,12 +203,11 @@ class Panel {
     if (!other) return;
     if (!this.follows) {
       this.follows = true;
-      makeRoom();
+      if (!this.body.hidden) makeRoom();
       labelmap.onChange(() => this.#edited());
     }
     this.segment.forget();
     this.segment.refresh();
-    this.labels.unsaved = false;
     await Promise.all([this.labels.refresh(), this.texts.refresh(), this.#version()]);
   }
 
