@@ -266,7 +266,6 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
 def test_a_real_ct(site: Site, viewer: Viewer, shared_data: Path, tmp_path: Path) -> None:
     """A real abdomen, whose pictures stand in README; the masks beside it are another model's output."""
     study = store_real_case(site.orthanc, tmp_path, shared_data / "ts_ct_wholeabdomen_3mm")
-    viewer.page.set_viewport_size({"width": 1600, "height": 900})
     viewer.open_from_list(study.study)
     viewer.type("Your name", "Dr. Ada")
     viewer.choose("")
