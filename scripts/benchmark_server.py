@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_click_options(parser, objects=4)
     parser.add_argument("--infos", type=int, default=40, help="GET /info/ requests on the idle server")
+    parser.add_argument(
+        "--back-to-back", type=float, default=20, metavar="SECONDS", help="how long two clients ask without a pause"
+    )
     options = parser.parse_args(arguments)
-    if options.objects < 1 or options.clicks < 2 or options.infos < 1:
-        parser.error("give at least one object, two clicks and one /info/ request")
+    if options.objects < 1 or options.clicks < 2 or options.infos < 1 or options.back_to_back <= 0:
+        parser.error("give at least one object, two clicks, one /info/ request and some seconds back to back")
     return options
 
 
@@ -106,6 +110,21 @@ def under_load(server: OwnServer, work: Callable[[], None]) -> tuple[float, list
     return seconds, waits
 
 
+def without_a_pause(client: Any, image: str, seconds: float) -> int:
+    """Inferences that two clients got done one after the other in ``seconds``, so that the model never rests."""
+    end, done = time.monotonic() + seconds, [0, 0]
+
+    def ask(number: int) -> None:
+        while time.monotonic() < end:
+            request = {"client_id": f"busy {number}", "classes": "liver", "result_extension": ".nrrd"}
+            infer(client, "medvl_semantic", image, request)
+            done[number] += 1
+
+    with ThreadPoolExecutor(len(done)) as pool:
+        list(pool.map(ask, range(len(done))))
+    return sum(done)
+
+
 def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], options: argparse.Namespace) -> dict:
     """All figures."""
     client = MONAILabelClient(server.address)
@@ -135,15 +154,21 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
             result["peak_memory_mib_so_far"] = server.peak_memory_mib()
             record["volumes"].append(result)
     record["info_busy_s"] = summary(busy)
+    counted: list[int] = []
+    work = partial(without_a_pause, client, "study0", options.back_to_back)
+    seconds, waits = under_load(server, lambda: counted.append(work()))
+    record["info_back_to_back_s"] = summary(waits)
+    record["back_to_back"] = {"seconds": seconds, "inferences": counted[0]}
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 
 
 def show(record: dict[str, Any]) -> None:
     """Print the figures."""
-    for state in ("idle", "busy"):
+    for state in ("idle", "busy", "back_to_back"):
         part = record[f"info_{state}_s"]
-        print(f"GET /info/ {state}: p50 {1e3 * part['p50']:.0f} ms, p95 {1e3 * part['p95']:.0f} ms (n={part['count']})")
+        p50, p95 = (f"{1e3 * part[key]:.0f} ms" for key in ("p50", "p95"))
+        print(f"GET /info/ {state.replace('_', ' ')}: p50 {p50}, p95 {p95} (n={part['count']})")
     for result in record["volumes"]:
         head, after = result["first_click_s"], result["next_click_s"]
         print(

@@ -122,9 +122,15 @@ class MyApp(MONAILabelApp):
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         _require("model", request.get("model"), self._infers)
         image = request.get("image")
-        named = isinstance(image, str) and image and Path(image).exists()
-        if named and not may_be_image(Path(image), self.datastore(), self.sessions()):
-            raise http_error(UnknownImageError(f"image {image!r} is not in the datastore; give the id of one"))
+        if isinstance(image, str) and image:
+            store = datastore or self.datastore()
+            if os.path.exists(image):
+                known = may_be_image(Path(image), store, self.sessions())
+            else:
+                known = bool(store.get_image_uri(image))
+            if not known:
+                unknown = f"image {image!r} is not in the datastore; refresh the list of images or send it again"
+                raise http_error(UnknownImageError(unknown))
         return super().infer(request, datastore)
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:

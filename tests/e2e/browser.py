@@ -133,8 +133,12 @@ class Viewer:
 
     def drag(self, start: Any, end: Any) -> None:
         """Press the mouse on one voxel of the axial viewport and let go on another."""
-        self.page.mouse.move(*self.place(start))
+        x, y = self.place(start)
+        self.page.mouse.move(x - 3, y)
+        self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(100)
         self.page.mouse.down()
+        self.page.wait_for_timeout(100)
         self.page.mouse.move(*self.place((np.array(start) + end) // 2))
         self.page.mouse.move(*self.place(end))
         self.page.mouse.up()

@@ -82,7 +82,7 @@ def test_point_prompts(site: Site, viewer: Viewer) -> None:
     page.locator('.optionsTable tr.clickable-row:has-text("spleen")').last.click()
     viewer.show(inside)
     page.wait_for_timeout(500)
-    page.mouse.click(*viewer.place(inside))
+    viewer.drag(inside, inside)
     with page.expect_response(lambda reply: "/infer/medvl_interactive" in reply.url, timeout=PATIENCE_MS) as reply:
         page.locator('button[title="Run PointPrompts"]').click()
     assert reply.value.ok

@@ -13,10 +13,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import requests
@@ -41,6 +41,13 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}")
 _SERIES_UID = re.compile(r"[0-9.]{1,64}")
 _LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 _STATUS_FRESH_S = 30.0
+
+
+class KnownImage(NamedTuple):
+    """What the store says of an image and, by tag, of its labels. Not to be changed."""
+
+    info: Mapping[str, Any]
+    labels: Mapping[str, Mapping[str, Any]]
 
 
 class GuardedStore(LocalDatastore):
@@ -122,9 +129,13 @@ class GuardedStore(LocalDatastore):
             index: dict[str, Any] = super().json()
             return index
 
-    def image_infos(self) -> dict[str, dict[str, Any]]:
+    def known_images(self) -> dict[str, KnownImage]:
         """What is known of every image, by its id; from memory, or by one query for all."""
-        return {image: entry["image"]["info"] for image, entry in self.json()["objects"].items()}
+        with self._thread_lock:
+            return {
+                image: KnownImage(entry.image.info, {tag: label.info for tag, label in entry.labels.items()})
+                for image, entry in self._datastore.objects.items()
+            }
 
     def _on_modify_event(self, event: Any) -> None:
         with self._thread_lock:
@@ -195,10 +206,10 @@ class GuardedDicomWebStore(GuardedStore, DICOMWebDatastore):
         with self._query_lock:
             return super().get_labeled_images(label_tag, labels)
 
-    def image_infos(self) -> dict[str, dict[str, Any]]:
+    def known_images(self) -> dict[str, KnownImage]:
         """As far as series were fetched; of the others the series is known."""
-        known = super().image_infos()
-        return {image: known.get(image, {"SeriesInstanceUID": image}) for image in self.list_images()}
+        known = super().known_images()
+        return {image: known.get(image, KnownImage({"SeriesInstanceUID": image}, {})) for image in self.list_images()}
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of the series in the cache, fetched when needed; empty for what is no series of the server."""

@@ -8,7 +8,6 @@ from monailabel.interfaces.utils.app import app_instance
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-
 JSON_BYTES = 1_000_000
 """Largest body of JSON or of form fields without files. The framework holds a field beside files to about the same."""
 _SMALL = ("application/json", "application/x-www-form-urlencoded")

@@ -47,16 +47,15 @@ def cases(user: AsUser) -> Response:
     """Read from memory, or with one query to a DICOMweb server; never one query a case."""
     store = app_instance().datastore()
     try:
-        infos, labelled = store.image_infos(), set(store.get_labeled_images())
+        known, labelled = store.known_images(), set(store.get_labeled_images())
     except requests.RequestException as error:
         raise HTTPException(502, f"the DICOMweb server does not answer ({type(error).__name__})") from error
-    objects = store.json()["objects"]
-    found = [_case(image, info, objects.get(image, {}).get("labels", {}), labelled) for image, info in infos.items()]
+    found = [_case(image, one.info, one.labels, labelled) for image, one in known.items()]
     return Response(_CASES.dump_json(found), media_type="application/json")
 
 
-def _case(image: str, info: Mapping[str, Any], labels: Mapping[str, Any], labelled: set[str]) -> Case:
-    saved = labels.get(_FINAL, {}).get("info", {}).get("ts")
+def _case(image: str, info: Mapping[str, Any], labels: Mapping[str, Mapping[str, Any]], labelled: set[str]) -> Case:
+    saved = labels.get(_FINAL, {}).get("ts")
     said = {
         name: str(info.get(name) or "")
         for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "StudyDate")

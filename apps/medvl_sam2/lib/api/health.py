@@ -51,7 +51,8 @@ class Health(BaseModel):
 def health(response: Response, user: AsUser) -> Health:
     """Cheap: nothing is loaded and nobody else is asked meanwhile."""
     app = app_instance()
-    folders = [app.config.store, Path(getattr(app.datastore(), "folder", app.config.store)), Path(tempfile.gettempdir())]
+    images = Path(getattr(app.datastore(), "folder", app.config.store))
+    folders = (app.config.store, images, Path(tempfile.gettempdir()))
     writable = _writable(app.config.store)
     free_mb = min(_free_mb(folder) for folder in folders)
     root = dicomweb_server.server_root()
@@ -88,7 +89,7 @@ def _weights_reasons(app: Any) -> list[str]:
         return [f"weights: {error}"]
     loaded = app.runtime.loaded()
     if loaded.refused:
-        return [f"published version {loaded.refused} cannot be loaded, {loaded.version} is served; see the server's log"]
+        return [f"version {loaded.refused} cannot be loaded, {loaded.version} is served; see the server's log"]
     return []
 
 

@@ -29,23 +29,24 @@ _KEPT_BACK = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade")
 )
 """Headers of one connection or of the other site."""
+_REFUSALS = (400, 406, 415)
 _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
 
 
-@router.get("/wado/{path:path}")
-@router.get("/qido/{path:path}")
+@router.get("/{path:path}")  # the lowest is offered a request first
 @router.get("/stow/{path:path}")
-@router.get("/{path:path}")
+@router.get("/qido/{path:path}")
+@router.get("/wado/{path:path}")
 def get(request: Request, path: str, user: AsUser) -> StreamingResponse:
     """QIDO-RS and WADO-RS."""
     return _passed_on(request, path, None)
 
 
-@router.post("/wado/{path:path}")
-@router.post("/qido/{path:path}")
+@router.post("/{path:path}")  # the lowest is offered a request first
 @router.post("/stow/{path:path}")
-@router.post("/{path:path}")
+@router.post("/qido/{path:path}")
+@router.post("/wado/{path:path}")
 async def post(request: Request, path: str, user: AsUser) -> StreamingResponse:
     """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large."""
     check_plain_path(path)
@@ -67,6 +68,10 @@ def _passed_on(request: Request, path: str, body: IO[bytes] | None) -> Streaming
     headers.setdefault("accept-encoding", "identity")
     try:
         answer = dicomweb_server.send(request.method, url, request.url.query, headers, body)
+        if request.method == "GET" and answer.status_code in _REFUSALS and headers.pop("accept", None):
+            # Servers differ in what they offer; without a wish each sends what it has, which MONAI Label relies on.
+            answer.close()
+            answer = dicomweb_server.send(request.method, url, request.url.query, headers)
     except requests.RequestException as error:
         reason = f"the DICOMweb server does not answer ({type(error).__name__}); is it running and reachable from here?"
         raise HTTPException(502, reason) from error
