@@ -83,6 +83,7 @@ def test_point_prompts(site: Site, viewer: Viewer) -> None:
     viewer.show(inside)
     page.wait_for_timeout(500)
     viewer.drag(inside, inside)
+    page.wait_for_timeout(1000)  # the viewer waits for a second click before it believes the first
     with page.expect_response(lambda reply: "/infer/medvl_interactive" in reply.url, timeout=PATIENCE_MS) as reply:
         page.locator('button[title="Run PointPrompts"]').click()
     assert reply.value.ok

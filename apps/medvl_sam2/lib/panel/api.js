@@ -3,7 +3,7 @@
 const BASE = new URL("../..", import.meta.url);
 const REPLY_OPTIONS = { result_extension: ".nrrd", result_dtype: "uint8", result_compress: true };
 
-export class ServerError extends Error {
+class ServerError extends Error {
   constructor(status, reason) {
     super(reason);
     this.status = status;

@@ -173,12 +173,6 @@ export function pasteAll(image, values, names) {
   put(values.map((value) => target[value]));
 }
 
-/** Where a structure is: 1 in its voxels, else 0. */
-export function maskOf(image, name) {
-  const index = indexOf(image, name);
-  return voxels().map((value) => (value === index ? 1 : 0));
-}
-
 /** Centre of the set voxels, moved to the nearest set one: a place to jump to. Null for an empty mask. */
 export function centre(values, [width, height], isIn) {
   const sum = [0, 0, 0];

@@ -285,9 +285,8 @@ export class Segment {
     const first = !prompts.past.length;
     const answered = await this.panel.work.run(KIND, `Segmenting ${spoken(name)}`, async (signal) => {
       const params = { client_id: clientId(), ...prompts.asParams(name) };
-      const { file, params: reply } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
+      const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
       await this.#paste(image, file, { [name]: 1 });
-      prompts.scores = reply.scores;
       return true;
     });
     if (!answered) {
