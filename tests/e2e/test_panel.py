@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,14 @@ def _look_back(site: Site, viewer: Viewer, study: Study) -> None:
     assert known["versions"][1]["note"] == "one lesion only, please check"
     assert known["versions"][1]["prompts"], "what was clicked is on record"
     viewer.picture("7-history")
+    viewer.type("Your name", "Dr. Ben")
+    viewer.press("Submit")
+    viewer.press("Agreement of the annotators")
+    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
+    assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") and "1.000" in row for row in rows)
+    assert any(row.startswith("lesion 2") and "0.000" in row for row in rows)
+    viewer.picture("7-agreement")
+    viewer.type("Your name", "Dr. Ada")
 
 
 def _ask(viewer: Viewer) -> None:
@@ -251,9 +261,16 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.page.mouse.click(*viewer.place([30, -8, 24]))
     assert "outside the image" in viewer.alert
     viewer.press("− Outside")
-    viewer.panel.get_by_role("button", name="All organs", exact=True).click()
-    viewer.panel.get_by_role("button", name="Stop waiting").click()
-    viewer.wait()
+    with ThreadPoolExecutor() as others:
+        address, image = f"{site.address}/infer/medvl_semantic", site.studies["ann"].series
+        others.submit(requests.post, address, params={"image": image, "output": "json"}, timeout=300)
+        while not requests.get(f"{site.address}/medvl/jobs", timeout=60).json()["inference"]:
+            time.sleep(0.05)
+        viewer.panel.get_by_role("button", name="All organs", exact=True).click()
+        viewer.panel.get_by_text("number 1 in the queue").wait_for()
+        viewer.picture("12-queue")
+        viewer.panel.get_by_role("button", name="Stop waiting").click()
+        viewer.wait()
     assert viewer.panel.get_by_role("button", name="All organs", exact=True).is_enabled()
     assert not viewer.labelmap()[0].any()
     viewer.picture("12-reasons")

@@ -31,7 +31,12 @@ async function ask(method, path, { query, body, json, signal } = {}) {
   const headers = json === undefined ? undefined : { "Content-Type": "application/json" };
   let response;
   try {
-    response = await fetch(address(path, query), { method, headers, signal, body: json === undefined ? body : JSON.stringify(json) });
+    response = await fetch(address(path, query), {
+      method,
+      headers,
+      signal,
+      body: json === undefined ? body : JSON.stringify(json),
+    });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError(0, "The server cannot be reached; is it running?");
@@ -73,7 +78,9 @@ export const restore = (image, version, body, options) =>
   post("medvl/labels/restore", { query: { image, version }, json: body, ...options });
 
 export async function labelFile(image, version, options) {
-  return (await ask("GET", "medvl/labels/file", { query: { image, version, format: "nrrd" }, ...options })).arrayBuffer();
+  return (
+    await ask("GET", "medvl/labels/file", { query: { image, version, format: "nrrd" }, ...options })
+  ).arrayBuffer();
 }
 
 export function saveLabel(image, mask, params, options) {

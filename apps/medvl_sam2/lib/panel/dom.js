@@ -22,6 +22,15 @@ export function field(text, control) {
   return make("div", { class: "field" }, make("label", { for: control.id }, text), control);
 }
 
+/** A form of one line that calls `submitted` and leaves the page where it is. */
+export function form(submitted, ...children) {
+  const onsubmit = (event) => {
+    event.preventDefault();
+    submitted();
+  };
+  return make("form", { class: "row", onsubmit }, ...children);
+}
+
 export function select(id, values, attributes = {}) {
   const options = values.map((value) => {
     const [name, text] = Array.isArray(value) ? value : [value, value];
@@ -48,5 +57,7 @@ export function counted(number, singular, plural = `${singular}s`) {
 /** Time of a version as the annotator's clock shows it. */
 export function clock(iso) {
   const time = new Date(iso);
-  return Number.isNaN(time.getTime()) ? String(iso ?? "") : time.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+  return Number.isNaN(time.getTime())
+    ? String(iso ?? "")
+    : time.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 }

@@ -10,7 +10,10 @@ const idOfSeries = new Map();
 let shown = FIRST;
 
 const segmentationService = () => window.services.segmentationService;
-const segmentation = () => segmentationService().getSegmentations().find((item) => item.segmentationId === shown);
+const segmentation = () =>
+  segmentationService()
+    .getSegmentations()
+    .find((item) => item.segmentationId === shown);
 
 /** Colours far apart for neighbouring numbers. */
 function colour(index) {
@@ -26,7 +29,8 @@ function colour(index) {
 async function create(image, id, label, names, colourOf = colour) {
   const segments = Object.fromEntries(
     Object.entries(names).map(([index, name], n) => [
-      index, { segmentIndex: Number(index), label: name, active: n === 0, locked: false, color: colourOf(Number(index)) },
+      index,
+      { segmentIndex: Number(index), label: name, active: n === 0, locked: false, color: colourOf(Number(index)) },
     ]),
   );
   const config = { label, segments };
@@ -45,7 +49,7 @@ async function create(image, id, label, names, colourOf = colour) {
   }
 }
 
-/** Turn to the image's label map; made with these names, sorted as MONAI Label's panel sorts them, unless it is there. */
+/** Turn to the image's label map, made where there is none with these names, sorted as MONAI Label's panel does. */
 export async function ensure(image, names) {
   const known = segmentationService().getSegmentations();
   if (!known.some((item) => item.segmentationId === FIRST)) idOfSeries.clear(); // another study was opened
@@ -59,12 +63,16 @@ export async function ensure(image, names) {
 /** Names of the label map with their values, colours and locks: `[{name, index, colour, locked}]`. */
 export function structures(image) {
   const [viewport] = viewports(image);
-  return Object.values(segmentation()?.segments ?? {}).filter(Boolean).map((segment) => ({
-    name: segment.label,
-    index: segment.segmentIndex,
-    locked: Boolean(segment.locked),
-    colour: (viewport && segmentationService().getSegmentColor(viewport.id, shown, segment.segmentIndex)) ?? colour(segment.segmentIndex),
-  }));
+  return Object.values(segmentation()?.segments ?? {})
+    .filter(Boolean)
+    .map((segment) => ({
+      name: segment.label,
+      index: segment.segmentIndex,
+      locked: Boolean(segment.locked),
+      colour:
+        (viewport && segmentationService().getSegmentColor(viewport.id, shown, segment.segmentIndex)) ??
+        colour(segment.segmentIndex),
+    }));
 }
 
 /** Value of a structure, which is added when the label map lacks it. */
@@ -88,7 +96,8 @@ export function activate(image, name) {
 export const setLocked = (index, locked) => segmentationService().setSegmentLocked(shown, index, locked);
 
 export function setVisible(image, index, visible) {
-  for (const { id } of viewports(image)) segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
+  for (const { id } of viewports(image))
+    segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
 }
 
 /** All voxels of the label map, first axis fastest. */
@@ -119,7 +128,7 @@ export function counts(values) {
 export function checkGrid(image, mask) {
   if (!sameGrid(mask, gridOf(image.volume))) {
     throw new Error(
-      `the server's mask (${mask.sizes.join(" x ")}) and the image on screen lie on different grids; nothing was pasted`,
+      `the server's mask (${mask.sizes.join(" x ")}) does not lie on the grid of the image on screen; nothing was pasted`,
     );
   }
 }
@@ -140,7 +149,8 @@ function coveredOf(image, length) {
  */
 export function paste(image, values, names) {
   const now = voxels();
-  if (values.length !== now.length) throw new Error(`the mask has ${values.length} voxels, the label map ${now.length}`);
+  if (values.length !== now.length)
+    throw new Error(`the mask has ${values.length} voxels, the label map ${now.length}`);
   const target = new Uint8Array(256);
   const replaced = new Uint8Array(256);
   for (const [value, name] of Object.entries(names)) {
@@ -180,7 +190,9 @@ export function centre(values, [width, height], isIn) {
   for (let n = 0; n < values.length; n++) {
     if (!isIn(values[n])) continue;
     const voxel = [n % width, Math.floor(n / width) % height, Math.floor(n / (width * height))];
-    voxel.forEach((part, axis) => { sum[axis] += part; });
+    voxel.forEach((part, axis) => {
+      sum[axis] += part;
+    });
     inside.push(n);
   }
   if (!inside.length) return null;
@@ -202,11 +214,18 @@ const EVIDENCE_COLOUR = [255, 209, 102, 255];
 export async function showEvidence(image, values, name) {
   await hideEvidence();
   await create(image, EVIDENCE, "Evidence", { 1: name }, () => EVIDENCE_COLOUR);
-  put(values.map((value) => (value ? 1 : 0)), EVIDENCE);
+  put(
+    values.map((value) => (value ? 1 : 0)),
+    EVIDENCE,
+  );
 }
 
 export function hideEvidence() {
-  if (segmentationService().getSegmentations().some((item) => item.segmentationId === EVIDENCE)) {
+  if (
+    segmentationService()
+      .getSegmentations()
+      .some((item) => item.segmentationId === EVIDENCE)
+  ) {
     segmentationService().remove(EVIDENCE);
   }
 }

@@ -17,15 +17,26 @@ export class Labels {
     this.list = [];
     this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
     this.save = button("Save", () => this.store("draft"), { title: "A new version; go on later" });
-    this.submit = button("Submit", () => this.store("submitted"), { class: "primary", title: "A new version, finished" });
+    this.submit = button("Submit", () => this.store("submitted"), {
+      class: "primary",
+      title: "A new version, finished",
+    });
     this.state = make("p", { class: "hint" });
     this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
     this.agree = button("Agreement of the annotators", () => this.showAgreement());
     this.figures = make("div", { class: "figures", "aria-live": "polite" });
-    this.element = make("div", {},
-      make("label", { for: "medvl-note" }, "Note"), this.note,
-      make("div", { class: "row" }, this.save, this.submit), this.state,
-      make("h3", {}, "Versions of this case"), this.history, this.agree, this.figures);
+    this.element = make(
+      "div",
+      {},
+      make("label", { for: "medvl-note" }, "Note"),
+      this.note,
+      make("div", { class: "row" }, this.save, this.submit),
+      this.state,
+      make("h3", {}, "Versions of this case"),
+      this.history,
+      this.agree,
+      this.figures,
+    );
     panel.work.onChange(() => this.#buttons());
   }
 
@@ -50,11 +61,18 @@ export class Labels {
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
       const params = {
-        author: author(), client_id: clientId(), source: "ohif", note: this.note.value.trim(), segmentationMeta: { status },
-        model_version: this.panel.modelVersion(), prompts: this.panel.segment.record(),
+        author: author(),
+        client_id: clientId(),
+        source: "ohif",
+        note: this.note.value.trim(),
+        segmentationMeta: { status },
+        model_version: this.panel.modelVersion(),
+        prompts: this.panel.segment.record(),
         label_info: present.map(({ name, index }) => ({ name, idx: index })),
       };
-      const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, { signal });
+      const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
+        signal,
+      });
       this.unsaved = false;
       this.note.value = "";
       await this.#load(image, signal);
@@ -88,18 +106,30 @@ export class Labels {
 
   #version(version) {
     const number = version.version;
-    const marks = [version.status, number === this.final ? "final" : "", version.restored_from ? `from version ${version.restored_from}` : ""];
+    const marks = [
+      version.status,
+      number === this.final ? "final" : "",
+      version.restored_from ? `from version ${version.restored_from}` : "",
+    ];
     const others = this.list.filter((item) => item.version < number);
     const previous = others.length ? Math.max(...others.map((item) => item.version)) : null;
-    return make("li", { "data-version": number },
+    return make(
+      "li",
+      { "data-version": number },
       make("div", {}, make("strong", {}, `Version ${number}`), ` ${marks.filter(Boolean).join(", ")}`),
       make("div", { class: "hint" }, `${version.author || "unknown"}, ${clock(version.time)}, ${version.source ?? ""}`),
       version.note ? make("div", { class: "note" }, version.note) : null,
       make("div", { class: "hint" }, (version.structures ?? []).map((item) => spoken(item.name)).join(", ")),
-      make("div", { class: "row" },
+      make(
+        "div",
+        { class: "row" },
         button("Open", () => this.reopen(version), { "aria-label": `Open version ${number}` }),
         previous ? button(`Compare with ${previous}`, () => this.compare(previous, number)) : null,
-        number === this.final ? null : button("Restore", () => this.restore(number), { "aria-label": `Restore version ${number}` })));
+        number === this.final
+          ? null
+          : button("Restore", () => this.restore(number), { "aria-label": `Restore version ${number}` }),
+      ),
+    );
   }
 
   /** Put a version on screen in place of the present label map. */
@@ -109,7 +139,11 @@ export class Labels {
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
       const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
       labelmap.checkGrid(image, mask);
-      labelmap.pasteAll(image, mask.voxels, Object.fromEntries(version.structures.map(({ name, value }) => [value, name])));
+      labelmap.pasteAll(
+        image,
+        mask.voxels,
+        Object.fromEntries(version.structures.map(({ name, value }) => [value, name])),
+      );
       this.panel.segment.forget();
       this.unsaved = false;
       this.panel.work.say(`Version ${version.version} is on screen`);
@@ -145,11 +179,32 @@ export class Labels {
   #figures(title, reply) {
     const pairs = reply.pairs ?? [{ structures: reply.structures }];
     const number = (value) => (typeof value === "number" ? value.toFixed(3) : "–");
-    const rows = pairs.flatMap((pair) => (pair.structures ?? []).map((item) => make("tr", {},
-      make("th", { scope: "row" }, spoken(item.name)),
-      make("td", {}, pair.authors ? pair.authors.join(" / ") : ""),
-      make("td", {}, number(item.dice)), make("td", {}, number(item.nsd)))));
-    const head = make("tr", {}, ...["Structure", "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)));
-    replace(this.figures, make("table", {}, make("caption", {}, `${title}: ${counted(rows.length, "structure")}`), make("thead", {}, head), make("tbody", {}, ...rows)));
+    const rows = pairs.flatMap((pair) =>
+      (pair.structures ?? []).map((item) =>
+        make(
+          "tr",
+          {},
+          make("th", { scope: "row" }, spoken(item.name)),
+          make("td", {}, pair.authors ? pair.authors.join(" / ") : ""),
+          make("td", {}, number(item.dice)),
+          make("td", {}, number(item.nsd)),
+        ),
+      ),
+    );
+    const head = make(
+      "tr",
+      {},
+      ...["Structure", "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
+    );
+    replace(
+      this.figures,
+      make(
+        "table",
+        {},
+        make("caption", {}, `${title}: ${counted(rows.length, "structure")}`),
+        make("thead", {}, head),
+        make("tbody", {}, ...rows),
+      ),
+    );
   }
 }

@@ -17,10 +17,18 @@ export async function readNrrd(buffer) {
   const lines = new TextDecoder().decode(bytes.subarray(0, end)).split("\n");
   if (end < 0 || !lines[0].startsWith("NRRD")) throw new Error("the server's mask is no NRRD file");
   const header = Object.fromEntries(
-    lines.filter((line) => line.includes(":") && !line.startsWith("#")).map((line) => {
-      const at = line.indexOf(":");
-      return [line.slice(0, at).trim().toLowerCase(), line.slice(at + 1).replace(/^=/, "").trim()];
-    }),
+    lines
+      .filter((line) => line.includes(":") && !line.startsWith("#"))
+      .map((line) => {
+        const at = line.indexOf(":");
+        return [
+          line.slice(0, at).trim().toLowerCase(),
+          line
+            .slice(at + 1)
+            .replace(/^=/, "")
+            .trim(),
+        ];
+      }),
   );
   const body = bytes.subarray(end + 2);
   const voxels = ["gzip", "gz"].includes(header.encoding) ? await through(body, new DecompressionStream("gzip")) : body;
@@ -35,9 +43,17 @@ export async function readNrrd(buffer) {
 export async function writeNrrd(grid, voxels) {
   const vector = (values) => `(${values.join(",")})`;
   const header = [
-    "NRRD0004", "type: uint8", "dimension: 3", "space: left-posterior-superior", `sizes: ${grid.sizes.join(" ")}`,
-    `space directions: ${grid.axes.map(vector).join(" ")}`, "kinds: domain domain domain", "encoding: gzip",
-    `space origin: ${vector(grid.origin)}`, "", "",
+    "NRRD0004",
+    "type: uint8",
+    "dimension: 3",
+    "space: left-posterior-superior",
+    `sizes: ${grid.sizes.join(" ")}`,
+    `space directions: ${grid.axes.map(vector).join(" ")}`,
+    "kinds: domain domain domain",
+    "encoding: gzip",
+    `space origin: ${vector(grid.origin)}`,
+    "",
+    "",
   ].join("\n");
   return new Blob([header, await through(voxels, new CompressionStream("gzip"))]);
 }

@@ -84,7 +84,10 @@ export class Overlay {
         viewport.element.append(layer);
       }
       const near = 0.6 * planeDistance(image, viewport);
-      layer.replaceChildren(...(drawn ? boxShape(image, viewport, drawn, near) : []), ...this.#points(image, viewport, points, near));
+      layer.replaceChildren(
+        ...(drawn ? boxShape(image, viewport, drawn, near) : []),
+        ...this.#points(image, viewport, points, near),
+      );
     }
   }
 
@@ -92,7 +95,11 @@ export class Overlay {
     return points.flatMap(({ voxel, label }, n) => {
       const { x, y, distance } = onCanvas(image, viewport, voxel);
       if (distance > near) return [];
-      const mark = shape("g", { "data-medvl-point": n, class: label ? "add" : "remove", transform: `translate(${x} ${y})` });
+      const mark = shape("g", {
+        "data-medvl-point": n,
+        class: label ? "add" : "remove",
+        transform: `translate(${x} ${y})`,
+      });
       mark.append(shape("circle", { r: 7 }), shape("text", { y: 4, "text-anchor": "middle" }, label ? "+" : "−"));
       return [mark];
     });

@@ -54,29 +54,61 @@ class Panel {
 
   #build() {
     this.caseLine = make("p", { class: "case" }, "No image on screen yet");
-    this.author = make("input", { id: "medvl-author", autocomplete: "name", maxlength: 64, value: author(), placeholder: "kept in this browser",
-      onchange: () => setAuthor(this.author.value) });
+    this.author = make("input", {
+      id: "medvl-author",
+      autocomplete: "name",
+      maxlength: 64,
+      value: author(),
+      placeholder: "kept in this browser",
+      onchange: () => setAuthor(this.author.value),
+    });
     this.strategy = select("medvl-strategy", [], { "aria-label": "How the next case is chosen" });
     this.next = button("Next case", () => this.nextCase());
     this.question = make("div", { class: "question" });
-    const tabs = Object.keys(this.tabs).map((name) => make("button", {
-      type: "button", role: "tab", id: `medvl-tab-${name}`, "aria-controls": `medvl-page-${name}`, onclick: () => this.open(name),
-    }, name));
+    const tabs = Object.keys(this.tabs).map((name) =>
+      make(
+        "button",
+        {
+          type: "button",
+          role: "tab",
+          id: `medvl-tab-${name}`,
+          "aria-controls": `medvl-page-${name}`,
+          onclick: () => this.open(name),
+        },
+        name,
+      ),
+    );
     this.tabList = make("div", { class: "tabs", role: "tablist", onkeydown: (event) => this.#tabKey(event) }, ...tabs);
     this.pages = Object.entries(this.tabs).map(([name, tab]) =>
-      make("section", { role: "tabpanel", id: `medvl-page-${name}`, "aria-labelledby": `medvl-tab-${name}`, hidden: true }, tab.element));
-    this.toggle = button("", () => this.collapse(!document.documentElement.classList.contains("medvl-collapsed")),
-      { class: "toggle" });
-    this.body = make("div", { class: "body" },
-      make("header", {},
+      make(
+        "section",
+        { role: "tabpanel", id: `medvl-page-${name}`, "aria-labelledby": `medvl-tab-${name}`, hidden: true },
+        tab.element,
+      ),
+    );
+    this.toggle = button("", () => this.collapse(!document.documentElement.classList.contains("medvl-collapsed")), {
+      class: "toggle",
+    });
+    this.body = make(
+      "div",
+      { class: "body" },
+      make(
+        "header",
+        {},
         make("h2", {}, "MedVL-SAM2 ", make("small", {}, "not for clinical use")),
         this.caseLine,
         make("div", { class: "field" }, make("label", { for: "medvl-author" }, "Your name"), this.author),
-        make("div", { class: "row" }, this.next, this.strategy)),
-      this.question, this.tabList, make("div", { class: "pages" }, ...this.pages), this.work.element);
+        make("div", { class: "row" }, this.next, this.strategy),
+      ),
+      this.question,
+      this.tabList,
+      make("div", { class: "pages" }, ...this.pages),
+      this.work.element,
+    );
     this.element = make("aside", { "aria-label": "MedVL-SAM2" }, this.toggle, this.body);
     // OHIF binds single keys of the whole page; what is typed here is not for it.
-    for (const kind of ["keydown", "keypress", "keyup"]) this.element.addEventListener(kind, (event) => event.stopPropagation());
+    for (const kind of ["keydown", "keypress", "keyup"])
+      this.element.addEventListener(kind, (event) => event.stopPropagation());
     this.open("Segment");
   }
 
@@ -141,14 +173,27 @@ class Panel {
   mayLeave(what) {
     if (!this.labels.unsaved) return Promise.resolve(true);
     return new Promise((resolve) => {
-      const answer = (text, act) => button(text, async () => {
-        replace(this.question);
-        resolve(await act());
-      });
+      const answer = (text, act) =>
+        button(text, async () => {
+          replace(this.question);
+          resolve(await act());
+        });
       const first = answer("Save first", async () => Boolean(await this.labels.store("draft")));
-      replace(this.question, make("div", { role: "alertdialog", "aria-label": "Unsaved changes" },
-        make("p", {}, `The masks changed since the last version; ${what}?`),
-        make("div", { class: "row" }, first, answer("Without saving", async () => true), answer("Stay", async () => false))));
+      replace(
+        this.question,
+        make(
+          "div",
+          { role: "alertdialog", "aria-label": "Unsaved changes" },
+          make("p", {}, `The masks changed since the last version; ${what}?`),
+          make(
+            "div",
+            { class: "row" },
+            first,
+            answer("Without saving", async () => true),
+            answer("Stay", async () => false),
+          ),
+        ),
+      );
       first.focus();
     });
   }
@@ -161,14 +206,19 @@ class Panel {
     host.attachShadow({ mode: "open" }).append(styles, this.element);
     document.body.append(host);
     setInterval(() => this.#look(), LOOK_MS);
-    window.addEventListener("beforeunload", (event) => { if (this.labels.unsaved) event.preventDefault(); });
+    window.addEventListener("beforeunload", (event) => {
+      if (this.labels.unsaved) event.preventDefault();
+    });
     await this.#connect();
   }
 
   async #connect() {
     await this.work.run("info", "Connecting", async (signal) => {
       this.served = await api.info({ signal });
-      replace(this.strategy, ...Object.keys(this.served.strategies ?? {}).map((name) => make("option", { value: name }, name)));
+      replace(
+        this.strategy,
+        ...Object.keys(this.served.strategies ?? {}).map((name) => make("option", { value: name }, name)),
+      );
     });
     if (!this.served) setTimeout(() => this.#connect(), 10 * LOOK_MS);
   }

@@ -39,13 +39,22 @@ export class Prompts {
     const of = (label) => this.points.filter((point) => point.label === label).map((point) => point.voxel);
     return {
       ...(this.start ? { label_name: name } : { label: name }),
-      foreground: of(1), background: of(0), ...(this.box && { box: this.box }), ...(this.words && { prompt: this.words }),
+      foreground: of(1),
+      background: of(0),
+      ...(this.box && { box: this.box }),
+      ...(this.words && { prompt: this.words }),
     };
   }
 
   /** For the record of a saved version. */
   asRecord(name) {
-    return { structure: name, points: this.points, box: this.box, words: this.words, started_from_mask: Boolean(this.start) };
+    return {
+      structure: name,
+      points: this.points,
+      box: this.box,
+      words: this.words,
+      started_from_mask: Boolean(this.start),
+    };
   }
 
   #snapshot() {

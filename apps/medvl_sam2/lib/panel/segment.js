@@ -2,18 +2,18 @@
 
 import * as api from "./api.js";
 import { clientId } from "./annotator.js";
-import { button, counted, field, make, replace, select, spoken } from "./dom.js";
+import { Brush } from "./brush.js";
+import { button, counted, field, form, make, replace, select, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
 import { readNrrd, writeNrrd } from "./nrrd.js";
 import { Overlay } from "./overlay.js";
 import { Prompts, fingerprints } from "./prompts.js";
-import { gridOf, hasTool, jumpTo, setBrushSize, useTool } from "./viewer.js";
+import { Structures } from "./structures.js";
+import { gridOf, jumpTo } from "./viewer.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
 const KIND = "segment";
-const BRUSHES = { Brush: "CircularBrush", Eraser: "CircularEraser" };
-const BRUSH_MM = 20;
 const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
 
 export class Segment {
@@ -21,7 +21,6 @@ export class Segment {
   constructor(panel) {
     this.panel = panel;
     this.prompts = new Map();
-    this.visible = new Map();
     this.again = false;
     this.overlay = new Overlay({
       image: () => panel.image(),
@@ -38,38 +37,50 @@ export class Segment {
   // --- what is on the page --------------------------------------------------------------------------------------
 
   #build() {
-    this.target = select("medvl-target", [[AS_WORDS_SAY, "as the words say"]], { onchange: () => this.#targetChosen() });
+    this.target = select("medvl-target", [[AS_WORDS_SAY, "as the words say"]], {
+      onchange: () => this.#targetChosen(),
+    });
     this.newName = make("input", { id: "medvl-new", placeholder: "another name, e.g. lesion 2", maxlength: 60 });
     this.words = make("input", { id: "medvl-words", placeholder: "segment the lesion in segment VI", maxlength: 2000 });
     this.tools = Object.entries({ add: "+ Inside", remove: "− Outside", box: "▭ Box" }).map(([tool, text]) =>
-      button(text, () => this.useTool(tool), { "data-tool": tool, "aria-pressed": "false" }));
+      button(text, () => this.useTool(tool), { "data-tool": tool, "aria-pressed": "false" }),
+    );
     this.undo = button("Undo", () => this.move("undo"));
     this.redo = button("Redo", () => this.move("redo"));
-    this.clear = button("Clear", () => this.clearPrompts(), { title: "Take all prompts and the mask of this structure away" });
+    this.clear = button("Clear", () => this.clearPrompts(), {
+      title: "Take all prompts and the mask of this structure away",
+    });
     this.auto = button("All organs", () => this.segmentClasses([]), { title: "Every class of the model" });
     this.autoOne = button("This structure", () => this.segmentClasses([this.target.value]));
     this.run = make("button", { type: "submit", class: "primary" }, "Segment");
-    this.brushes = Object.entries(BRUSHES).map(([text, tool]) =>
-      button(text, () => this.useBrush(tool), { "data-brush": tool, "aria-pressed": "false" }));
-    this.size = make("input", { id: "medvl-brush", type: "range", min: 2, max: 60, value: BRUSH_MM, oninput: () => this.#resize() });
+    this.brush = new Brush(this.panel, () => this.#beginByHand());
+    this.structures = new Structures({
+      choose: (name) => {
+        this.choose(name);
+        this.goTo(name);
+      },
+      changed: () => this.refresh(),
+    });
     this.placedList = make("ul", { class: "placed", "aria-label": "Placed prompts" });
-    this.present = make("ul", { class: "structures", "aria-label": "Structures with a mask" });
-    const words = make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); this.segmentWords(); } }, this.words, this.run);
-    const adding = make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); this.addName(); } },
-      this.newName, make("button", { type: "submit" }, "Add"));
-    this.element = make("div", {},
+    const words = form(() => this.segmentWords(), this.words, this.run);
+    const adding = form(() => this.addName(), this.newName, make("button", { type: "submit" }, "Add"));
+    this.element = make(
+      "div",
+      {},
       field("Structure", this.target),
-      make("label", { for: "medvl-new", class: "hidden" }, "Name of another structure"), adding,
-      make("label", { for: "medvl-words" }, "In words"), words,
+      make("label", { for: "medvl-new", class: "hidden" }, "Name of another structure"),
+      adding,
+      make("label", { for: "medvl-words" }, "In words"),
+      words,
       make("div", { class: "row", role: "group", "aria-label": "Prompts on the image" }, ...this.tools),
       make("div", { class: "row" }, this.undo, this.redo, this.clear),
       this.placedList,
-      make("h3", {}, "Automatically"), make("div", { class: "row" }, this.auto, this.autoOne),
-      this.byHand = make("div", {},
-        make("h3", {}, "By hand"),
-        make("div", { class: "row", role: "group", "aria-label": "The viewer's own tools" }, ...this.brushes),
-        field("Brush width in mm", this.size)),
-      make("h3", {}, "Structures with a mask"), this.present);
+      make("h3", {}, "Automatically"),
+      make("div", { class: "row" }, this.auto, this.autoOne),
+      this.brush.element,
+      make("h3", {}, "Structures with a mask"),
+      this.structures.element,
+    );
   }
 
   /** The image on screen changed, or its label map did. */
@@ -80,31 +91,17 @@ export class Segment {
     const known = labelmap.structures(image);
     const chosen = this.target.value;
     const options = known.map(({ name, index }) =>
-      make("option", { value: name }, counts[index] ? `${spoken(name)} (${counted(counts[index], "voxel")})` : spoken(name)));
+      make(
+        "option",
+        { value: name },
+        counts[index] ? `${spoken(name)} (${counted(counts[index], "voxel")})` : spoken(name),
+      ),
+    );
     replace(this.target, make("option", { value: AS_WORDS_SAY }, "as the words say"), ...options);
     this.target.value = known.some((item) => item.name === chosen) ? chosen : AS_WORDS_SAY;
-    replace(this.present, ...known.filter((item) => counts[item.index]).map((item) => this.#structure(image, item, counts[item.index])));
-    if (!this.present.children.length) replace(this.present, make("li", { class: "hint" }, "none yet"));
-    this.byHand.hidden = !Object.values(BRUSHES).every((tool) => hasTool(image, tool));
+    this.structures.refresh(image, known, counts);
+    this.brush.refresh(image);
     this.#buttons();
-  }
-
-  #structure(image, { name, index, locked, colour }, count) {
-    const visible = this.visible.get(name) ?? true;
-    const toggle = (text, set, label, act) => button(text, act, { class: set ? "set" : null, "aria-label": label, title: label });
-    return make("li", { "data-structure": name },
-      make("span", { class: "chip", style: `background: rgb(${colour.slice(0, 3).join(" ")})`, "aria-hidden": "true" }),
-      button(spoken(name), () => { this.choose(name); this.goTo(name); }, { class: "link", title: "Choose it and go there" }),
-      make("span", { class: "count" }, count.toLocaleString("en")),
-      toggle(visible ? "hide" : "show", !visible, `${visible ? "Hide" : "Show"} ${spoken(name)}`, () => {
-        this.visible.set(name, !visible);
-        labelmap.setVisible(image, index, !visible);
-        this.refresh();
-      }),
-      toggle(locked ? "unlock" : "lock", locked, `${locked ? "Release" : "Protect"} ${spoken(name)}`, () => {
-        labelmap.setLocked(index, !locked);
-        this.refresh();
-      }));
   }
 
   #buttons() {
@@ -120,13 +117,15 @@ export class Segment {
   }
 
   #listPlaced(prompts) {
-    const item = (text, remove) => make("li", {}, make("span", {}, text), button("×", remove, { "aria-label": `Remove ${text}` }));
+    const item = (text, remove) =>
+      make("li", {}, make("span", {}, text), button("×", remove, { "aria-label": `Remove ${text}` }));
     const points = (prompts?.points ?? []).map(({ voxel, label }, n) =>
-      item(`${label ? "inside" : "outside"} ${voxel.join(", ")}`, () => this.place((all) => all.removePoint(n))));
-    if (prompts?.box) {
-      points.push(item(`box ${prompts.box[0].join(", ")} to ${prompts.box[1].join(", ")}`, () => this.place((all) => { all.box = null; })));
-    }
-    if (prompts?.words) points.push(item(`“${prompts.words}”`, () => this.place((all) => { all.words = ""; })));
+      item(`${label ? "inside" : "outside"} ${voxel.join(", ")}`, () => this.place((all) => all.removePoint(n))),
+    );
+    const without = (key, empty) => () => this.place((all) => Object.assign(all, { [key]: empty }));
+    if (prompts?.box)
+      points.push(item(`box ${prompts.box.map((corner) => corner.join(", ")).join(" to ")}`, without("box", null)));
+    if (prompts?.words) points.push(item(`“${prompts.words}”`, without("words", "")));
     replace(this.placedList, ...points);
   }
 
@@ -165,42 +164,35 @@ export class Segment {
 
   useTool(tool) {
     const chosen = this.overlay.tool === tool ? null : tool;
-    if (chosen) this.#brushOff();
+    if (chosen) this.brush.putAway();
     this.overlay.use(chosen);
     for (const control of this.tools) control.setAttribute("aria-pressed", String(control.dataset.tool === chosen));
   }
 
-  useBrush(tool) {
-    const image = this.panel.image();
-    const pressed = this.brushes.find((control) => control.dataset.brush === tool).getAttribute("aria-pressed") === "true";
-    if (pressed) return this.#brushOff();
+  #beginByHand() {
     if (this.overlay.tool) this.useTool(this.overlay.tool);
     if (!this.target.value) this.choose(ANYTHING);
-    labelmap.activate(image, this.target.value);
-    useTool(image, tool);
-    this.#resize();
-    for (const control of this.brushes) control.setAttribute("aria-pressed", String(control.dataset.brush === tool));
-  }
-
-  #brushOff() {
-    if (this.brushes.every((control) => control.getAttribute("aria-pressed") === "false")) return;
-    useTool(this.panel.image(), "WindowLevel");
-    for (const control of this.brushes) control.setAttribute("aria-pressed", "false");
-  }
-
-  #resize() {
-    if (this.panel.image()) setBrushSize(this.panel.image(), Number(this.size.value));
+    labelmap.activate(this.panel.image(), this.target.value);
   }
 
   // --- requests -------------------------------------------------------------------------------------------------
 
   async segmentClasses(classes) {
     const image = this.panel.image();
-    await this.panel.work.run(KIND, classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs", async (signal) => {
-      const { params, file } = await api.infer("medvl_semantic", image.series, { client_id: clientId(), classes: classes.join(",") }, { signal });
-      await this.#paste(image, file, params.label_names);
-      this.panel.work.say(`Segmented ${counted((params.segmented ?? []).length, "structure")}`);
-    });
+    await this.panel.work.run(
+      KIND,
+      classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs",
+      async (signal) => {
+        const { params, file } = await api.infer(
+          "medvl_semantic",
+          image.series,
+          { client_id: clientId(), classes: classes.join(",") },
+          { signal },
+        );
+        await this.#paste(image, file, params.label_names);
+        this.panel.work.say(`Segmented ${counted((params.segmented ?? []).length, "structure")}`);
+      },
+    );
     this.refresh();
   }
 
@@ -208,10 +200,17 @@ export class Segment {
     const [image, words] = [this.panel.image(), this.words.value.trim()];
     if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in segment VI");
     if (this.target.value) {
-      return this.place((prompts) => { prompts.words = words; });
+      return this.place((prompts) => {
+        prompts.words = words;
+      });
     }
     await this.panel.work.run(KIND, `Segmenting “${words}”`, async (signal) => {
-      const { params, file } = await api.infer("medvl_referring", image.series, { client_id: clientId(), prompt: words }, { signal });
+      const { params, file } = await api.infer(
+        "medvl_referring",
+        image.series,
+        { client_id: clientId(), prompt: words },
+        { signal },
+      );
       const found = await this.#paste(image, file, params.label_names);
       this.panel.work.say(found.length ? `Found ${found.map(spoken).join(", ")}` : `Nothing found for “${words}”`);
       if (found.length) {
@@ -235,7 +234,9 @@ export class Segment {
     const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, this.#structureOf(name)]));
     labelmap.paste(image, mask.voxels, byValue);
     const counts = labelmap.counts(mask.voxels);
-    return Object.entries(byValue).filter(([value]) => counts[value]).map(([, name]) => name);
+    return Object.entries(byValue)
+      .filter(([value]) => counts[value])
+      .map(([, name]) => name);
   }
 
   /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, once more after it. */
@@ -273,7 +274,12 @@ export class Segment {
       this.prompts.set(name, prompts);
     }
     if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
-      const mask = now ? await writeNrrd(gridOf(image.volume), voxels.map((value) => (value === index ? 1 : 0))) : null;
+      const mask = now
+        ? await writeNrrd(
+            gridOf(image.volume),
+            voxels.map((value) => (value === index ? 1 : 0)),
+          )
+        : null;
       if (!prompts.past.length) prompts.base = mask;
       prompts.startFrom(mask);
       prompts.fingerprint = now;
@@ -321,7 +327,9 @@ export class Segment {
   }
 
   async #pasteBase(image, name, prompts) {
-    const voxels = prompts.base ? (await readNrrd(await prompts.base.arrayBuffer())).voxels : new Uint8Array(labelmap.voxels().length);
+    const voxels = prompts.base
+      ? (await readNrrd(await prompts.base.arrayBuffer())).voxels
+      : new Uint8Array(labelmap.voxels().length);
     labelmap.paste(image, voxels, { 1: name });
   }
 

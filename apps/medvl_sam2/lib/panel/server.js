@@ -34,7 +34,8 @@ export class Server {
       facts.push(["Jobs", error.status === 404 ? "this server does not tell" : error.message]);
     }
     replace(this.facts, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-    if (this.element.isConnected && !this.element.closest("[hidden]")) this.timer = setTimeout(() => this.#poll(), POLL_MS);
+    if (this.element.isConnected && !this.element.closest("[hidden]"))
+      this.timer = setTimeout(() => this.#poll(), POLL_MS);
   }
 
   async cases() {
@@ -42,16 +43,27 @@ export class Server {
     try {
       list = await api.cases();
     } catch (error) {
-      replace(this.caseList, make("li", { class: "hint" }, error.status === 404 ? "This server does not list its cases" : error.message));
+      replace(
+        this.caseList,
+        make("li", { class: "hint" }, error.status === 404 ? "This server does not list its cases" : error.message),
+      );
       return;
     }
-    replace(this.caseList, ...list.map((item) => {
-      const study = item.StudyInstanceUID;
-      const versions = item.versions ? counted(item.versions, "version") : item.labelled ? "labelled" : "no label";
-      const name = [item.PatientID, item.Modality, item.StudyDate].filter(Boolean).join(", ") || item.image;
-      const go = () => this.panel.goToStudy(study);
-      return make("li", { "data-image": item.image }, study ? button(name, go, { class: "link" }) : name, make("span", { class: "count" }, versions));
-    }));
+    replace(
+      this.caseList,
+      ...list.map((item) => {
+        const study = item.StudyInstanceUID;
+        const versions = item.versions ? counted(item.versions, "version") : item.labelled ? "labelled" : "no label";
+        const name = [item.PatientID, item.Modality, item.StudyDate].filter(Boolean).join(", ") || item.image;
+        const go = () => this.panel.goToStudy(study);
+        return make(
+          "li",
+          { "data-image": item.image },
+          study ? button(name, go, { class: "link" }) : name,
+          make("span", { class: "count" }, versions),
+        );
+      }),
+    );
     if (!list.length) replace(this.caseList, make("li", { class: "hint" }, "none"));
   }
 }
@@ -60,7 +72,9 @@ function jobFacts(jobs) {
   const [first, ...others] = jobs.inference;
   const { training, schedule, model } = jobs;
   const progress = training?.progress ? `, epoch ${training.progress.epoch} of ${training.progress.total_epochs}` : "";
-  const published = model.history.filter((item) => item.published).map((item) => `${item.version} (${clock(item.published)})`);
+  const published = model.history
+    .filter((item) => item.published)
+    .map((item) => `${item.version} (${clock(item.published)})`);
   const due = schedule.every_labels ? ` of ${schedule.every_labels} until the next training` : "";
   return [
     ["Model", model.refused ? `${model.loaded ?? "none"} (version ${model.refused} cannot be loaded)` : model.served],

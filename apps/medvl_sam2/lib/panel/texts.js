@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { author, clientId } from "./annotator.js";
-import { button, clock, make, replace, spoken } from "./dom.js";
+import { button, clock, form, make, replace, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
 import { readNrrd } from "./nrrd.js";
 import { jumpTo } from "./viewer.js";
@@ -11,7 +11,8 @@ const KIND = "text";
 
 /** What a stored text keeps of the draft it was made from. */
 const origin = (reply, evidence) => ({
-  model_version: reply.model_version, structures: [...new Set(evidence.map((item) => item.name))],
+  model_version: reply.model_version,
+  structures: [...new Set(evidence.map((item) => item.name))],
 });
 
 export class Texts {
@@ -20,25 +21,45 @@ export class Texts {
     this.panel = panel;
     this.answered = null;
     this.drafted = null;
-    this.question = make("input", { id: "medvl-question", placeholder: "is there a lesion in the liver?", maxlength: 2000 });
+    this.question = make("input", {
+      id: "medvl-question",
+      placeholder: "is there a lesion in the liver?",
+      maxlength: 2000,
+    });
     this.askButton = make("button", { type: "submit", class: "primary" }, "Ask");
     this.answer = make("textarea", { id: "medvl-answer", rows: 2, maxlength: 10000 });
     this.answerEvidence = make("div", { class: "evidence" });
     this.storeAnswer = button("Store the answer", () => this.store("answer"));
-    this.answerBox = make("div", { hidden: true },
-      make("label", { for: "medvl-answer" }, "Answer (correct it where it is wrong)"), this.answer, this.answerEvidence, this.storeAnswer);
+    this.answerBox = make(
+      "div",
+      { hidden: true },
+      make("label", { for: "medvl-answer" }, "Answer (correct it where it is wrong)"),
+      this.answer,
+      this.answerEvidence,
+      this.storeAnswer,
+    );
     this.draftButton = button("Draft a report", () => this.draftReport(), { class: "primary" });
     this.report = make("textarea", { id: "medvl-report", rows: 8, maxlength: 10000, oninput: () => this.#buttons() });
     this.sentences = make("ul", { class: "sentences", "aria-label": "Sentences and what they rest on" });
     this.storeReport = button("Store the report", () => this.store("report"));
     this.hide = button("Hide the evidence", () => this.hideEvidence(), { hidden: true });
     this.stored = make("ol", { class: "versions", "aria-label": "Stored texts of this case" });
-    const form = make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); this.ask(); } }, this.question, this.askButton);
-    this.element = make("div", {},
-      make("label", { for: "medvl-question" }, "Question"), form, this.answerBox,
-      make("h3", {}, "Report"), make("div", { class: "row" }, this.draftButton, this.hide),
-      make("label", { for: "medvl-report" }, "Text (correct it before you store it)"), this.report, this.sentences, this.storeReport,
-      make("h3", {}, "Stored texts"), this.stored);
+    const asking = form(() => this.ask(), this.question, this.askButton);
+    this.element = make(
+      "div",
+      {},
+      make("label", { for: "medvl-question" }, "Question"),
+      asking,
+      this.answerBox,
+      make("h3", {}, "Report"),
+      make("div", { class: "row" }, this.draftButton, this.hide),
+      make("label", { for: "medvl-report" }, "Text (correct it before you store it)"),
+      this.report,
+      this.sentences,
+      this.storeReport,
+      make("h3", {}, "Stored texts"),
+      this.stored,
+    );
     panel.work.onChange(() => this.#buttons());
     this.#buttons();
   }
@@ -58,7 +79,11 @@ export class Texts {
       this.answered = { question, draft: reply.answer, ...origin(reply, reply.evidence) };
       this.answer.value = reply.answer;
       this.answerBox.hidden = false;
-      replace(this.answerEvidence, ...this.#evidence(image, reply.evidence), reply.notice && make("p", { class: "hint" }, reply.notice));
+      replace(
+        this.answerEvidence,
+        ...this.#evidence(image, reply.evidence),
+        reply.notice && make("p", { class: "hint" }, reply.notice),
+      );
     });
   }
 
@@ -66,19 +91,32 @@ export class Texts {
     const image = this.panel.image();
     await this.panel.work.run(KIND, "Drafting", async (signal) => {
       const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
-      this.drafted = { question: "", draft: reply.text, ...origin(reply, reply.sentences.flatMap((item) => item.evidence)) };
+      this.drafted = {
+        question: "",
+        draft: reply.text,
+        ...origin(
+          reply,
+          reply.sentences.flatMap((item) => item.evidence),
+        ),
+      };
       this.report.value = reply.text;
-      const lines = reply.sentences.map((sentence) => make("li", {}, `${sentence.text} `, ...this.#evidence(image, sentence.evidence)));
+      const lines = reply.sentences.map((sentence) =>
+        make("li", {}, `${sentence.text} `, ...this.#evidence(image, sentence.evidence)),
+      );
       replace(this.sentences, ...lines, reply.notice && make("li", { class: "hint" }, reply.notice));
     });
   }
 
   /** A chip for every structure a text rests on; a click shows its mask beside the label map and goes there. */
   #evidence(image, evidence) {
-    return evidence.map((item) => button(spoken(item.name), () => this.showEvidence(image, item), {
-      class: "evidence-chip", disabled: !item.voxels, "data-evidence": item.name,
-      title: item.voxels ? item.why : `${item.why}; the image map does not show it`,
-    }));
+    return evidence.map((item) =>
+      button(spoken(item.name), () => this.showEvidence(image, item), {
+        class: "evidence-chip",
+        disabled: !item.voxels,
+        "data-evidence": item.name,
+        title: item.voxels ? item.why : `${item.why}; the image map does not show it`,
+      }),
+    );
   }
 
   async showEvidence(image, item) {
@@ -108,9 +146,12 @@ export class Texts {
       const body = { kind, text, author: author(), ...(report ? (this.drafted ?? {}) : this.answered) };
       const record = await api.storeText(image.series, body, { signal });
       await this.#load(image, signal);
-      if (record.sr_error) throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
+      if (record.sr_error)
+        throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
       const waiting = record.sr?.waiting ? ` (waits: ${record.sr.waiting})` : "";
-      this.panel.work.say(`Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`);
+      this.panel.work.say(
+        `Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`,
+      );
     });
   }
 
@@ -132,12 +173,22 @@ export class Texts {
       replace(this.stored, make("li", { class: "hint" }, `No stored texts: ${error.message}`));
       return;
     }
-    replace(this.stored, ...[...versions].reverse().map((version) => make("li", { "data-text": version.version },
-      make("div", {}, make("strong", {}, `${version.kind} ${version.version}`), version.sr ? " DICOM SR" : ""),
-      make("div", { class: "hint" }, `${version.author || "unknown"}, ${clock(version.time)}`),
-      version.question ? make("div", { class: "hint" }, version.question) : null,
-      make("div", { class: "note" }, version.text),
-      version.kind === "report" ? button("Edit", () => this.edit(version)) : null)));
+    replace(
+      this.stored,
+      ...[...versions]
+        .reverse()
+        .map((version) =>
+          make(
+            "li",
+            { "data-text": version.version },
+            make("div", {}, make("strong", {}, `${version.kind} ${version.version}`), version.sr ? " DICOM SR" : ""),
+            make("div", { class: "hint" }, `${version.author || "unknown"}, ${clock(version.time)}`),
+            version.question ? make("div", { class: "hint" }, version.question) : null,
+            make("div", { class: "note" }, version.text),
+            version.kind === "report" ? button("Edit", () => this.edit(version)) : null,
+          ),
+        ),
+    );
     if (!versions.length) replace(this.stored, make("li", { class: "hint" }, "none yet"));
   }
 

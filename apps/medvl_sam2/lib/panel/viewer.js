@@ -16,12 +16,19 @@ export function current() {
   for (const id of ids) {
     const viewport = viewportService().getCornerstoneViewport(id);
     const volume = viewport?.getVolumeId && window.cornerstone.cache.getVolume(viewport.getVolumeId());
-    const displaySet = services().displaySetService.getDisplaySetByUID(grid.viewports.get(id)?.displaySetInstanceUIDs?.[0]);
+    const displaySet = services().displaySetService.getDisplaySetByUID(
+      grid.viewports.get(id)?.displaySetInstanceUIDs?.[0],
+    );
     if (volume?.imageData && displaySet && IMAGES.includes(displaySet.Modality)) {
       return {
-        series: displaySet.SeriesInstanceUID, study: displaySet.StudyInstanceUID,
-        description: displaySet.SeriesDescription ?? "", modality: displaySet.Modality,
-        patient: displaySet.instances?.[0]?.PatientID ?? "", displaySet, viewport, volume,
+        series: displaySet.SeriesInstanceUID,
+        study: displaySet.StudyInstanceUID,
+        description: displaySet.SeriesDescription ?? "",
+        modality: displaySet.Modality,
+        patient: displaySet.instances?.[0]?.PatientID ?? "",
+        displaySet,
+        viewport,
+        volume,
       };
     }
   }
@@ -52,9 +59,16 @@ export function gridOf(volume) {
 export function sameGrid(a, b) {
   if (a.sizes.some((size, n) => size !== b.sizes[n])) return false;
   const at = (grid, corner) =>
-    grid.origin.map((start, d) => start + grid.axes.reduce((sum, axis, n) => sum + axis[d] * corner[n] * (grid.sizes[n] - 1), 0));
+    grid.origin.map(
+      (start, d) => start + grid.axes.reduce((sum, axis, n) => sum + axis[d] * corner[n] * (grid.sizes[n] - 1), 0),
+    );
   const half = 0.5 * Math.min(...b.axes.map((axis) => Math.hypot(...axis)));
-  return [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]].every((corner) => {
+  return [
+    [0, 0, 0],
+    [1, 0, 0],
+    [0, 1, 0],
+    [0, 0, 1],
+  ].every((corner) => {
     const [p, q] = [at(a, corner), at(b, corner)];
     return Math.hypot(p[0] - q[0], p[1] - q[1], p[2] - q[2]) <= half;
   });
@@ -129,5 +143,6 @@ export function viewportUnder(image, target) {
 export function makeRoom() {
   if (window.innerWidth >= 1600) return;
   // An open panel's arrow stands in its header; a closed one's is a bar of its own.
-  for (const side of ["left", "right"]) document.querySelector(`[data-cy="side-panel-header-${side}"].absolute`)?.click();
+  for (const side of ["left", "right"])
+    document.querySelector(`[data-cy="side-panel-header-${side}"].absolute`)?.click();
 }

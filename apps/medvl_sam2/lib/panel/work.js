@@ -52,15 +52,28 @@ export class Work {
 
   complain(text) {
     if (!text) replace(this.alert);
-    else replace(this.alert, make("span", {}, text), button("×", () => this.complain(null), { "aria-label": "Dismiss the message" }));
+    else
+      replace(
+        this.alert,
+        make("span", {}, text),
+        button("×", () => this.complain(null), { "aria-label": "Dismiss the message" }),
+      );
   }
 
   show() {
     const lines = [...this.running.entries()].map(([kind, job]) => {
       const seconds = Math.round((Date.now() - job.started) / 1000);
       const text = `${job.title}… ${job.place}${seconds ? ` ${seconds} s` : ""}`;
-      const stop = button("Stop waiting", () => this.stop(kind), { title: "The server finishes it; its result is not used" });
-      return make("div", { class: "job" }, make("span", { class: "spinner", "aria-hidden": "true" }), make("span", {}, text), stop);
+      const stop = button("Stop waiting", () => this.stop(kind), {
+        title: "The server finishes it; its result is not used",
+      });
+      return make(
+        "div",
+        { class: "job" },
+        make("span", { class: "spinner", "aria-hidden": "true" }),
+        make("span", {}, text),
+        stop,
+      );
     });
     replace(this.status, ...(lines.length ? lines : [make("span", {}, this.said ?? "Ready")]));
     for (const listener of this.listeners) listener();
@@ -72,7 +85,7 @@ export class Work {
     this.said = "No longer waiting; what the server still computes is not used";
   }
 
-  /** While something runs, ask about our place in the queue once a second; where the server does not tell, count seconds only. */
+  /** While something runs, ask once a second for our place in the queue; a server that does not tell is no error. */
   poll() {
     if (this.timer || !this.running.size) return;
     this.timer = setTimeout(async () => {
