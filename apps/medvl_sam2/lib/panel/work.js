@@ -63,7 +63,7 @@ export class Work {
   show() {
     const lines = [...this.running.entries()].map(([kind, job]) => {
       const seconds = Math.round((Date.now() - job.started) / 1000);
-      const text = `${job.title}… ${job.place}${seconds ? ` ${seconds} s` : ""}`;
+      const text = `${job.title}… ${job.place}${seconds ? ` ${seconds}\u00a0s` : ""}`;
       const stop = button("Stop waiting", () => this.stop(kind), {
         title: "The server finishes it; its result is not used",
       });
