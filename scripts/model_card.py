@@ -55,8 +55,8 @@ IMAGE_TEXT = """
 
 The folder `alignment` ({parameters:.2f} million parameters, {megabytes:.1f} MB) is a SigLIP head over the scene of
 these weights with a text tower of its own. {notice} SHA-256 of its weights: `{sha256}`. The rows of
-retrieval below count a hit for a volume's own report. Many generated reports say the same in other words, and nothing in
-an image tells the words, so knowing every fact would reach 0.87 of 500. A model that sees nothing scores the chance
+retrieval below count a hit for a volume's own report. Many generated reports say the same in other words, and nothing
+in an image tells the words, so knowing every fact would reach 0.87 of 500. A model that sees nothing scores the chance
 beside each row.
 """
 

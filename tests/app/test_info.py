@@ -43,8 +43,9 @@ def test_options_never_overwrite_prompts(running: Running) -> None:
     reserved = {"label", "foreground", "background", "roi", "slice", "image", "model", *info["labels"]}
     for model in info["models"].values():
         assert not reserved & set(model["config"])
-    assert info["models"]["medvl_semantic"]["config"] == {"classes": ""}
-    assert info["models"]["medvl_referring"]["config"] == {"prompt": ""}
+    saving = {"save_label": False, "label_tag": ["original", "final"]}
+    assert info["models"]["medvl_semantic"]["config"] == {"classes": "", **saving}
+    assert info["models"]["medvl_referring"]["config"] == {"prompt": "", **saving}
     assert info["models"]["medvl_vqa"]["config"] == {"question": ""}
 
 

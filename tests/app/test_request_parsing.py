@@ -99,6 +99,7 @@ def test_uploaded_mask_is_a_prompt_and_a_path_elsewhere_is_a_name(tmp_path: Path
         assert prompt.mask is not None
         assert np.argwhere(prompt.mask).tolist() == [[1, 2, 3]]
         assert parsing.parse_label({"label": str(uploaded)}) == "object"
+        assert parsing.parse_label({"label": str(uploaded), "label_name": "lesion 2"}) == "lesion 2"
     finally:
         uploaded.unlink()
     assert parsing.parse_prompt({"label": str(elsewhere)}).mask is None

@@ -157,9 +157,14 @@ def parse_painted(request: Mapping[str, Any]) -> tuple[str, Prompt]:
 
 
 def parse_label(request: Mapping[str, Any]) -> str:
-    """Name of the segment an annotator works on: Slicer sends it, OHIF does not (then :data:`OBJECT_LABEL`)."""
+    """Name of the segment an annotator works on: Slicer sends it, OHIF does not (then :data:`OBJECT_LABEL`).
+
+    Beside an uploaded mask, whose file MONAI Label puts under ``label``, the name comes as ``label_name``.
+    """
     name = request.get("label")
-    if not isinstance(name, str) or not name.strip() or _uploaded(name):
+    if isinstance(name, str) and _uploaded(name):
+        name = request.get("label_name")
+    if not isinstance(name, str) or not name.strip():
         return OBJECT_LABEL
     return _checked_text(name, "label")
 

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from lib.api import cases, health, jobs, labels, proxy, texts
+from lib.api import cases, health, jobs, labels, panel, proxy, texts
 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
@@ -12,5 +12,6 @@ ROUTERS: tuple[APIRouter, ...] = (
     labels.upload_router,
     texts.router,
     proxy.router,
+    panel.router,
 )
 """Included by :func:`lib.server.build_app`, before MONAI Label's own routes: one may stand in for one of those."""

@@ -23,6 +23,8 @@ from medvl_sam2.types import Segmentation
 from medvl_sam2.vocabulary import CLASSES, spoken
 
 _PROMPT_EXAMPLE = "the largest lesion in the right lobe of the liver"
+# Unmodified OHIF has no button to save: with the first option ticked, the server stores what it answers.
+_SAVING = {"save_label": False, "label_tag": ["original", "final"]}
 _LESION = re.compile(r"\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b", re.IGNORECASE)
 
 
@@ -36,7 +38,7 @@ class SemanticTask(MedVLTask):
             {name: LABEL_VALUES[name] for name in CLASSES},
             "Segments organs and lesions by name. Option classes: names with commas, empty for all. "
             "Not for clinical use.",
-            {"classes": ""},
+            {"classes": "", **_SAVING},
         )
 
     def check(self, request: Mapping[str, Any]) -> None:
@@ -59,7 +61,7 @@ class ReferringTask(MedVLTask):
             LABEL_VALUES,
             f"Segments what a sentence describes. Type it into option prompt, e.g. {_PROMPT_EXAMPLE!r}. "
             "Not for clinical use.",
-            {"prompt": ""},
+            {"prompt": "", **_SAVING},
         )
 
     def check(self, request: Mapping[str, Any]) -> None:

@@ -1,0 +1,50 @@
+// OHIF's own brush and eraser, which its MONAI Label mode has but shows no buttons for.
+
+import { button, field, make } from "./dom.js";
+import { hasTool, setBrushSize, useTool } from "./viewer.js";
+
+const TOOLS = { Brush: "CircularBrush", Eraser: "CircularEraser" };
+const FIRST_MM = 20;
+
+export class Brush {
+  /** `begin()` is called before a tool is taken up: the structure to paint must be the active one then. */
+  constructor(panel, begin) {
+    this.panel = panel;
+    this.begin = begin;
+    this.tools = Object.entries(TOOLS).map(([text, tool]) =>
+      button(text, () => this.use(tool), { "data-brush": tool, "aria-pressed": "false" }),
+    );
+    const resize = () => panel.image() && this.#resize();
+    this.size = make("input", { id: "medvl-brush", type: "range", min: 2, max: 60, value: FIRST_MM, oninput: resize });
+    this.element = make(
+      "div",
+      {},
+      make("h3", {}, "By hand"),
+      make("div", { class: "row", role: "group", "aria-label": "The viewer's own tools" }, ...this.tools),
+      field("Brush width in mm", this.size),
+    );
+  }
+
+  refresh(image) {
+    this.element.hidden = !Object.values(TOOLS).every((tool) => hasTool(image, tool));
+  }
+
+  use(tool) {
+    const pressed = this.tools.find((control) => control.dataset.brush === tool).getAttribute("aria-pressed");
+    if (pressed === "true") return this.putAway();
+    this.begin();
+    useTool(this.panel.image(), tool);
+    this.#resize();
+    for (const control of this.tools) control.setAttribute("aria-pressed", String(control.dataset.brush === tool));
+  }
+
+  putAway() {
+    if (this.tools.every((control) => control.getAttribute("aria-pressed") === "false")) return;
+    useTool(this.panel.image(), "WindowLevel");
+    for (const control of this.tools) control.setAttribute("aria-pressed", "false");
+  }
+
+  #resize() {
+    setBrushSize(this.panel.image(), Number(this.size.value));
+  }
+}

@@ -1,0 +1,210 @@
+// The tab "Save": versions of this case's label, saved, submitted, opened again, compared and restored.
+
+import * as api from "./api.js";
+import { author, clientId } from "./annotator.js";
+import { button, clock, counted, make, replace, spoken } from "./dom.js";
+import * as labelmap from "./labelmap.js";
+import { readNrrd, writeNrrd } from "./nrrd.js";
+import { gridOf } from "./viewer.js";
+
+const KIND = "label";
+
+export class Labels {
+  /** `panel` has `image()`, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
+  constructor(panel) {
+    this.panel = panel;
+    this.unsaved = false;
+    this.list = [];
+    this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
+    this.save = button("Save", () => this.store("draft"), { title: "A new version; go on later" });
+    this.submit = button("Submit", () => this.store("submitted"), {
+      class: "primary",
+      title: "A new version, finished",
+    });
+    this.state = make("p", { class: "hint" });
+    this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
+    this.agree = button("Agreement of the annotators", () => this.showAgreement());
+    this.figures = make("div", { class: "figures", "aria-live": "polite" });
+    this.element = make(
+      "div",
+      {},
+      make("label", { for: "medvl-note" }, "Note"),
+      this.note,
+      make("div", { class: "row" }, this.save, this.submit),
+      this.state,
+      make("h3", {}, "Versions of this case"),
+      this.history,
+      this.agree,
+      this.figures,
+    );
+    panel.work.onChange(() => this.#buttons());
+  }
+
+  #buttons() {
+    const busy = this.panel.work.busy(KIND);
+    for (const control of this.element.querySelectorAll("button")) control.disabled = busy;
+    this.state.textContent = this.unsaved ? "Changed since the last version" : "";
+  }
+
+  changed() {
+    this.unsaved = true;
+    this.#buttons();
+  }
+
+  async store(status) {
+    const image = this.panel.image();
+    if (!image) return null;
+    if (!author()) return this.panel.askAuthor();
+    return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
+      const voxels = labelmap.voxels();
+      const counts = labelmap.counts(voxels);
+      const present = labelmap.structures(image).filter((item) => counts[item.index]);
+      if (!present.length) throw new Error("there is no mask yet");
+      const params = {
+        author: author(),
+        client_id: clientId(),
+        source: "ohif",
+        note: this.note.value.trim(),
+        segmentationMeta: { status },
+        model_version: this.panel.modelVersion(),
+        prompts: this.panel.segment.record(),
+        label_info: present.map(({ name, index }) => ({ name, idx: index })),
+      };
+      const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
+        signal,
+      });
+      this.unsaved = false;
+      this.note.value = "";
+      await this.#load(image, signal);
+      this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
+      return record;
+    });
+  }
+
+  /** Read the history of the case on screen. */
+  async refresh() {
+    const image = this.panel.image();
+    replace(this.figures);
+    if (image) await this.panel.work.run("versions", "Reading the versions", (signal) => this.#load(image, signal));
+  }
+
+  async #load(image, signal) {
+    try {
+      const { versions, final } = await api.versions(image.series, { signal });
+      [this.list, this.final] = [versions, final];
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      this.list = [];
+      replace(this.history, make("li", { class: "hint" }, `No versions: ${error.message}`));
+      return;
+    }
+    const newest = [...this.list].sort((a, b) => b.version - a.version);
+    replace(this.history, ...newest.map((version) => this.#version(version)));
+    if (!newest.length) replace(this.history, make("li", { class: "hint" }, "none yet"));
+    this.agree.hidden = new Set(this.list.map((version) => version.author)).size < 2;
+  }
+
+  #version(version) {
+    const number = version.version;
+    const marks = [
+      version.status,
+      number === this.final ? "final" : "",
+      version.restored_from ? `from version ${version.restored_from}` : "",
+    ];
+    const others = this.list.filter((item) => item.version < number);
+    const previous = others.length ? Math.max(...others.map((item) => item.version)) : null;
+    return make(
+      "li",
+      { "data-version": number },
+      make("div", {}, make("strong", {}, `Version ${number}`), ` ${marks.filter(Boolean).join(", ")}`),
+      make("div", { class: "hint" }, `${version.author || "unknown"}, ${clock(version.time)}, ${version.source ?? ""}`),
+      version.note ? make("div", { class: "note" }, version.note) : null,
+      make("div", { class: "hint" }, (version.structures ?? []).map((item) => spoken(item.name)).join(", ")),
+      make(
+        "div",
+        { class: "row" },
+        button("Open", () => this.reopen(version), { "aria-label": `Open version ${number}` }),
+        previous ? button(`Compare with ${previous}`, () => this.compare(previous, number)) : null,
+        number === this.final
+          ? null
+          : button("Restore", () => this.restore(number), { "aria-label": `Restore version ${number}` }),
+      ),
+    );
+  }
+
+  /** Put a version on screen in place of the present label map. */
+  async reopen(version) {
+    const image = this.panel.image();
+    if (!(await this.panel.mayLeave("open another version"))) return;
+    await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
+      const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
+      labelmap.checkGrid(image, mask);
+      labelmap.pasteAll(
+        image,
+        mask.voxels,
+        Object.fromEntries(version.structures.map(({ name, value }) => [value, name])),
+      );
+      this.panel.segment.forget();
+      this.unsaved = false;
+      this.panel.work.say(`Version ${version.version} is on screen`);
+    });
+    this.panel.segment.refresh();
+  }
+
+  async restore(version) {
+    const image = this.panel.image();
+    if (!author()) return this.panel.askAuthor();
+    await this.panel.work.run(KIND, `Restoring version ${version}`, async (signal) => {
+      const body = { author: author(), note: this.note.value.trim() || `version ${version} restored` };
+      const record = await api.restore(image.series, version, body, { signal });
+      await this.#load(image, signal);
+      this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);
+    });
+  }
+
+  async compare(a, b) {
+    const image = this.panel.image();
+    await this.panel.work.run(KIND, `Comparing ${a} and ${b}`, async (signal) => {
+      this.#figures(`Version ${a} against ${b}`, await api.compare(image.series, a, b, { signal }));
+    });
+  }
+
+  async showAgreement() {
+    const image = this.panel.image();
+    await this.panel.work.run(KIND, "Comparing the annotators", async (signal) => {
+      this.#figures("Agreement", await api.agreement(image.series, { signal }));
+    });
+  }
+
+  #figures(title, reply) {
+    const pairs = reply.pairs ?? [{ structures: reply.structures }];
+    const number = (value) => (typeof value === "number" ? value.toFixed(3) : "–");
+    const rows = pairs.flatMap((pair) =>
+      (pair.structures ?? []).map((item) =>
+        make(
+          "tr",
+          {},
+          make("th", { scope: "row" }, spoken(item.name)),
+          make("td", {}, pair.authors ? pair.authors.join(" / ") : ""),
+          make("td", {}, number(item.dice)),
+          make("td", {}, number(item.nsd)),
+        ),
+      ),
+    );
+    const head = make(
+      "tr",
+      {},
+      ...["Structure", "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
+    );
+    replace(
+      this.figures,
+      make(
+        "table",
+        {},
+        make("caption", {}, `${title}: ${counted(rows.length, "structure")}`),
+        make("thead", {}, head),
+        make("tbody", {}, ...rows),
+      ),
+    );
+  }
+}

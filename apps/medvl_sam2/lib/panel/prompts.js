@@ -1,0 +1,104 @@
+// What an annotator has placed for one structure, and the steps back and forth through it.
+
+/** Prompts of one structure; `start` is the mask (NRRD Blob) they build on, `base` the one before the first of them. */
+export class Prompts {
+  constructor() {
+    this.points = [];
+    this.box = null;
+    this.words = "";
+    this.start = null;
+    this.base = null;
+    this.past = [];
+    this.future = [];
+    this.fingerprint = null;
+  }
+
+  get empty() {
+    return !this.points.length && !this.box && !this.words;
+  }
+
+  addPoint(voxel, label) {
+    this.points = [...this.points, { voxel, label }];
+  }
+
+  setBox(a, b) {
+    this.box = [a.map((n, axis) => Math.min(n, b[axis])), a.map((n, axis) => Math.max(n, b[axis]))];
+  }
+
+  removePoint(index) {
+    this.points = this.points.filter((_, n) => n !== index);
+  }
+
+  /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand. */
+  startFrom(mask) {
+    [this.points, this.box, this.words, this.start] = [[], null, "", mask];
+  }
+
+  /** As `medvl_interactive` takes them. */
+  asParams(name) {
+    const of = (label) => this.points.filter((point) => point.label === label).map((point) => point.voxel);
+    return {
+      ...(this.start ? { label_name: name } : { label: name }),
+      foreground: of(1),
+      background: of(0),
+      ...(this.box && { box: this.box }),
+      ...(this.words && { prompt: this.words }),
+    };
+  }
+
+  /** For the record of a saved version. */
+  asRecord(name) {
+    return {
+      structure: name,
+      points: this.points,
+      box: this.box,
+      words: this.words,
+      started_from_mask: Boolean(this.start),
+    };
+  }
+
+  #snapshot() {
+    return { points: this.points, box: this.box, words: this.words, start: this.start };
+  }
+
+  /** The server answered the prompts as they are now: one more step to go back to. */
+  answered() {
+    this.past.push(this.#snapshot());
+    this.future = [];
+  }
+
+  get canUndo() {
+    return this.past.length > 0;
+  }
+
+  get canRedo() {
+    return this.future.length > 0;
+  }
+
+  /** Go a step back; the prompts of the step before count again (none before the first). */
+  undone() {
+    this.future.push(this.past.pop());
+    Object.assign(this, this.past.at(-1) ?? { points: [], box: null, words: "", start: this.base });
+  }
+
+  redone() {
+    this.past.push(this.future.pop());
+    Object.assign(this, this.past.at(-1));
+  }
+
+  /** Drop what was placed but never answered. */
+  revert() {
+    Object.assign(this, this.past.at(-1) ?? { points: [], box: null, words: "", start: this.base });
+  }
+}
+
+/** A number a value of a label map that changes when its voxels do, as text: `fingerprints(voxels)[index]`. */
+export function fingerprints(voxels) {
+  const counts = new Float64Array(256);
+  const mixes = new Uint32Array(256);
+  for (let n = 0; n < voxels.length; n++) {
+    counts[voxels[n]]++;
+    mixes[voxels[n]] += Math.imul(n + 1, 2654435761);
+  }
+  return Array.from(counts, (count, value) => (count ? `${count}:${mixes[value]}` : ""));
+}

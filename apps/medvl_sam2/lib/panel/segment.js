@@ -1,0 +1,358 @@
+// The tab "Segment": words, clicks and boxes to masks in the viewer's label map, corrected by more of them or by hand.
+
+import * as api from "./api.js";
+import { clientId } from "./annotator.js";
+import { Brush } from "./brush.js";
+import { button, counted, field, form, make, replace, select, spoken } from "./dom.js";
+import * as labelmap from "./labelmap.js";
+import { readNrrd, writeNrrd } from "./nrrd.js";
+import { Overlay } from "./overlay.js";
+import { Prompts, fingerprints } from "./prompts.js";
+import { Structures } from "./structures.js";
+import { gridOf, jumpTo } from "./viewer.js";
+
+const AS_WORDS_SAY = "";
+const ANYTHING = "object";
+const KIND = "segment";
+const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
+
+export class Segment {
+  /** `panel` has `image()`, `names()` (the server's labels) and `work`. */
+  constructor(panel) {
+    this.panel = panel;
+    this.prompts = new Map();
+    this.again = false;
+    this.overlay = new Overlay({
+      image: () => panel.image(),
+      marks: () => this.placed(),
+      onPoint: (voxel, label) => this.place((prompts) => prompts.addPoint(voxel, label)),
+      onBox: (a, b) => this.place((prompts) => prompts.setBox(a, b)),
+      onRemovePoint: (index) => this.place((prompts) => prompts.removePoint(index)),
+      onMiss: () => panel.work.complain("That place is outside the image; click on it"),
+    });
+    this.#build();
+    panel.work.onChange(() => this.#buttons());
+  }
+
+  // --- what is on the page --------------------------------------------------------------------------------------
+
+  #build() {
+    this.target = select("medvl-target", [[AS_WORDS_SAY, "as the words say"]], {
+      onchange: () => this.#targetChosen(),
+    });
+    this.newName = make("input", { id: "medvl-new", placeholder: "another name, e.g. lesion 2", maxlength: 60 });
+    this.words = make("input", { id: "medvl-words", placeholder: "segment the lesion in segment VI", maxlength: 2000 });
+    this.tools = Object.entries({ add: "+ Inside", remove: "− Outside", box: "▭ Box" }).map(([tool, text]) =>
+      button(text, () => this.useTool(tool), { "data-tool": tool, "aria-pressed": "false" }),
+    );
+    this.undo = button("Undo", () => this.move("undo"));
+    this.redo = button("Redo", () => this.move("redo"));
+    this.clear = button("Clear", () => this.clearPrompts(), {
+      title: "Take all prompts and the mask of this structure away",
+    });
+    this.auto = button("All organs", () => this.segmentClasses([]), { title: "Every class of the model" });
+    this.autoOne = button("This structure", () => this.segmentClasses([this.target.value]));
+    this.run = make("button", { type: "submit", class: "primary" }, "Segment");
+    this.brush = new Brush(this.panel, () => this.#beginByHand());
+    this.structures = new Structures({
+      choose: (name) => {
+        this.choose(name);
+        this.goTo(name);
+      },
+      changed: () => this.refresh(),
+    });
+    this.placedList = make("ul", { class: "placed", "aria-label": "Placed prompts" });
+    const words = form(() => this.segmentWords(), this.words, this.run);
+    const adding = form(() => this.addName(), this.newName, make("button", { type: "submit" }, "Add"));
+    this.element = make(
+      "div",
+      {},
+      field("Structure", this.target),
+      make("label", { for: "medvl-new", class: "hidden" }, "Name of another structure"),
+      adding,
+      make("label", { for: "medvl-words" }, "In words"),
+      words,
+      make("div", { class: "row", role: "group", "aria-label": "Prompts on the image" }, ...this.tools),
+      make("div", { class: "row" }, this.undo, this.redo, this.clear),
+      this.placedList,
+      make("h3", {}, "Automatically"),
+      make("div", { class: "row" }, this.auto, this.autoOne),
+      this.brush.element,
+      make("h3", {}, "Structures with a mask"),
+      this.structures.element,
+    );
+  }
+
+  /** The image on screen changed, or its label map did. */
+  refresh() {
+    const image = this.panel.image();
+    if (!image) return;
+    const counts = labelmap.counts(labelmap.voxels());
+    const known = labelmap.structures(image);
+    const chosen = this.target.value;
+    const options = known.map(({ name, index }) =>
+      make(
+        "option",
+        { value: name },
+        counts[index] ? `${spoken(name)} (${counted(counts[index], "voxel")})` : spoken(name),
+      ),
+    );
+    replace(this.target, make("option", { value: AS_WORDS_SAY }, "as the words say"), ...options);
+    this.target.value = known.some((item) => item.name === chosen) ? chosen : AS_WORDS_SAY;
+    this.structures.refresh(image, known, counts);
+    this.brush.refresh(image);
+    this.#buttons();
+  }
+
+  #buttons() {
+    const busy = this.panel.work.busy(KIND);
+    const prompts = this.prompts.get(this.target.value);
+    for (const control of [this.run, this.auto]) control.disabled = busy;
+    this.autoOne.disabled = busy || !this.panel.classes().includes(this.target.value);
+    this.undo.disabled = busy || !prompts?.canUndo;
+    this.redo.disabled = busy || !prompts?.canRedo;
+    this.clear.disabled = busy || !this.target.value;
+    this.#listPlaced(prompts);
+    this.overlay.draw();
+  }
+
+  #listPlaced(prompts) {
+    const item = (text, remove) =>
+      make("li", {}, make("span", {}, text), button("×", remove, { "aria-label": `Remove ${text}` }));
+    const points = (prompts?.points ?? []).map(({ voxel, label }, n) =>
+      item(`${label ? "inside" : "outside"} ${voxel.join(", ")}`, () => this.place((all) => all.removePoint(n))),
+    );
+    const without = (key, empty) => () => this.place((all) => Object.assign(all, { [key]: empty }));
+    if (prompts?.box)
+      points.push(item(`box ${prompts.box.map((corner) => corner.join(", ")).join(" to ")}`, without("box", null)));
+    if (prompts?.words) points.push(item(`“${prompts.words}”`, without("words", "")));
+    replace(this.placedList, ...points);
+  }
+
+  placed() {
+    return this.prompts.get(this.target.value) ?? { points: [], box: null };
+  }
+
+  choose(name) {
+    labelmap.indexOf(this.panel.image(), name);
+    this.refresh();
+    this.target.value = name;
+    this.#targetChosen();
+  }
+
+  #targetChosen() {
+    const image = this.panel.image();
+    if (image && this.target.value) labelmap.activate(image, this.target.value);
+    this.#buttons();
+  }
+
+  addName() {
+    const name = this.newName.value.trim();
+    if (!name || !this.panel.image()) return;
+    this.newName.value = "";
+    this.choose(name);
+  }
+
+  goTo(name) {
+    const image = this.panel.image();
+    const index = labelmap.indexOf(image, name);
+    const voxel = labelmap.centre(labelmap.voxels(), image.volume.dimensions, (value) => value === index);
+    if (voxel) jumpTo(image, voxel);
+  }
+
+  // --- tools ----------------------------------------------------------------------------------------------------
+
+  useTool(tool) {
+    const chosen = this.overlay.tool === tool ? null : tool;
+    if (chosen) this.brush.putAway();
+    this.overlay.use(chosen);
+    for (const control of this.tools) control.setAttribute("aria-pressed", String(control.dataset.tool === chosen));
+  }
+
+  #beginByHand() {
+    if (this.overlay.tool) this.useTool(this.overlay.tool);
+    if (!this.target.value) this.choose(ANYTHING);
+    labelmap.activate(this.panel.image(), this.target.value);
+  }
+
+  // --- requests -------------------------------------------------------------------------------------------------
+
+  async segmentClasses(classes) {
+    const image = this.panel.image();
+    await this.panel.work.run(
+      KIND,
+      classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs",
+      async (signal) => {
+        const { params, file } = await api.infer(
+          "medvl_semantic",
+          image.series,
+          { client_id: clientId(), classes: classes.join(",") },
+          { signal },
+        );
+        await this.#paste(image, file, params.label_names);
+        this.panel.work.say(`Segmented ${counted((params.segmented ?? []).length, "structure")}`);
+      },
+    );
+    this.refresh();
+  }
+
+  async segmentWords() {
+    const [image, words] = [this.panel.image(), this.words.value.trim()];
+    if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in segment VI");
+    if (this.target.value) {
+      return this.place((prompts) => {
+        prompts.words = words;
+      });
+    }
+    await this.panel.work.run(KIND, `Segmenting “${words}”`, async (signal) => {
+      const { params, file } = await api.infer(
+        "medvl_referring",
+        image.series,
+        { client_id: clientId(), prompt: words },
+        { signal },
+      );
+      const found = await this.#paste(image, file, params.label_names);
+      this.panel.work.say(found.length ? `Found ${found.map(spoken).join(", ")}` : `Nothing found for “${words}”`);
+      if (found.length) {
+        this.choose(found[0]);
+        this.goTo(found[0]);
+      }
+    });
+    this.refresh();
+  }
+
+  /** The structure a described thing belongs to: "the cyst in the liver" is a lesion, unless somebody named one so. */
+  #structureOf(name) {
+    const known = labelmap.structures(this.panel.image()).some((item) => item.name === name);
+    return !known && LESION.test(spoken(name)) ? "lesion" : name;
+  }
+
+  /** Paste a reply and say which structures have voxels in it. */
+  async #paste(image, file, names) {
+    const mask = await readNrrd(file);
+    labelmap.checkGrid(image, mask);
+    const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, this.#structureOf(name)]));
+    labelmap.paste(image, mask.voxels, byValue);
+    const counts = labelmap.counts(mask.voxels);
+    return Object.entries(byValue)
+      .filter(([value]) => counts[value])
+      .map(([, name]) => name);
+  }
+
+  /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, once more after it. */
+  async place(change) {
+    const image = this.panel.image();
+    if (!image) return;
+    if (!this.target.value) this.choose(ANYTHING);
+    const name = this.target.value;
+    if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
+      return this.panel.work.complain(`${spoken(name)} is protected; open its lock to change it`);
+    }
+    const prompts = await this.#prompts(image, name);
+    change(prompts);
+    this.#buttons();
+    if (this.panel.work.busy(KIND)) {
+      this.again = true;
+      return;
+    }
+    if (prompts.empty) return this.#toBase(image, name, prompts);
+    do {
+      this.again = false;
+      await this.#ask(image, name, prompts);
+    } while (this.again);
+    this.refresh();
+  }
+
+  /** Prompts of a structure; anew on its present mask when that is not what our last answer gave. */
+  async #prompts(image, name) {
+    let prompts = this.prompts.get(name);
+    const index = labelmap.indexOf(image, name);
+    const voxels = labelmap.voxels();
+    const now = fingerprints(voxels)[index];
+    if (!prompts) {
+      prompts = new Prompts();
+      this.prompts.set(name, prompts);
+    }
+    if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
+      const mask = now
+        ? await writeNrrd(
+            gridOf(image.volume),
+            voxels.map((value) => (value === index ? 1 : 0)),
+          )
+        : null;
+      if (!prompts.past.length) prompts.base = mask;
+      prompts.startFrom(mask);
+      prompts.fingerprint = now;
+    }
+    return prompts;
+  }
+
+  async #ask(image, name, prompts) {
+    const first = !prompts.past.length;
+    const answered = await this.panel.work.run(KIND, `Segmenting ${spoken(name)}`, async (signal) => {
+      const params = { client_id: clientId(), ...prompts.asParams(name) };
+      const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
+      await this.#paste(image, file, { [name]: 1 });
+      return true;
+    });
+    if (!answered) {
+      prompts.revert();
+      return;
+    }
+    prompts.answered();
+    this.#note(image, name, prompts);
+    if (first && prompts.words && !prompts.points.length) this.goTo(name);
+    this.panel.work.say(`Segmented ${spoken(name)}`);
+  }
+
+  #note(image, name, prompts) {
+    prompts.fingerprint = fingerprints(labelmap.voxels())[labelmap.indexOf(image, name)];
+  }
+
+  /** Undo or redo: the server's timeline of this structure moves, and our prompts with it. */
+  async move(direction) {
+    const [image, name] = [this.panel.image(), this.target.value];
+    const prompts = this.prompts.get(name);
+    await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
+      const params = { client_id: clientId(), label: name, [direction]: true };
+      const { file } = await api.infer("medvl_interactive", image.series, params, { signal });
+      if (direction === "undo") prompts.undone();
+      else prompts.redone();
+      if (prompts.past.length) await this.#paste(image, file, { [name]: 1 });
+      else await this.#pasteBase(image, name, prompts);
+      this.#note(image, name, prompts);
+      this.panel.work.say(direction === "undo" ? "One step back" : "One step forward");
+    });
+    this.refresh();
+  }
+
+  async #pasteBase(image, name, prompts) {
+    const voxels = prompts.base
+      ? (await readNrrd(await prompts.base.arrayBuffer())).voxels
+      : new Uint8Array(labelmap.voxels().length);
+    labelmap.paste(image, voxels, { 1: name });
+  }
+
+  /** The last prompt was taken away: the mask is what it was before the first. */
+  async #toBase(image, name, prompts) {
+    await this.#pasteBase(image, name, prompts);
+    this.prompts.delete(name);
+    this.refresh();
+  }
+
+  clearPrompts() {
+    const [image, name] = [this.panel.image(), this.target.value];
+    labelmap.paste(image, new Uint8Array(labelmap.voxels().length), { 1: name });
+    this.prompts.delete(name);
+    this.refresh();
+  }
+
+  /** Everything placed, for the record of a saved version. */
+  record() {
+    return [...this.prompts].filter(([, prompts]) => !prompts.empty).map(([name, prompts]) => prompts.asRecord(name));
+  }
+
+  forget() {
+    this.prompts.clear();
+  }
+}

@@ -1,0 +1,111 @@
+"""The companion panel's files, and OHIF's page with the tags that load it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import monailabel.endpoints.ohif as ohif_endpoint
+import pytest
+
+from app.conftest import APP, Running
+
+PANEL = APP / "lib" / "panel"
+OHIF = Path(ohif_endpoint.__file__).parent / "static" / "ohif"
+
+
+@pytest.mark.parametrize("path", ["", "monai-label", "viewer/somewhere/deep", "index.html"])
+def test_every_page_of_the_viewer_loads_the_panel_once(running: Running, path: str) -> None:
+    page = running.client.get(f"/ohif/{path}", params={"StudyInstanceUIDs": "1.2.3"})
+    original = (OHIF / "index.html").read_text(encoding="utf-8")
+    assert page.headers["content-type"].startswith("text/html")
+    added = re.findall(
+        r'<link href="/medvl/panel/[^>]*><script type="module" src="/medvl/panel/[^>]*></script>', page.text
+    )
+    assert len(added) == 1
+    assert page.text.replace(added[0], "") == original, "nothing else of the page changed"
+    for address in re.findall(r'(?:src|href)="(/medvl/[^"]*)"', added[0]):
+        assert running.client.get(address).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["app-config.js", "app.bundle.css", "manifest.json"])
+def test_other_files_of_the_viewer_are_untouched(running: Running, name: str) -> None:
+    assert running.client.get(f"/ohif/{name}").content == (OHIF / name).read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted(PANEL.iterdir()), ids=lambda path: path.name)
+def test_files_of_the_panel(running: Running, path: Path) -> None:
+    reply = running.client.get(f"/medvl/panel/{path.name}")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].split(";")[0] in ("text/javascript", "text/css")
+    assert reply.content == path.read_bytes()
+    assert len(reply.text.splitlines()) <= 400
+    for address in re.findall(r'(?:from|import) "\./([\w.]+)"', reply.text):
+        assert (PANEL / address).is_file(), f"{path.name} imports {address}"
+    assert "http://" not in reply.text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in reply.text, "the panel needs no other site"
+
+
+@pytest.mark.parametrize("name", ["../__init__.py", "..%2F__init__.py", "nothing.js", "panel", "%2e%2e%2fserver.py"])
+def test_nothing_else_is_handed_out(running: Running, name: str) -> None:
+    reply = running.client.get(f"/medvl/panel/{name}")
+    assert reply.status_code == 404
+
+
+@pytest.fixture
+def node() -> str:
+    found = shutil.which("node")
+    if found is None:
+        pytest.skip("node is not installed; it runs the panel's modules outside a browser")
+    return found
+
+
+def _node(node: str, script: str) -> str:
+    command = [node, "--input-type=module", "-e", script]
+    return subprocess.run(command, cwd=PANEL, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def test_masks_survive_writing_and_reading(node: str, tmp_path: Path) -> None:
+    """What the panel sends is NRRD that other readers place in the same spot, and it reads what it wrote."""
+    import nrrd
+    import numpy as np
+
+    file = tmp_path / "mask.nrrd"
+    script = f"""
+        import {{ readNrrd, writeNrrd }} from "{(PANEL / "nrrd.js").as_uri()}";
+        import {{ writeFileSync }} from "node:fs";
+        const grid = {{ sizes: [2, 3, 4], axes: [[0, 2, 0], [-1.5, 0, 0], [0, 0, 3]], origin: [10, -20, 30.5] }};
+        const voxels = Uint8Array.from({{ length: 24 }}, (_, n) => n);
+        const blob = await writeNrrd(grid, voxels);
+        writeFileSync("{file}", Buffer.from(await blob.arrayBuffer()));
+        const back = await readNrrd(await blob.arrayBuffer());
+        console.log(JSON.stringify([back.sizes, back.axes, back.origin, Array.from(back.voxels)]));
+    """
+    expected = "[[2,3,4],[[0,2,0],[-1.5,0,0],[0,0,3]],[10,-20,30.5],[" + ",".join(map(str, range(24))) + "]]"
+    assert _node(node, script) == expected
+    voxels, header = nrrd.read(str(file), index_order="F")
+    np.testing.assert_array_equal(voxels, np.arange(24, dtype=np.uint8).reshape(2, 3, 4, order="F"))
+    np.testing.assert_array_equal(header["space directions"], [[0, 2, 0], [-1.5, 0, 0], [0, 0, 3]])
+    np.testing.assert_array_equal(header["space origin"], [10, -20, 30.5])
+
+
+def test_prompts_go_back_and_forth(node: str) -> None:
+    script = f"""
+        import {{ Prompts, fingerprints }} from "{(PANEL / "prompts.js").as_uri()}";
+        const prompts = new Prompts();
+        prompts.addPoint([1, 2, 3], 1); prompts.answered();
+        prompts.addPoint([4, 5, 6], 0); prompts.setBox([9, 1, 5], [2, 8, 5]); prompts.answered();
+        const states = [prompts.asParams("liver")];
+        prompts.undone(); states.push(prompts.asParams("liver"));
+        prompts.undone(); states.push(prompts.empty, prompts.canUndo, prompts.canRedo);
+        prompts.redone(); states.push(prompts.points.length);
+        prompts.addPoint([7, 7, 7], 1); prompts.answered(); states.push(prompts.canRedo);
+        const [a, b] = [[0, 1, 1, 0], [0, 1, 0, 1]].map((values) => fingerprints(Uint8Array.from(values)));
+        states.push(a[1] === b[1], a[2] === b[2]);
+        console.log(JSON.stringify(states));
+    """
+    both = '{"label":"liver","foreground":[[1,2,3]],"background":[[4,5,6]],"box":[[2,1,5],[9,8,5]]}'
+    first = '{"label":"liver","foreground":[[1,2,3]],"background":[]}'
+    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true]"

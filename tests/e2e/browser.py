@@ -1,0 +1,187 @@
+"""OHIF in a headless Chromium: the browser, the viewer's voxels, and the panel as an annotator uses it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Locator, Page, Route, sync_playwright
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+]  # fmt: skip
+"""WebGL 2 from software, and no traffic of the browser's own."""
+PATIENCE_MS = 120_000
+"""For a request to the model on a machine that others use too."""
+
+_LABELMAP = """id => {
+    const volume = window.services.segmentationService.getLabelmapVolume(id);
+    const text = Array.from(volume.voxelManager.getCompleteScalarDataArray(), value => String.fromCharCode(value));
+    return [volume.dimensions, text.join('')];
+}"""
+_SEGMENTS = """id => window.services.segmentationService.getSegmentations()
+    .filter(one => one.segmentationId === id).flatMap(one => Object.values(one.segments))
+    .map(one => [one.label, one.segmentIndex])"""
+_PLACE = """([id, voxel]) => {
+    const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
+    const { imageData } = window.cornerstone.cache.getVolume(viewport.getVolumeId());
+    const [x, y] = viewport.worldToCanvas(imageData.indexToWorld(voxel));
+    const box = viewport.canvas.getBoundingClientRect();
+    return [x + box.left, y + box.top];
+}"""
+_SHOW = """voxel => {
+    for (const id of window.services.viewportGridService.getState().viewports.keys()) {
+        const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
+        const { imageData } = window.cornerstone.cache.getVolume(viewport.getVolumeId());
+        viewport.jumpToWorld(Array.from(imageData.indexToWorld(voxel)));
+        viewport.render();
+    }
+}"""
+_FOCUS = """id => {
+    const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
+    const { imageData } = window.cornerstone.cache.getVolume(viewport.getVolumeId());
+    return Array.from(imageData.worldToIndex(viewport.getCamera().focalPoint));
+}"""
+
+
+def chromium() -> str:
+    """Path of the browser; skips the test where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no browser is installed; apt-get install chromium")
+    return found
+
+
+@contextmanager
+def open_page(profile: Path, problems: list[str]) -> Iterator[Page]:
+    """A page of 1280 x 800 that reaches this machine only; what goes wrong in its scripts joins ``problems``."""
+
+    def local_only(route: Route) -> None:
+        if route.request.url.startswith(("http://127.0.0.1", "data:", "blob:")):
+            route.continue_()
+        else:  # OHIF would like web fonts
+            route.abort()
+
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(profile), executable_path=chromium(), args=FLAGS, viewport={"width": 1280, "height": 800}
+        )
+        context.route("**/*", local_only)
+        page = context.pages[0]
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield page
+        context.close()
+
+
+@dataclass
+class Viewer:
+    """OHIF with the panel. ``pictures``: where :meth:`picture` puts what was on screen."""
+
+    page: Page
+    address: str
+    pictures: Path
+
+    # --- OHIF -------------------------------------------------------------------------------------------------------
+
+    def open_from_list(self, study: str) -> None:
+        """The study list, the study's row, MONAI Label's mode; then wait for the image."""
+        self.page.goto(f"{self.address}/ohif/", wait_until="domcontentloaded")
+        self.page.locator(f'[data-cy="studyRow-{study}"]').click()
+        self.page.locator(f'[data-cy="mode-monai-label-{study}"]').click()
+        self.wait_for_image()
+
+    def wait_for_image(self) -> None:
+        self.page.wait_for_selector('[data-cy="viewport-pane"]')
+        self.page.locator("#medvl-target option").nth(5).wait_for(state="attached")
+        self.wait()
+        hide = self.page.get_by_text("Confirm and Hide")
+        if hide.is_visible():
+            hide.click()
+
+    def labelmap(self, segmentation: str = "1") -> tuple[np.ndarray, dict[str, int]]:
+        """Voxels (I, J, K) of a segmentation, and the value of each of its names."""
+        shape, text = self.page.evaluate(_LABELMAP, segmentation)
+        voxels = np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape, order="F")
+        return voxels, dict(self.page.evaluate(_SEGMENTS, segmentation))
+
+    def mask(self, name: str, segmentation: str = "1") -> np.ndarray:
+        voxels, names = self.labelmap(segmentation)
+        return voxels == names[name] if name in names else np.zeros(voxels.shape, bool)
+
+    def show(self, voxel: Any) -> None:
+        """Bring a voxel into every viewport's plane."""
+        self.page.evaluate(_SHOW, [int(n) for n in voxel])
+
+    def shown(self, viewport: str = "mpr-axial") -> np.ndarray:
+        """Voxel (i, j, k) a viewport's plane goes through."""
+        return np.array(self.page.evaluate(_FOCUS, viewport))
+
+    def place(self, voxel: Any, viewport: str = "mpr-axial") -> tuple[float, float]:
+        """Where a voxel is on the page."""
+        x, y = self.page.evaluate(_PLACE, [viewport, [int(n) for n in voxel]])
+        return x, y
+
+    def drag(self, start: Any, end: Any) -> None:
+        """Press the mouse on one voxel of the axial viewport and let go on another."""
+        x, y = self.place(start)
+        self.page.mouse.move(x - 3, y)
+        self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(100)
+        self.page.mouse.down()
+        self.page.wait_for_timeout(100)
+        self.page.mouse.move(*self.place((np.array(start) + end) // 2))
+        self.page.mouse.move(*self.place(end))
+        self.page.mouse.up()
+
+    def picture(self, name: str) -> None:
+        self.page.wait_for_timeout(300)  # the viewer draws a frame later
+        self.page.screenshot(path=self.pictures / f"{name}.png")
+
+    # --- the panel --------------------------------------------------------------------------------------------------
+
+    @property
+    def panel(self) -> Locator:
+        return self.page.locator("#medvl-panel")
+
+    def tab(self, name: str) -> None:
+        self.panel.get_by_role("tab", name=name, exact=True).click()
+
+    def press(self, name: str) -> None:
+        """Press a button, and wait for what it started."""
+        self.panel.get_by_role("button", name=name, exact=True).click()
+        self.wait()
+
+    def type(self, label: str, text: str) -> None:
+        self.panel.get_by_label(label).fill(text)
+        self.panel.get_by_label(label).dispatch_event("change")
+
+    def choose(self, structure: str) -> None:
+        self.panel.get_by_label("Structure", exact=True).select_option(structure)
+
+    def click(self, voxel: Any) -> None:
+        """Click on a voxel in the axial viewport, and wait for the mask."""
+        self.page.mouse.click(*self.place(voxel))
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the panel does nothing."""
+        self.page.wait_for_timeout(150)
+        self.panel.locator(".job").first.wait_for(state="detached", timeout=PATIENCE_MS)
+
+    @property
+    def status(self) -> str:
+        return self.panel.get_by_role("status").inner_text()
+
+    @property
+    def alert(self) -> str:
+        return self.panel.get_by_role("alert").inner_text()

@@ -1,0 +1,309 @@
+"""An annotator's day in OHIF with the companion panel: every step is asserted on voxels or on the DICOM server."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import requests
+
+from e2e.browser import Viewer
+from e2e.conftest import ORIGIN_Z, Site, Study, store_real_case
+from medvl_sam2.vocabulary import CLASSES
+from orthanc import Orthanc
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def organ(study: Study, name: str) -> np.ndarray:
+    return study.organs == CLASSES.index(name) + 1
+
+
+def middle(mask: np.ndarray) -> np.ndarray:
+    """A voxel of the mask near its centre."""
+    voxels = np.argwhere(mask)
+    return voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()]
+
+
+def newest(orthanc: Orthanc, modality: str) -> pydicom.Dataset:
+    """The last stored object of a modality."""
+    found = [item for series in orthanc.series(modality) for item in orthanc.instances(series)]
+    return max(found, key=lambda item: (item.ContentDate, item.ContentTime))
+
+
+def segments(seg: pydicom.Dataset, shape: tuple[int, ...], origin_z: float, spacing_z: float) -> dict[str, np.ndarray]:
+    """Masks (I, J, K) of a DICOM SEG by label; the series' slices rise with k from ``origin_z``."""
+    names = {int(item.SegmentNumber): str(item.SegmentLabel) for item in seg.SegmentSequence}
+    masks = {name: np.zeros(shape, bool) for name in names.values()}
+    for frame, pixels in zip(seg.PerFrameFunctionalGroupsSequence, seg.pixel_array, strict=True):
+        name = names[int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)]
+        z = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        masks[name][:, :, round((z - origin_z) / spacing_z)] |= pixels.T > 0
+    return masks
+
+
+def texts(item: pydicom.Dataset) -> str:
+    """All texts of a structured report's content tree."""
+    own = str(getattr(item, "TextValue", ""))
+    return "\n".join([own, *(texts(child) for child in getattr(item, "ContentSequence", []))])
+
+
+def test_a_case_from_the_list_to_the_next(site: Site, viewer: Viewer) -> None:
+    """Open, segment, prompt, correct, save, submit, look back, ask, report, go on."""
+    study = site.studies["ann"]
+    viewer.open_from_list(study.study)
+    viewer.type("Your name", "Dr. Ada")
+    viewer.picture("1-opened")
+
+    _all_organs(viewer, study)
+    _words(viewer, study)
+    _clicks(viewer, study)
+    _by_hand(viewer, study)
+    _save_and_submit(site, viewer, study)
+    _look_back(site, viewer, study)
+    _ask(viewer)
+    _report(site, viewer, study)
+    _next_case(site, viewer)
+
+
+def _all_organs(viewer: Viewer, study: Study) -> None:
+    viewer.press("All organs")
+    assert dice(viewer.mask("liver"), organ(study, "liver")) > 0.8
+    assert dice(viewer.mask("spleen"), organ(study, "spleen")) > 0.8, "left and right, head and feet are in place"
+    viewer.show(middle(organ(study, "liver")))
+    viewer.picture("2-all-organs")
+
+
+def _words(viewer: Viewer, study: Study) -> None:
+    before = viewer.mask("spleen")
+    viewer.choose("")
+    viewer.type("In words", "segment the lesion in the liver")
+    viewer.press("Segment")
+    lesion = viewer.mask("lesion")
+    assert dice(lesion, study.lesions > 0) > 0.7
+    assert not (lesion & viewer.mask("liver")).any(), "the lesion lies on top of the liver"
+    np.testing.assert_array_equal(viewer.mask("spleen"), before)
+    assert abs(viewer.shown()[2] - middle(lesion)[2]) <= 1, "the viewer went there"
+    viewer.picture("3-words")
+
+
+def _clicks(viewer: Viewer, study: Study) -> None:
+    """The second, smaller lesion becomes a structure of its own; undo and redo are exact."""
+    inside = middle(study.lesions == 2)
+    liver = organ(study, "liver") & (study.lesions == 0)
+    liver[:, :, np.arange(liver.shape[2]) != inside[2]] = False
+    outside = np.argwhere(liver)[np.abs(np.argwhere(liver) - inside).sum(1).argmax()]
+    viewer.type("Name of another structure", "lesion 2")
+    viewer.press("Add")
+    before = viewer.labelmap()[0]
+    viewer.show(inside)
+    viewer.press("+ Inside")
+    viewer.click(inside)
+    clicked = viewer.labelmap()[0]
+    assert viewer.mask("lesion 2")[tuple(inside)]
+    viewer.press("− Outside")
+    viewer.click(outside)
+    corrected = viewer.labelmap()[0]
+    assert not viewer.mask("lesion 2")[tuple(outside)]
+    assert viewer.panel.get_by_label("Placed prompts").get_by_role("listitem").count() == 2
+    viewer.picture("4-clicks")
+    for step, expected in (("Undo", clicked), ("Undo", before), ("Redo", clicked), ("Redo", corrected)):
+        viewer.press(step)
+        np.testing.assert_array_equal(viewer.labelmap()[0], expected)
+    viewer.press("− Outside")  # puts the tool away
+
+
+def _by_hand(viewer: Viewer, study: Study) -> None:
+    """The viewer's own brush paints the chosen structure, and the next click builds on what was painted."""
+    viewer.choose("spleen")
+    inside = middle(organ(study, "spleen"))
+    viewer.show(inside)
+    before = viewer.mask("spleen")
+    spot = inside + np.array([0, 14, 0])
+    viewer.press("Brush")
+    viewer.drag(spot, spot + np.array([6, 0, 0]))
+    viewer.wait()
+    painted = viewer.mask("spleen")
+    assert painted[tuple(spot)]
+    assert (painted & ~before).sum() > 20
+    assert not (before & ~painted).any()
+    viewer.press("+ Inside")
+    viewer.click(inside)
+    assert viewer.mask("spleen")[tuple(inside)]
+    assert viewer.mask("spleen")[tuple(spot)], "what was painted by hand is not lost by a click elsewhere"
+    viewer.press("+ Inside")
+    viewer.picture("5-by-hand")
+
+
+def _save_and_submit(site: Site, viewer: Viewer, study: Study) -> None:
+    viewer.tab("Save")
+    viewer.type("Note", "first look")
+    viewer.press("Save")
+    assert "version 1" in viewer.status, viewer.alert
+    _compare_with_dicom(site, viewer, study)
+    viewer.tab("Segment")
+    viewer.choose("lesion 2")
+    viewer.press("Clear")
+    viewer.tab("Save")
+    viewer.type("Note", "one lesion only, please check")
+    viewer.press("Submit")
+    assert "version 2" in viewer.status, viewer.alert
+    _compare_with_dicom(site, viewer, study)
+    newest_item = viewer.panel.get_by_label("Versions of this case").get_by_role("listitem").first
+    assert "Version 2 submitted, final" in newest_item.inner_text()
+    assert "Dr. Ada" in newest_item.inner_text()
+    viewer.picture("6-submitted")
+
+
+def _compare_with_dicom(site: Site, viewer: Viewer, study: Study) -> None:
+    """The newest DICOM SEG holds what is on screen, voxel for voxel and name for name."""
+    voxels, names = viewer.labelmap()
+    seg = newest(site.orthanc, "SEG")
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == study.series
+    stored = segments(seg, voxels.shape, ORIGIN_Z, study.spacing_z)
+    assert set(stored) == {name for name, value in names.items() if (voxels == value).any()}
+    for name, mask in stored.items():
+        np.testing.assert_array_equal(mask, voxels == names[name], err_msg=name)
+
+
+def _look_back(site: Site, viewer: Viewer, study: Study) -> None:
+    second = viewer.labelmap()[0]
+    viewer.press("Compare with 1")
+    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
+    assert any(row.startswith("liver") and "1.000" in row for row in rows)
+    assert any(row.startswith("lesion 2") and "0.000" in row for row in rows)
+    viewer.press("Open version 1")
+    assert viewer.mask("lesion 2").any()
+    assert (viewer.labelmap()[0] != second).any()
+    viewer.press("Restore version 1")
+    known = requests.get(f"{site.address}/medvl/labels", params={"image": study.series}, timeout=60).json()
+    assert known["final"] == 3
+    assert known["versions"][2]["restored_from"] == 1
+    assert known["versions"][1]["note"] == "one lesion only, please check"
+    assert known["versions"][1]["prompts"], "what was clicked is on record"
+    viewer.picture("7-history")
+    viewer.type("Your name", "Dr. Ben")
+    viewer.press("Submit")
+    viewer.press("Agreement of the annotators")
+    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
+    assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") and "1.000" in row for row in rows)
+    assert any(row.startswith("lesion 2") and "0.000" in row for row in rows)
+    viewer.picture("7-agreement")
+    viewer.type("Your name", "Dr. Ada")
+
+
+def _ask(viewer: Viewer) -> None:
+    viewer.tab("Text")
+    viewer.type("Question", "is there a lesion in the liver?")
+    viewer.press("Ask")
+    assert viewer.panel.get_by_label("Answer").input_value().strip()
+    viewer.picture("8-answer")
+
+
+def _report(site: Site, viewer: Viewer, study: Study) -> None:
+    viewer.press("Draft a report")
+    draft = viewer.panel.get_by_label("Text (correct").input_value()
+    assert "liver" in draft
+    label = viewer.labelmap()[0]
+    chip = viewer.panel.get_by_label("Sentences and").locator('[data-evidence="liver"]:not([disabled])').first
+    chip.click()
+    viewer.wait()
+    evidence = viewer.mask("liver", "medvl-evidence")
+    assert dice(evidence, organ(study, "liver")) > 0.7
+    assert evidence[:, :, round(viewer.shown()[2])].any(), "the viewer went to it"
+    np.testing.assert_array_equal(viewer.labelmap()[0], label)
+    viewer.picture("9-evidence")
+    viewer.press("Hide the evidence")
+    corrected = f"{draft} Corrected by the annotator."
+    viewer.type("Text (correct", corrected)
+    viewer.press("Store the report")
+    assert "DICOM SR" in viewer.status, viewer.alert
+    report = newest(site.orthanc, "SR")
+    assert report.StudyInstanceUID == study.study
+    assert "Corrected by the annotator." in texts(report)
+    viewer.picture("10-report")
+
+
+def _next_case(site: Site, viewer: Viewer) -> None:
+    viewer.panel.get_by_label("How the next case is chosen").select_option("first")
+    viewer.panel.get_by_role("button", name="Next case", exact=True).click()
+    viewer.page.wait_for_url(f"**StudyInstanceUIDs={site.studies['ben'].study}*")
+    viewer.wait_for_image()
+    assert viewer.labelmap()[0].shape == site.studies["ben"].organs.shape
+    assert not viewer.labelmap()[0].any()
+    viewer.picture("11-next-case")
+
+
+def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
+    """Reasons of the server reach the annotator, and the panel stays usable."""
+    viewer.open_from_list(site.studies["ben"].study)
+    viewer.tab("Save")
+    viewer.press("Submit")
+    assert "your name" in viewer.alert
+    viewer.type("Your name", "Dr. Ben")
+    viewer.press("Submit")
+    assert "no mask yet" in viewer.alert
+    viewer.tab("Segment")
+    viewer.press("Segment")
+    assert "Type what to segment" in viewer.alert
+    viewer.press("− Outside")
+    viewer.show([30, 30, 24])
+    viewer.click([30, 30, 24])
+    assert "only background points" in viewer.alert, "the server's reason"
+    viewer.page.mouse.click(*viewer.place([30, -8, 24]))
+    assert "outside the image" in viewer.alert
+    viewer.press("− Outside")
+    with ThreadPoolExecutor() as others:
+        address, image = f"{site.address}/infer/medvl_semantic", site.studies["ann"].series
+        others.submit(requests.post, address, params={"image": image, "output": "json"}, timeout=300)
+        while not requests.get(f"{site.address}/medvl/jobs", timeout=60).json()["inference"]:
+            time.sleep(0.05)
+        viewer.panel.get_by_role("button", name="All organs", exact=True).click()
+        viewer.panel.get_by_text("number 1 in the queue").wait_for()
+        viewer.picture("12-queue")
+        viewer.panel.get_by_role("button", name="Stop waiting").click()
+        viewer.wait()
+    assert viewer.panel.get_by_role("button", name="All organs", exact=True).is_enabled()
+    assert not viewer.labelmap()[0].any()
+    viewer.picture("12-reasons")
+    viewer.panel.get_by_role("button", name="Close the MedVL-SAM2 panel").click()
+    viewer.picture("13-collapsed")
+    viewer.panel.get_by_role("button", name="Open the MedVL-SAM2 panel").click()
+
+
+@pytest.mark.shared_data
+def test_a_real_ct(site: Site, viewer: Viewer, shared_data: Path, tmp_path: Path) -> None:
+    """A real abdomen, whose pictures stand in README; the masks beside it are another model's output."""
+    study = store_real_case(site.orthanc, tmp_path, shared_data / "ts_ct_wholeabdomen_3mm")
+    viewer.open_from_list(study.study)
+    viewer.type("Your name", "Dr. Ada")
+    viewer.choose("")
+    viewer.type("In words", "the liver")
+    viewer.press("Segment")
+    assert dice(viewer.mask("liver"), study.organs == 5) > 0.85, "TotalSegmentator's liver is 5, as ours"
+    kidney = middle(study.organs == 2)
+    viewer.choose("kidney_right")
+    viewer.show(kidney)
+    viewer.press("▭ Box")
+    there = np.argwhere((study.organs == 2)[:, :, kidney[2]])
+    viewer.drag([*there.min(0) - 1, kidney[2]], [*there.max(0) + 1, kidney[2]])
+    viewer.wait()
+    viewer.press("+ Inside")
+    viewer.click(kidney)
+    assert dice(viewer.mask("kidney_right"), study.organs == 2) > 0.6
+    viewer.press("+ Inside")
+    viewer.picture("30-real-ct-segment")
+    viewer.tab("Text")
+    viewer.press("Draft a report")
+    viewer.panel.get_by_label("Sentences and").locator('[data-evidence="liver"]:not([disabled])').first.click()
+    viewer.wait()
+    assert viewer.mask("liver", "medvl-evidence").any()
+    viewer.picture("31-real-ct-report")
