@@ -58,8 +58,8 @@ these weights with a text tower of its own. {notice}
 SHA-256 of its weights: `{sha256}`.
 
 The rows of retrieval below count a hit for a volume's own report. Many generated reports say the same in other words,
-and nothing in an image tells the words, so even knowing every fact would not reach 1. A model that sees nothing scores the
-chance beside each row.
+and nothing in an image tells the words, so even knowing every fact would not reach 1. A model that sees nothing
+scores the chance beside each row.
 """
 
 REAL = (
