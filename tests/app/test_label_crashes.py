@@ -28,8 +28,8 @@ from medvl_sam2.volume_io import read_mask
 
 AHEAD = 6
 """Saves a child may get through before it waits to be killed."""
-WINDOW = 3.0
-"""Kills fall into this many times a save's duration after the child began."""
+WINDOW = 6.0
+"""Kills fall into this many times a save's duration after the child began, which saves slower than its parent."""
 
 
 @dataclass
