@@ -230,8 +230,8 @@ def test_errors_reach_the_pop_up(slicer: Slicer, model: str, image: str, params:
     assert reason in failed.value.msg  # type: ignore[attr-defined]
 
 
-def test_submit_and_train(slicer: Slicer, cases: dict[str, Case]) -> None:
-    """Two corrected cases are submitted, a training begins, refuses a second one and is stopped."""
+def submit_kidneys(slicer: Slicer, cases: dict[str, Case]) -> None:
+    """Submit a corrected label of every case."""
     for image, case in cases.items():
         labels = (case.organs == CLASSES.index("kidney_left") + 1).astype(np.uint8)
         path = write(slicer.folder / f"{image}_label.nii.gz", labels, case.spacing)
@@ -239,6 +239,11 @@ def test_submit_and_train(slicer: Slicer, cases: dict[str, Case]) -> None:
         slicer.client.save_label(image, str(path), params={"label_info": info, "model": "medvl_semantic"})
         stored = read(slicer.client.download_label(image, "final"))
         assert np.array_equal(stored, lps(labels))
+
+
+def test_submit_and_train(slicer: Slicer, cases: dict[str, Case]) -> None:
+    """Two corrected cases are submitted, a training begins, refuses a second one and is stopped."""
+    submit_kidneys(slicer, cases)
     assert slicer.client.info()["datastore"]["completed"] == 2
     assert set(slicer.client.datastore()["objects"]["case_1"]["labels"]) >= {"final"}
 
@@ -253,8 +258,9 @@ def test_submit_and_train(slicer: Slicer, cases: dict[str, Case]) -> None:
 
 
 @pytest.mark.hours
-def test_a_training_runs_to_its_end(slicer: Slicer) -> None:
-    """On the labels that the test before this one submitted; most of its time goes into measuring the served model."""
+def test_a_training_runs_to_its_end(slicer: Slicer, cases: dict[str, Case]) -> None:
+    """Most of its time goes into measuring the served model."""
+    submit_kidneys(slicer, cases)
     options = slicer.options("trainers", "medvl_sam2")
     slicer.client.train_start("medvl_sam2", {**options, "max_epochs": 1, "steps_per_epoch": 1, "minutes": 0.2})
     end = time.monotonic() + 850
