@@ -35,14 +35,14 @@ class SceneAlignmentConfig:
     start: Path | None = None
     """Checkpoint folder whose encoder and scene are measured with, and whose tokenizer is used; default: the shipped
     weights."""
-    data: AlignmentData = field(default_factory=lambda: AlignmentData(generated=1500, held_out=300))
+    data: AlignmentData = field(default_factory=lambda: AlignmentData(generated=3000, held_out=300))
     head: AlignmentConfig = field(
         default_factory=lambda: AlignmentConfig(hidden_size=128, grams=5, scene=SceneSideConfig())
     )
     batch: int = 256
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=1500, warmup=45, tensorboard=True))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, warmup=90, tensorboard=True))
 
     def __post_init__(self) -> None:
         if self.batch < 2:
