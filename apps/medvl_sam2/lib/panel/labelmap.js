@@ -133,6 +133,11 @@ export function checkGrid(image, mask) {
   }
 }
 
+/** Refuse what was asked for an image that is no longer on screen: it would land in the label map of another one. */
+function checkShown(image) {
+  if (idOfSeries.get(image.series) !== shown) throw new Error("another series is on screen now; nothing was pasted");
+}
+
 /** Masks that would be lost under others: what a structure covered comes back when it withdraws. */
 let covered = { series: null, values: null };
 
@@ -148,6 +153,7 @@ function coveredOf(image, length) {
  * afterwards exactly the mask's voxels, but for those of locked structures.
  */
 export function paste(image, values, names) {
+  checkShown(image);
   const now = voxels();
   if (values.length !== now.length)
     throw new Error(`the mask has ${values.length} voxels, the label map ${now.length}`);
@@ -177,6 +183,7 @@ export function paste(image, values, names) {
 
 /** Replace everything: for a version that is opened again. */
 export function pasteAll(image, values, names) {
+  checkShown(image);
   coveredOf(image, values.length).fill(0);
   const target = new Uint8Array(256);
   for (const [value, name] of Object.entries(names)) target[value] = indexOf(image, name);

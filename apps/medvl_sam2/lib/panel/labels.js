@@ -14,12 +14,15 @@ export class Labels {
   constructor(panel) {
     this.panel = panel;
     this.unsaved = false;
+    this.edits = 0;
     this.list = [];
     this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
-    this.save = button("Save", () => this.store("draft"), { title: "A new version; go on later" });
+    this.save = button("Save", () => this.store("draft"), {
+      title: "A draft: a version that is not trained on; go on later",
+    });
     this.submit = button("Submit", () => this.store("submitted"), {
       class: "primary",
-      title: "A new version, finished",
+      title: "A new version, finished: the final label, which is trained on",
     });
     this.state = make("p", { class: "hint" });
     this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
@@ -47,6 +50,7 @@ export class Labels {
   }
 
   changed() {
+    this.edits += 1;
     this.unsaved = true;
     this.#buttons();
   }
@@ -56,7 +60,7 @@ export class Labels {
     if (!image) return null;
     if (!author()) return this.panel.askAuthor();
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
-      const voxels = labelmap.voxels();
+      const [edits, voxels] = [this.edits, labelmap.voxels().slice()];
       const counts = labelmap.counts(voxels);
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
@@ -73,12 +77,13 @@ export class Labels {
       const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
         signal,
       });
-      this.unsaved = false;
+      if (this.edits === edits) this.unsaved = false; // what was painted during the upload is not in it
       this.note.value = "";
       await this.#load(image, signal);
+      this.#buttons();
       this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
       return record;
-    });
+    }, { keeps: true });
   }
 
   /** Read the history of the case on screen. */
@@ -91,6 +96,7 @@ export class Labels {
   async #load(image, signal) {
     try {
       const { versions, final } = await api.versions(image.series, { signal });
+      if (image.series !== this.panel.image()?.series) return; // another one is on screen now
       [this.list, this.final] = [versions, final];
     } catch (error) {
       if (error.status !== 404) throw error;
@@ -159,7 +165,7 @@ export class Labels {
       const record = await api.restore(image.series, version, body, { signal });
       await this.#load(image, signal);
       this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);
-    });
+    }, { keeps: true });
   }
 
   async compare(a, b) {

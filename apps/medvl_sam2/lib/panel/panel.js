@@ -248,6 +248,7 @@ class Panel {
     }
     await labelmap.ensure(image, this.names());
     const other = image.series !== this.shown?.series;
+    if (other) this.work.leaveImage();
     this.shown = image;
     replace(this.caseLine, [image.patient, image.description].filter(Boolean).join(", "));
     if (!other) return;

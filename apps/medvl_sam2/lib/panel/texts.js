@@ -76,6 +76,7 @@ export class Texts {
     if (!question) return this.panel.work.complain("Type a question first");
     await this.panel.work.run(KIND, "Asking", async (signal) => {
       const reply = await api.askQuestion({ image: image.series, question, client_id: clientId() }, { signal });
+      signal.throwIfAborted();
       this.answered = { question, draft: reply.answer, ...origin(reply, reply.evidence) };
       this.answer.value = reply.answer;
       this.answerBox.hidden = false;
@@ -91,6 +92,7 @@ export class Texts {
     const image = this.panel.image();
     await this.panel.work.run(KIND, "Drafting", async (signal) => {
       const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
+      signal.throwIfAborted();
       this.drafted = {
         question: "",
         draft: reply.text,
@@ -152,13 +154,14 @@ export class Texts {
       this.panel.work.say(
         `Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`,
       );
-    });
+    }, { keeps: true });
   }
 
   async refresh() {
     const image = this.panel.image();
+    this.answered = this.drafted = null; // what was drafted for one image must not be stored with another
     this.answerBox.hidden = true;
-    this.report.value = "";
+    this.answer.value = this.report.value = "";
     replace(this.sentences);
     if (image) await this.panel.work.run("texts", "Reading the texts", (signal) => this.#load(image, signal));
     this.#buttons();
@@ -168,6 +171,7 @@ export class Texts {
     let versions;
     try {
       versions = (await api.texts(image.series, { signal })).versions;
+      if (image.series !== this.panel.image()?.series) return; // another one is on screen now
     } catch (error) {
       if (error.status !== 404) throw error;
       replace(this.stored, make("li", { class: "hint" }, `No stored texts: ${error.message}`));

@@ -27,10 +27,11 @@ export class Work {
   /**
    * Run `action(signal)` and show how it goes; returns what it returns, or null after an error or a stop.
    * A job of a kind that runs already is refused: the caller disables its buttons meanwhile.
+   * `keeps`: it stores something, so it goes on when another image comes on screen.
    */
-  async run(kind, title, action) {
+  async run(kind, title, action, { keeps = false } = {}) {
     if (this.running.has(kind)) return null;
-    const job = { title, started: Date.now(), abort: new AbortController(), place: "" };
+    const job = { title, started: Date.now(), abort: new AbortController(), place: "", keeps };
     this.running.set(kind, job);
     this.complain(null);
     this.show();
@@ -40,7 +41,7 @@ export class Work {
       if (error.name !== "AbortError") this.complain(`${title}: ${error.message}`);
       return null;
     } finally {
-      this.running.delete(kind);
+      if (this.running.get(kind) === job) this.running.delete(kind);
       this.show();
     }
   }
@@ -83,6 +84,16 @@ export class Work {
   stop(kind) {
     this.running.get(kind)?.abort.abort();
     this.said = "No longer waiting; what the server still computes is not used";
+  }
+
+  /** Give up what only shows something, for its image is no longer on screen: what replies late is not used. */
+  leaveImage() {
+    for (const [kind, job] of this.running) {
+      if (job.keeps) continue;
+      job.abort.abort();
+      this.running.delete(kind);
+    }
+    this.show();
   }
 
   /** While something runs, ask once a second for our place in the queue; a server that does not tell is no error. */
