@@ -91,21 +91,36 @@ class GuardedStore(VersionedStore):
                 number = self._files.next_number(image_id, version_number(tag))
                 record = replace(record, version=number)
                 path = self._files.put(staged, record)
-                self._set_final(image_id, record)
+                self._index_version(record)
                 self._update_datastore_file(lock=False)
             info["version"] = number
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
-            added = self._label_stored(record, path)
-            if added:
-                self.update_label_info(image_id, record.tag, added)
+            if not record.draft:
+                self._publish(record, path)
         return image_id
 
+    def _index_version(self, record: LabelVersion) -> None:
+        """Let index and ``final`` follow a version that was added or changed."""
+        labels = self._datastore.objects[record.image].labels
+        labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
+        newest = self._files.newest(record.image)
+        held = self.final_version(record.image)
+        if newest is not None or held == record.version:
+            self._set_final(record.image, newest)
+        else:  # only drafts, and a final label, if any, that is none of them
+            self._order_tags(record.image)
+
+    def _publish(self, record: LabelVersion, path: Path) -> None:
+        added = self._label_stored(record, path)
+        if added:
+            self.update_label_info(record.image, record.tag, dict(added))
+
     def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
-        """Called without a lock when a version is kept, before it is acknowledged; what it returns joins its info."""
+        """Called without a lock when a version that is no draft is kept; what it returns joins its info."""
         return {}
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Change what is kept with a label. ``final`` means the version it holds.
+        """Change what is kept with a label. ``final`` means the version it holds; a draft with another status counts.
 
         The Reviewer module sends the names of ``final`` along with its verdict on any version, so those of a version
         stay as they are.
@@ -118,12 +133,20 @@ class GuardedStore(VersionedStore):
                 super().update_label_info(label_id, tag, info)
                 return
             kept = info if tag == FINAL else {key: value for key, value in info.items() if key != "label_info"}
+            was_draft = record.draft
             record = record.updated(kept)
+            if record.draft != was_draft:
+                self._adopt(label_id)
             self._files.write_record(record)
-            labels = self._datastore.objects[label_id].labels
-            for same in (record.tag, *([FINAL] if self.final_version(label_id) == number else [])):
-                labels[same] = DataModel(info=record.index_info(), ext=record.extension)
+            if record.draft != was_draft:
+                self._index_version(record)
+            else:
+                labels = self._datastore.objects[label_id].labels
+                for same in (record.tag, *([FINAL] if self.final_version(label_id) == number else [])):
+                    labels[same] = DataModel(info=record.index_info(), ext=record.extension)
             self._update_datastore_file(lock=False)
+        if was_draft and not record.draft:
+            self._publish(record, self._files.mask_path(record))
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Move a label to the trash. Without ``final`` the image counts as unlabelled, its versions stay.
