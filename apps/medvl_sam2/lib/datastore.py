@@ -30,6 +30,7 @@ from lib.label_versions import LabelVersion, Provenance, named_structures, now, 
 from lib.result_writing import http_errors
 from lib.version_files import stage
 from lib.versioned_store import FINAL, VersionedStore
+from medvl_sam2.datasets.stored_texts import image_folder
 from medvl_sam2.errors import PromptError
 from medvl_sam2.files import file_sha256
 from medvl_sam2.types import Geometry
@@ -245,6 +246,14 @@ class GuardedStore(VersionedStore):
                 if path.is_file():
                     self._files.discard(image_id, tag, path)
                 del obj.labels[tag]
+            for kept, name in (
+                (image_folder(self.folder, image_id), "texts"),
+                (self.folder / ".history" / FINAL / image_id, "history"),
+            ):
+                if kept.is_dir():  # else another image that gets the id would inherit them
+                    trash = self._files.trash / image_id
+                    trash.mkdir(parents=True, exist_ok=True)
+                    os.replace(kept, trash / f"{name}-{time.time_ns()}")
             super().remove_image(image_id)
 
     def json(self) -> dict[str, Any]:
@@ -262,11 +271,27 @@ class GuardedStore(VersionedStore):
 
 
 class GuardedLocalStore(GuardedStore):
-    """A folder of images."""
+    """A folder of images. Readers wait for the folder's watcher, which rebuilds the index in another thread."""
 
     def status(self) -> dict[str, Any]:
-        with self._thread_lock:  # the folder's watcher changes the index in another thread
+        with self._thread_lock:
             return super().status()
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        with self._thread_lock:
+            return list(super().get_labeled_images(label_tag, labels))
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        with self._thread_lock:
+            return list(super().get_unlabeled_images(label_tag, labels))
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        with self._thread_lock:
+            return list(super().datalist(full_path))
+
+    def get_image_uri(self, image_id: str) -> str:
+        with self._thread_lock:
+            return str(super().get_image_uri(image_id))
 
 
 def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
