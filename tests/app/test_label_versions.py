@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from app.conftest import AFFINE, SHAPE, Running
+from lib.label_names import stored_names
 
 LIVER = [{"name": "liver", "idx": 1}]
 BOTH = [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]
@@ -348,9 +349,15 @@ def test_deleted_labels_lie_in_the_trash(running: Running, tmp_path: Path) -> No
     assert (state["final"], len(state["versions"])) == (None, 3)
     post(running, tmp_path / "label.nii.gz", label_info=LIVER)
     assert listed(running)["final"] == 4
+    beside = [running.studies / "texts" / "case_a", running.studies / ".history" / "final" / "case_a"]
+    for folder in beside:
+        folder.mkdir(parents=True)
+        (folder / "kept").touch()
     assert running.client.delete("/datastore/image", params={"id": "case_a"}).status_code == 200
     assert "case_a" not in index(running)
     assert len(list(trash.glob("version_*.nii.gz"))) == 4
+    assert sorted(path.parent.name.split("-")[0] for path in trash.glob("*/kept")) == ["history", "texts"]
+    assert not any(folder.exists() for folder in beside), "the next image of this id does not inherit them"
 
 
 def test_only_final_counts_elsewhere(running: Running, tmp_path: Path) -> None:
@@ -395,6 +402,15 @@ def test_labels_of_an_earlier_release_become_versions(start: Any, tmp_path: Path
     assert list(history.iterdir()) == []
     assert listed(running)["versions"] == state["versions"]
     assert [v["structures"] for v in listed(running, "case_b")["versions"]] == [[]]
+    # Restoring changes no name.
+    for number in (1, 3):
+        running.client.post("/medvl/labels/restore", params={"image": "case_a", "version": number}, json={})
+    store, after = running.app.datastore(), listed(running)["versions"]
+    for new, old in ((4, 1), (5, 3)):
+        assert after[new - 1]["structures"] == after[old - 1]["structures"]
+        infos = [store.get_label_info("case_a", f"version_{number}") for number in (new, old)]
+        assert infos[0].get("label_info") == infos[1].get("label_info")
+        assert stored_names(infos[0], [1]) == stored_names(infos[1], [1])
 
 
 def test_index_is_made_anew(start: Any, tmp_path: Path) -> None:

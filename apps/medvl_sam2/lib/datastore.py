@@ -184,6 +184,8 @@ class GuardedStore(VersionedStore):
         if len(json.dumps(prompts, default=str)) > _MAX_PROMPTS:
             raise PromptError(f"prompts have more than {_MAX_PROMPTS} characters; send fewer with a label")
         restored = info.get("restored_from")
+        # As the version that is restored: a label without names gets none from the vocabulary.
+        stated = info if restored is None else {"label_info": [{"name": ""}], **info}
         kept = {key: value for key, value in info.items() if key not in _OWN_FIELDS}
         kept["segmentationMeta"] = whole_review(info.get("segmentationMeta"), text_of(info, "note"), time_)
         return LabelVersion(
@@ -196,7 +198,7 @@ class GuardedStore(VersionedStore):
             source=text_of(info, "source") or ("reviewer" if tag != FINAL else source),
             client_id=client,
             model_version=text_of(info, "model_version") or known.model_version,
-            structures=named_structures(info, checked.voxels),
+            structures=named_structures(stated, checked.voxels),
             prompts=tuple(prompts),
             restored_from=restored if isinstance(restored, int) else None,
             made_from=tuple(int(number) for number in info.get("made_from") or ()),

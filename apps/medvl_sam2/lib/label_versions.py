@@ -13,6 +13,8 @@ from lib.label_names import stored_names
 from medvl_sam2.errors import DataError
 
 FORMAT = "medvl-sam2-label-version-1"
+ADOPTED = ("history", "found")
+"""Sources of labels that lay in the store and came by no request."""
 DRAFT = "draft"
 """Review status of a label that was saved and not submitted."""
 _TAG = re.compile(r"version_([1-9][0-9]{0,5})")

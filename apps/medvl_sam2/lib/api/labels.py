@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from lib.api.access import AsAnnotator, AsUser, author_of
 from lib.api.stand_ins import json_object
 from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
-from lib.label_versions import LabelVersion
+from lib.label_versions import ADOPTED, LabelVersion
 from lib.result_writing import write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import DataError
@@ -186,7 +186,7 @@ def save_version(
 def restore(image: _Image, version: _Number, user: AsAnnotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
     record, path = _store().version(image, version)
     info = {
-        "label_info": _label_info(record),
+        **_stated_names(record),
         "note": body.note,
         "source": "restore",
         "model_version": record.model_version,
@@ -298,9 +298,11 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
     return [{**one, "value": one["idx"]} for one in label_info]
 
 
-def _label_info(record: LabelVersion) -> list[dict[str, Any]]:
-    """The names of a version with their values, whatever its client stated."""
-    return [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]
+def _stated_names(record: LabelVersion) -> dict[str, Any]:
+    """The names of a version with their values; of a label that was only found here, what was kept with it."""
+    if record.source in ADOPTED:
+        return {key: record.info[key] for key in ("label_info", "params") if key in record.info}
+    return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:
