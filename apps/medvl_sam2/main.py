@@ -180,13 +180,16 @@ class MyApp(MONAILabelApp):
             _require("model", model, {**self._infers, **self._trainers})
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """Count a submitted label; what is returned reaches the annotator with the reply.
+        """Count a submitted label, but no draft; what is returned reaches the annotator with the reply.
 
         On a DICOMweb server ``dicom_seg`` says what became of the final label there.
         """
-        labels = self.schedule.label_saved()
+        store = self.datastore()
+        saved = store.versions(image_id) if isinstance(store, GuardedStore) else []
+        draft = bool(saved) and saved[-1].draft
+        labels = self.schedule.state().labels if draft else self.schedule.label_saved()
         logger.info("Label saved for %s; %d since the last training", image_id, labels)
-        note = getattr(self.datastore(), "dicom_note", None)
+        note = None if draft else getattr(store, "dicom_note", None)
         return {"labels_since_training": labels, **({"dicom_seg": note(image_id)} if note else {})}
 
     # --- the server -------------------------------------------------------------------------------------------------

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
+import requests
 from fastapi import HTTPException
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import RLELossless
 
+from app.conftest import Running
 from app.fake_dicomweb import FakeDicomWeb, Open, anew
 from app.phantom import Phantom, phantom
 from app.segs import renumbered
+from lib import dicom_outbox, dicomweb_store
+from lib.dicom_objects import is_uid
+from lib.dicom_outbox import Outbox
 from lib.dicom_seg import LabelOrigin, build_segmentation
 from lib.dicomweb_store import GuardedDicomWebStore
 from lib.label_names import stored_names
@@ -258,6 +268,135 @@ def test_empty_label_is_kept_here_and_says_so(tmp_path: Path, server: FakeDicomW
     assert store.get_labeled_images() == [image]
 
 
+def test_a_draft_stays_here_until_it_is_submitted(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
+    image = add(server, tmp_path / "s")
+    store = open_store()
+    submit(store, image, tmp_path, segmentationMeta={"status": "draft"})
+    assert (server.series("SEG"), store.get_labeled_images(), store.dicom_note(image)) == ([], [], {})
+    store.update_label_info(image, "version_1", {"segmentationMeta": {"status": "approved"}})
+    assert [str(seg.SOPInstanceUID) for seg in server.series("SEG")] == [store.dicom_note(image)["SOPInstanceUID"]]
+    assert store.get_labeled_images() == [image]
+
+
+@pytest.mark.parametrize("fails", ["store_instances", "writing"])
+def test_no_failure_takes_back_a_kept_label(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no answer this client knows")
+
+    image = add(server, tmp_path / "s")
+    if fails == "writing":
+        monkeypatch.setattr(dicomweb_store, "build_segmentation", broken)
+    else:
+        monkeypatch.setattr(server, fails, broken)
+    store = open_store()
+    submit(store, image, tmp_path)
+    note = store.dicom_note(image)
+    assert "no answer this client knows" in note["refused" if fails == "writing" else "waiting"]
+    assert store.final_version(image) == 1
+
+
+def test_outbox_asks_a_server_that_is_away_once(tmp_path: Path, server: FakeDicomWeb) -> None:
+    asked = []
+
+    def store(documents: list[Dataset]) -> Dataset:
+        asked.append(documents)
+        return server.store_instances(documents)
+
+    box, (first, second) = Outbox(tmp_path / "box", store), documents(tmp_path)
+    server.down = True
+    for document in (first, second):
+        assert "nobody answers" in str(box.send(document))
+    asked.clear()
+    assert (box.retry(), len(asked)) == (2, 1)
+    server.down = False
+    assert (box.retry(), box.waiting()) == (0, {})
+    assert box.read(str(first.SOPInstanceUID)) is None
+
+
+def test_an_object_does_not_wait_long_for_another(
+    tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicom_outbox, "_PATIENCE_S", 0.05)
+    busy, go_on = threading.Event(), threading.Event()
+
+    def slow(sent: list[Dataset]) -> Dataset:
+        busy.set()
+        assert go_on.wait(20)
+        return server.store_instances(sent)
+
+    box, (first, second) = Outbox(tmp_path / "box", slow), documents(tmp_path)
+    sender = threading.Thread(target=box.send, args=(first,))
+    sender.start()
+    assert busy.wait(20)
+    assert box.send(second) == "another object is being sent; this one follows"
+    go_on.set()
+    sender.join()
+    assert list(box.waiting()) == [str(second.SOPInstanceUID)]
+    assert box.retry() == 0
+
+
+def test_an_object_that_somebody_else_sent_is_no_failure(
+    tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, (first, _) = Outbox(tmp_path / "box", server.store_instances), documents(tmp_path)
+    server.down = True
+    box.send(first)
+    (file,) = box._files()
+    monkeypatch.setattr(box, "_files", lambda: [file])
+    file.unlink()
+    assert (box.retry(), box.waiting()) == (0, {})
+
+
+def documents(folder: Path) -> list[Dataset]:
+    """Two small DICOM objects."""
+    one = phantom()
+    return [pydicom.dcmread(file) for file in write_series(folder / "two", one.image, one.affine).files[:2]]
+
+
+@pytest.mark.parametrize(("text", "uid"), [("1.2.840", True), ("..", False), ("1..2", False), ("1" * 65, False)])
+def test_what_a_uid_is(text: str, uid: bool) -> None:
+    assert is_uid(text) is uid
+
+
+def test_the_client_gives_up_on_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def request(*_: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        raise requests.ConnectTimeout("too slow")
+
+    monkeypatch.setattr(requests.Session, "request", request)
+    with pytest.raises(requests.ConnectTimeout):
+        dicomweb_store._TimedSession().get("http://127.0.0.1:9/")
+    assert seen["timeout"] == (5.0, 120.0)
+
+
+def test_reply_to_a_label_says_what_became_of_its_segmentation(
+    running: Running, tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = add(server, tmp_path / "s")
+    store = open_store()
+    monkeypatch.setattr(running.app, "_datastore", store)
+    submit(store, image, tmp_path)
+    server.refuses = True
+    with open(tmp_path / "label.nii.gz", "rb") as stream:
+        reply = running.client.post(
+            "/medvl/labels",
+            params={"image": image},
+            data={"params": json.dumps(INFO)},
+            files={"label": ("label.nii.gz", stream)},
+        )
+    assert reply.status_code == 200, reply.text
+    assert "refused it with failure" in reply.json()["dicom_seg"]["waiting"]
+    first, second = running.client.get("/medvl/labels", params={"image": image}).json()["versions"]
+    assert "waiting" not in first["dicom_seg"]
+    assert second == reply.json()
+    restored = running.client.post("/medvl/labels/restore", params={"image": image, "version": 1}, json={})
+    assert "refused it with failure" in restored.json()["dicom_seg"]["waiting"]
+
+
 # --- labels from the server -------------------------------------------------------------------------------------------
 
 
@@ -318,6 +457,41 @@ def test_segmentation_that_cannot_be_read_is_left_out_with_a_reason(
     assert "LABELMAP cannot be read" in caplog.text
     with pytest.raises(HTTPException, match="LABELMAP"):
         store.get_label_uri(str(broken.SeriesInstanceUID), "final")
+
+
+def test_a_passing_failure_makes_no_older_segmentation_final(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, labels = add(server, tmp_path / "s"), phantom().labels
+    others(tmp_path, server, image, np.where(labels == 5, 5, 0), BEFORE)
+    newest = others(tmp_path, server, image, labels, LATER)
+    store, fetch = open_store(), server.retrieve_instance
+
+    def fails(study: str, series: str, instance: str) -> Dataset:
+        if instance == newest.SOPInstanceUID:
+            raise requests.ConnectionError("not now")
+        return fetch(study, series, instance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "retrieve_instance", fails)
+        assert store.datalist() == []
+    assert len(store.datalist()) == 1
+    assert (final_mask(store, image) == 2).any(), "all of the newest"
+
+
+def test_image_with_nothing_but_an_unreadable_segmentation_is_unlabelled(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open
+) -> None:
+    image = add(server, tmp_path / "s")
+    packed = server.held[str(others(tmp_path, server, image, phantom().labels, LATER).SOPInstanceUID)]
+    packed.file_meta.TransferSyntaxUID = RLELossless
+    packed.PixelData = encapsulate([b"\0" * 64])
+    packed["PixelData"].is_undefined_length = True
+    store = open_store()
+    assert store.get_labeled_images() == [image]
+    assert store.datalist() == []
+    assert (store.get_labeled_images(), store.get_unlabeled_images()) == ([], [image])
+    assert "compressed as RLE Lossless" in next(iter(store._unreadable.values()))
 
 
 def test_two_processes_take_a_segmentation_over_once(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:

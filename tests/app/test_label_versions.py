@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from app.conftest import AFFINE, SHAPE, Running
+from lib.label_names import stored_names
 
 LIVER = [{"name": "liver", "idx": 1}]
 BOTH = [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]
@@ -109,6 +110,45 @@ def test_a_mask_comes_back_voxel_by_voxel(running: Running, tmp_path: Path, name
     labels, grid = read_mask(received)
     assert (labels == mask).all()
     np.testing.assert_allclose(grid.affine, AFFINE, atol=1e-4)
+
+
+def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
+    one, two = blocks(v1=(2, 9)), blocks(v1=(2, 10))
+    draft = {"label_info": LIVER, "segmentationMeta": {"status": "draft"}}
+    assert post(running, write(tmp_path / "two.nii.gz", two), **draft).status_code == 200
+    assert (listed(running)["final"], running.app.schedule.state().labels) == (None, 0)
+    assert running.app.datastore().get_labeled_images() == []
+    assert post(running, write(tmp_path / "one.nii.gz", one), label_info=LIVER).json()["version"] == 2
+    assert running.submit("case_a", write(tmp_path / "two.nii.gz", two), **draft).status_code == 200
+    state = listed(running)
+    assert (state["final"], [v["status"] for v in state["versions"]]) == (2, ["draft", "", "draft"])
+    assert running.app.schedule.state().labels == 1
+    assert (final(running) == one).all()
+    running.app.datastore().refresh()
+    assert listed(running)["final"] == 2
+    running.app.datastore().update_label_info("case_a", "version_3", {"segmentationMeta": {"status": "approved"}})
+    assert listed(running)["final"] == 3
+    assert (final(running) == two).all()
+    running.app.datastore().update_label_info("case_a", "version_3", {"segmentationMeta": {"status": "draft"}})
+    assert listed(running)["final"] == 2
+    assert (final(running) == one).all()
+
+
+def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: Path) -> None:
+    (running.studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
+    write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 9)))
+    running.app.datastore().refresh()
+    draft = {"label_info": LIVER, "segmentationMeta": {"status": "draft"}}
+    assert post(running, write(tmp_path / "a.nii.gz", blocks(v1=(2, 4))), **draft).json()["version"] == 2
+    assert listed(running)["final"] == 1
+    assert (final(running) == blocks(v1=(2, 9))).all()
+
+
+def test_a_tag_cannot_use_the_numbers_up(running: Running, tmp_path: Path) -> None:
+    file = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
+    for tag in ("version_999999", None, "version_7", None):
+        assert running.submit("case_a", file, tag, label_info=LIVER).status_code == 200
+    assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 7, 8]
 
 
 def test_names_follow_positions_from_slicer_and_values_from_others(running: Running, tmp_path: Path) -> None:
@@ -309,9 +349,15 @@ def test_deleted_labels_lie_in_the_trash(running: Running, tmp_path: Path) -> No
     assert (state["final"], len(state["versions"])) == (None, 3)
     post(running, tmp_path / "label.nii.gz", label_info=LIVER)
     assert listed(running)["final"] == 4
+    beside = [running.studies / "texts" / "case_a", running.studies / ".history" / "final" / "case_a"]
+    for folder in beside:
+        folder.mkdir(parents=True)
+        (folder / "kept").touch()
     assert running.client.delete("/datastore/image", params={"id": "case_a"}).status_code == 200
     assert "case_a" not in index(running)
     assert len(list(trash.glob("version_*.nii.gz"))) == 4
+    assert sorted(path.parent.name.split("-")[0] for path in trash.glob("*/kept")) == ["history", "texts"]
+    assert not any(folder.exists() for folder in beside), "the next image of this id does not inherit them"
 
 
 def test_only_final_counts_elsewhere(running: Running, tmp_path: Path) -> None:
@@ -356,6 +402,15 @@ def test_labels_of_an_earlier_release_become_versions(start: Any, tmp_path: Path
     assert list(history.iterdir()) == []
     assert listed(running)["versions"] == state["versions"]
     assert [v["structures"] for v in listed(running, "case_b")["versions"]] == [[]]
+    # Restoring changes no name.
+    for number in (1, 3):
+        running.client.post("/medvl/labels/restore", params={"image": "case_a", "version": number}, json={})
+    store, after = running.app.datastore(), listed(running)["versions"]
+    for new, old in ((4, 1), (5, 3)):
+        assert after[new - 1]["structures"] == after[old - 1]["structures"]
+        infos = [store.get_label_info("case_a", f"version_{number}") for number in (new, old)]
+        assert infos[0].get("label_info") == infos[1].get("label_info")
+        assert stored_names(infos[0], [1]) == stored_names(infos[1], [1])
 
 
 def test_index_is_made_anew(start: Any, tmp_path: Path) -> None:

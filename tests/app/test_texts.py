@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import User
 
 from app.conftest import SHAPE, Running
 from app.test_infer import _nrrd
@@ -135,6 +137,13 @@ def test_on_a_dicom_server_a_text_becomes_a_structured_report(
     reply = store(running)
     assert (reply.status_code, reply.json()["version"]) == (200, 4)  # stored all the same
     assert "StudyInstanceUID" in reply.json()["sr_error"]
+
+
+def test_with_a_login_the_author_is_who_is_logged_in(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "MONAI_LABEL_AUTH_ENABLE", True)
+    sent = texts.TextUpload(kind="report", text="The liver is normal.", author="somebody else")
+    texts.store_text("case_a", sent, User(username="ada"))
+    assert [version.author for version in TextVersions(running.studies).of("case_a")] == ["ada"]
 
 
 def test_many_writers_get_a_version_each(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_samples_carry_names_and_patients(running: Running) -> None:
     assert (first.image_id, dict(first.names)) == ("case_a", {1: "liver", 2: "my segment"})
     assert (second.image_id, dict(second.names)) == ("case_b", {5: "liver"})
     assert first.image == running.studies.resolve() / "case_a.nii.gz"
-    assert second.label.parent.name == "final"
+    assert second.label.parent.name == "version_1", "a version never changes, final does"
     assert second.patient == "id:P7" != first.patient
 
 

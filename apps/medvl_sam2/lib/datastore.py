@@ -30,6 +30,7 @@ from lib.label_versions import LabelVersion, Provenance, named_structures, now, 
 from lib.result_writing import http_errors
 from lib.version_files import stage
 from lib.versioned_store import FINAL, VersionedStore
+from medvl_sam2.datasets.stored_texts import image_folder
 from medvl_sam2.errors import PromptError
 from medvl_sam2.files import file_sha256
 from medvl_sam2.types import Geometry
@@ -91,21 +92,36 @@ class GuardedStore(VersionedStore):
                 number = self._files.next_number(image_id, version_number(tag))
                 record = replace(record, version=number)
                 path = self._files.put(staged, record)
-                self._set_final(image_id, record)
+                self._index_version(record)
                 self._update_datastore_file(lock=False)
             info["version"] = number
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
-            added = self._label_stored(record, path)
-            if added:
-                self.update_label_info(image_id, record.tag, added)
+            if not record.draft:
+                self._publish(record, path)
         return image_id
 
+    def _index_version(self, record: LabelVersion) -> None:
+        """Let index and ``final`` follow a version that was added or changed."""
+        labels = self._datastore.objects[record.image].labels
+        labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
+        newest = self._files.newest(record.image)
+        held = self.final_version(record.image)
+        if newest is not None or held == record.version:
+            self._set_final(record.image, newest)
+        else:  # only drafts, and a final label, if any, that is none of them
+            self._order_tags(record.image)
+
+    def _publish(self, record: LabelVersion, path: Path) -> None:
+        added = self._label_stored(record, path)
+        if added:
+            self.update_label_info(record.image, record.tag, dict(added))
+
     def _label_stored(self, record: LabelVersion, path: Path) -> Mapping[str, Any]:
-        """Called without a lock when a version is kept, before it is acknowledged; what it returns joins its info."""
+        """Called without a lock when a version that is no draft is kept; what it returns joins its info."""
         return {}
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Change what is kept with a label. ``final`` means the version it holds.
+        """Change what is kept with a label. ``final`` means the version it holds; a draft with another status counts.
 
         The Reviewer module sends the names of ``final`` along with its verdict on any version, so those of a version
         stay as they are.
@@ -118,12 +134,20 @@ class GuardedStore(VersionedStore):
                 super().update_label_info(label_id, tag, info)
                 return
             kept = info if tag == FINAL else {key: value for key, value in info.items() if key != "label_info"}
+            was_draft = record.draft
             record = record.updated(kept)
+            if record.draft != was_draft:
+                self._adopt(label_id)
             self._files.write_record(record)
-            labels = self._datastore.objects[label_id].labels
-            for same in (record.tag, *([FINAL] if self.final_version(label_id) == number else [])):
-                labels[same] = DataModel(info=record.index_info(), ext=record.extension)
+            if record.draft != was_draft:
+                self._index_version(record)
+            else:
+                labels = self._datastore.objects[label_id].labels
+                for same in (record.tag, *([FINAL] if self.final_version(label_id) == number else [])):
+                    labels[same] = DataModel(info=record.index_info(), ext=record.extension)
             self._update_datastore_file(lock=False)
+        if was_draft and not record.draft:
+            self._publish(record, self._files.mask_path(record))
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Move a label to the trash. Without ``final`` the image counts as unlabelled, its versions stay.
@@ -160,6 +184,8 @@ class GuardedStore(VersionedStore):
         if len(json.dumps(prompts, default=str)) > _MAX_PROMPTS:
             raise PromptError(f"prompts have more than {_MAX_PROMPTS} characters; send fewer with a label")
         restored = info.get("restored_from")
+        # As the version that is restored: a label without names gets none from the vocabulary.
+        stated = info if restored is None else {"label_info": [{"name": ""}], **info}
         kept = {key: value for key, value in info.items() if key not in _OWN_FIELDS}
         kept["segmentationMeta"] = whole_review(info.get("segmentationMeta"), text_of(info, "note"), time_)
         return LabelVersion(
@@ -172,7 +198,7 @@ class GuardedStore(VersionedStore):
             source=text_of(info, "source") or ("reviewer" if tag != FINAL else source),
             client_id=client,
             model_version=text_of(info, "model_version") or known.model_version,
-            structures=named_structures(info, checked.voxels),
+            structures=named_structures(stated, checked.voxels),
             prompts=tuple(prompts),
             restored_from=restored if isinstance(restored, int) else None,
             made_from=tuple(int(number) for number in info.get("made_from") or ()),
@@ -222,6 +248,14 @@ class GuardedStore(VersionedStore):
                 if path.is_file():
                     self._files.discard(image_id, tag, path)
                 del obj.labels[tag]
+            for kept, name in (
+                (image_folder(self.folder, image_id), "texts"),
+                (self.folder / ".history" / FINAL / image_id, "history"),
+            ):
+                if kept.is_dir():  # else another image that gets the id would inherit them
+                    trash = self._files.trash / image_id
+                    trash.mkdir(parents=True, exist_ok=True)
+                    os.replace(kept, trash / f"{name}-{time.time_ns()}")
             super().remove_image(image_id)
 
     def json(self) -> dict[str, Any]:
@@ -239,11 +273,27 @@ class GuardedStore(VersionedStore):
 
 
 class GuardedLocalStore(GuardedStore):
-    """A folder of images."""
+    """A folder of images. Readers wait for the folder's watcher, which rebuilds the index in another thread."""
 
     def status(self) -> dict[str, Any]:
-        with self._thread_lock:  # the folder's watcher changes the index in another thread
+        with self._thread_lock:
             return super().status()
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        with self._thread_lock:
+            return list(super().get_labeled_images(label_tag, labels))
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        with self._thread_lock:
+            return list(super().get_unlabeled_images(label_tag, labels))
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        with self._thread_lock:
+            return list(super().datalist(full_path))
+
+    def get_image_uri(self, image_id: str) -> str:
+        with self._thread_lock:
+            return str(super().get_image_uri(image_id))
 
 
 def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:

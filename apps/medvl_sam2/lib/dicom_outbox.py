@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,13 @@ import pydicom
 import requests
 from pydicom.dataset import Dataset
 
+from lib.dicom_objects import is_uid
 from medvl_sam2.files import atomic_writer
 
 logger = logging.getLogger(__name__)
 
-_UID = re.compile(r"[0-9.]{1,64}")
+_PATIENCE_S = 2.0
+"""How long a new object waits for the one that is being sent; then it follows at the next retry."""
 
 
 class Outbox:
@@ -28,34 +29,47 @@ class Outbox:
         self._store = store
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
+        self._reached = True  # by the last attempt
 
     def send(self, document: Dataset) -> str | None:
         """Keep the object, then send it; returns why it still waits, or None when the server has it."""
         file = self._file(str(document.SOPInstanceUID))
         with atomic_writer(file) as stream:
             document.save_as(stream, write_like_original=False)
-        with self._lock:
+        if not self._lock.acquire(timeout=_PATIENCE_S):
+            return "another object is being sent; this one follows"
+        try:
             return self._attempt(file)
+        finally:
+            self._lock.release()
 
     def retry(self) -> int:
-        """Send what waits; returns how much still does. Does nothing while another thread sends."""
+        """Send what waits, up to the first failure to connect; returns how much still waits.
+
+        Does nothing while another thread sends.
+        """
         if not self._lock.acquire(blocking=False):
             return len(self.waiting())
         try:
             for file in self._files():
                 self._attempt(file)
+                if not self._reached:
+                    break
         finally:
             self._lock.release()
         return len(self.waiting())
 
     def waiting(self) -> dict[str, str]:
         """Reason by SOPInstanceUID of every object the server does not have yet."""
-        return {file.stem: self._reasons.get(file.stem, "not sent yet") for file in self._files()}
+        return {file.stem: self._reasons.get(file.stem, "not sent yet") for file in self._folder.glob("*.dcm")}
 
     def read(self, instance: str) -> Dataset | None:
         """A waiting object without its pixels."""
         file = self._file(instance)
-        return pydicom.dcmread(file, stop_before_pixels=True) if file.is_file() else None
+        try:
+            return pydicom.dcmread(file, stop_before_pixels=True)
+        except FileNotFoundError:
+            return None
 
     def _attempt(self, file: Path) -> str | None:
         reason = self._refusal(file)
@@ -68,19 +82,34 @@ class Outbox:
         return reason
 
     def _refusal(self, file: Path) -> str | None:
+        self._reached = True
         try:
             reply = self._store([pydicom.dcmread(file)])
+        except FileNotFoundError:
+            return None  # another process was quicker
         except requests.RequestException as error:
+            self._reached = not isinstance(error, requests.ConnectionError | requests.Timeout)
             return f"the DICOMweb server did not take it: {error}"
+        except Exception as error:  # whatever a server answers, the label is kept and the object waits
+            logger.exception("DICOM object %s cannot be sent", file.stem)
+            return f"the DICOMweb server's answer was not understood: {type(error).__name__}: {error}"
         failed = reply.get("FailedSOPSequence")
         if failed:
             return f"the DICOMweb server refused it with failure reason {failed[0].get('FailureReason', 'unknown')}"
         return None
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("*.dcm"), key=lambda file: file.stat().st_mtime)
+        """What waits, the oldest first."""
+        return sorted(self._folder.glob("*.dcm"), key=_written)
 
     def _file(self, instance: str) -> Path:
-        if not _UID.fullmatch(instance):
+        if not is_uid(instance):
             raise ValueError(f"{instance!r} is no DICOM UID")
         return self._folder / f"{instance}.dcm"
+
+
+def _written(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # sent since it was listed
+        return 0.0

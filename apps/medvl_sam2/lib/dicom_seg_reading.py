@@ -97,6 +97,9 @@ class _Pixels:
         kind = document.get("SegmentationType", "missing")
         if kind not in ("BINARY", "FRACTIONAL") or "PixelData" not in document:
             raise DataError(f"segmentation type {kind} cannot be read; export it as binary DICOM SEG")
+        syntax = getattr(getattr(document, "file_meta", None), "TransferSyntaxUID", None)
+        if kind == "BINARY" and syntax is not None and syntax.is_encapsulated:
+            raise DataError(f"binary segmentations compressed as {syntax.name} cannot be read; export it uncompressed")
         self._shape = (int(document.Rows), int(document.Columns))
         self._bits = np.frombuffer(document.PixelData, np.uint8) if kind == "BINARY" else None
         # Fractions are rare; pydicom decodes them whole, also compressed ones.

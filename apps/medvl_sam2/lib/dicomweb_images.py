@@ -6,7 +6,6 @@ MONAI Label's own conversion is not used: the ITK reader behind it loses gantry 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from pydicom.dataset import Dataset
 
 from lib.datastore import GeometryOf, GuardedStore
-from lib.dicom_objects import source_headers
+from lib.dicom_objects import is_uid, source_headers
 from lib.dicomweb_catalog import Catalog
 from lib.dicomweb_series import fetch_series, series_files, series_to_nifti
 from lib.result_writing import http_error
@@ -32,8 +31,6 @@ from medvl_sam2.dicom_io import DicomGrid, read_dicom_grid
 from medvl_sam2.errors import VolumeError
 
 logger = logging.getLogger(__name__)
-
-_UID = re.compile(r"[0-9.]{1,64}")
 
 
 class SeriesStore(GuardedStore, DICOMWebDatastore):
@@ -156,7 +153,3 @@ def reachable() -> Iterator[None]:
         raise http_error(error) from error
     except requests.RequestException as error:
         raise HTTPException(502, f"the DICOMweb server failed or cannot be reached: {error}") from error
-
-
-def is_uid(text: str) -> bool:
-    return bool(_UID.fullmatch(text))

@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dicomweb_client.session_utils import create_session_from_user_pass
+import requests
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
@@ -30,14 +31,14 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom.dataset import Dataset
 
 from lib.datastore import GeometryOf, KnownImage
-from lib.dicom_objects import source_headers
+from lib.dicom_objects import is_uid, source_headers
 from lib.dicom_outbox import Outbox
 from lib.dicom_seg import LabelOrigin, build_segmentation
 from lib.dicom_seg_reading import SegLabels, read_segmentation
 from lib.dicomweb_catalog import SegRecord, content_time, header_of
-from lib.dicomweb_images import SeriesStore, is_uid, reachable
+from lib.dicomweb_images import SeriesStore, reachable
 from lib.label_names import stored_names
-from lib.label_versions import LabelVersion
+from lib.label_versions import LabelVersion, version_number
 from lib.result_writing import http_error
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
 _FROM_SERVER = "dicom"
+_TIMEOUT_S = (5.0, 120.0)
+"""To connect, and between two pieces of an answer."""
 _KNOWN = "known_segmentations"
 """In an image's info: SOPInstanceUIDs of the DICOM SEGs whose labels are or were here."""
 
@@ -69,11 +72,13 @@ class GuardedDicomWebStore(SeriesStore):
     # --- what there is ----------------------------------------------------------------------------------------------
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Listed images with a final label here, or with a DICOM SEG that was not taken over yet; each once."""
+        """Listed images with a final label here, or with a DICOM SEG that may yet be taken over; each once."""
         with self._thread_lock:  # the folder's watcher changes the index in another thread
             here = set(LocalDatastore.get_labeled_images(self))
         with reachable():
-            there = {seg.image for seg in self._catalog.segmentations() if seg.instance not in self._known(seg.image)}
+            segmentations = self._catalog.segmentations()
+        unread = [seg for seg in segmentations if seg.instance not in self._unreadable]
+        there = {seg.image for seg in unread if seg.instance not in self._known(seg.image)}
         return [image for image in self.list_images() if image in here or image in there]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
@@ -102,9 +107,11 @@ class GuardedDicomWebStore(SeriesStore):
     def _refresh_status(self) -> None:
         try:
             self._outbox.retry()
-            self.get_labeled_images()  # asks the server, so that nobody does inside the lock
-            with self._thread_lock:
-                self._status = super().status()
+            images, labelled = self.list_images(), self.get_labeled_images()
+            with self._thread_lock:  # never while the server is asked
+                tags = Counter(tag for entry in self._datastore.objects.values() for tag in entry.labels)
+            shown = {tag: count for tag, count in tags.items() if version_number(tag) is None}
+            self._status = {"total": len(images), "completed": len(labelled), "label_tags": shown}
         except Exception:
             logger.exception("The DICOMweb server cannot be queried; the last known counts are shown")
         finally:
@@ -118,22 +125,26 @@ class GuardedDicomWebStore(SeriesStore):
         if record.source == _FROM_SERVER and "dicom_seg" in record.info:
             return {}  # it is one already
         try:
-            grid = self._grid(record.image)
-            labels, _ = read_mask(path, like=grid.geometry)
-            info = record.index_info()
-            names = stored_names(info, np.unique(labels).tolist())
-            headers = source_headers(item.path for item in grid.slices)
-            document = build_segmentation(headers, labels, names, _origin(record))
+            document = self._segmentation(record, path)
+            self._remember(record.image, str(document.SOPInstanceUID))
+            waiting = self.send(document)
         except (MedVLError, HTTPException) as error:
-            reason = error.detail if isinstance(error, HTTPException) else error
-            return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {reason}"}}
-        self._remember(record.image, str(document.SOPInstanceUID))
-        waiting = self.send(document)
+            return _refused(error.detail if isinstance(error, HTTPException) else str(error))
+        except Exception as error:  # a label that is kept is acknowledged
+            logger.exception("%s of %s is kept, but not stored as DICOM SEG", record.tag, record.image)
+            return _refused(f"{type(error).__name__}: {error}; see the server's log")
         return {"dicom_seg": {**_note(document), **({"waiting": waiting} if waiting else {})}}
 
-    def dicom_note(self, image_id: str) -> dict[str, Any]:
-        """What became of the final label as DICOM SEG: its UIDs, and ``waiting`` or ``refused`` with the reason."""
-        note = dict(self.get_label_info(image_id, FINAL).get("dicom_seg") or {})
+    def _segmentation(self, record: LabelVersion, path: Path) -> Dataset:
+        grid = self._grid(record.image)
+        labels, _ = read_mask(path, like=grid.geometry)
+        names = stored_names(record.index_info(), np.unique(labels).tolist())
+        headers = source_headers(item.path for item in grid.slices)
+        return build_segmentation(headers, labels, names, _origin(record))
+
+    def dicom_note(self, image_id: str, tag: str = FINAL) -> dict[str, Any]:
+        """What became of a label as DICOM SEG: its UIDs, and ``waiting`` or ``refused`` with the reason."""
+        note = dict(self.get_label_info(image_id, tag).get("dicom_seg") or {})
         note.pop("waiting", None)  # as it was when the label was saved
         reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
         return {**note, "waiting": reason} if reason else note
@@ -198,6 +209,8 @@ class GuardedDicomWebStore(SeriesStore):
             try:
                 labels, geometry = self._read(seg)
             except HTTPException as error:
+                if error.status_code >= 500:  # passes; an older one must not take its place meanwhile
+                    raise
                 self._unreadable[seg.instance] = str(error.detail)
                 logger.warning("Segmentation %s of %s is left out: %s", seg.series, image_id, error.detail)
                 continue
@@ -259,13 +272,17 @@ class GuardedDicomWebStore(SeriesStore):
 def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
     """A store over a DICOMweb server, with MONAI Label's settings."""
     user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
+    session = _TimedSession()
+    if user and password:
+        session.auth = (user, password)
     client = DICOMwebClientX(
         url=url,
-        session=create_session_from_user_pass(user, password) if user and password else None,
+        session=session,
         qido_url_prefix=settings.MONAI_LABEL_QIDO_PREFIX,
         wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
         stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
     )
+    client.set_http_retry_params(retry=False)  # annotators wait for the answer, and the outbox tries again
     return GuardedDicomWebStore(
         client=client,
         search_filter=settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
@@ -275,6 +292,17 @@ def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebSto
         geometry_of=geometry_of,
         fresh_s=settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY,
     )
+
+
+class _TimedSession(requests.Session):
+    """Gives up on a server that does not answer; the client itself sets no time."""
+
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        return super().request(method, url, *args, **{"timeout": _TIMEOUT_S, **kwargs})
+
+
+def _refused(reason: str) -> dict[str, Any]:
+    return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {reason}"}}
 
 
 def _origin(record: LabelVersion) -> LabelOrigin:

@@ -13,6 +13,10 @@ from lib.label_names import stored_names
 from medvl_sam2.errors import DataError
 
 FORMAT = "medvl-sam2-label-version-1"
+ADOPTED = ("history", "found")
+"""Sources of labels that lay in the store and came by no request."""
+DRAFT = "draft"
+"""Review status of a label that was saved and not submitted."""
 _TAG = re.compile(r"version_([1-9][0-9]{0,5})")
 _REVIEW = ("status", "level", "approvedBy", "comment", "editTime")
 """What MONAI Label's Reviewer module for Slicer keeps under ``segmentationMeta``; it fails where one is missing."""
@@ -65,6 +69,11 @@ class LabelVersion:
     @property
     def review(self) -> Mapping[str, Any]:
         return self.info["segmentationMeta"]
+
+    @property
+    def draft(self) -> bool:
+        """Saved to go on later: a version that never counts as the image's label."""
+        return bool(self.review["status"] == DRAFT)
 
     def updated(self, info: Mapping[str, Any]) -> LabelVersion:
         """With other entries in ``info``."""

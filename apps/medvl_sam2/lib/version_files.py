@@ -33,6 +33,7 @@ MASKS = (".nii.gz", ".nii", ".nrrd")
 """Extensions of label maps."""
 STALE_S = 5.0
 """A hidden file younger than this may belong to a process that has not locked it yet."""
+_MAX_WANTED = 10_000
 _LEFTOVER = re.compile(r"\..*(\.part|\.json\.\w{8})")
 
 
@@ -74,8 +75,9 @@ class VersionFiles:
         return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
     def newest(self, image: str) -> LabelVersion | None:
+        """The highest version that is no draft: the one ``final`` is a copy of."""
         found = (self.read(image, number) for number in reversed(self.numbers()))
-        return next((record for record in found if record is not None), None)
+        return next((record for record in found if record is not None and not record.draft), None)
 
     def bare_masks(self, image: str) -> list[tuple[int, Path]]:
         """Masks under a version's tag without a readable record: other programs put them there."""
@@ -87,9 +89,12 @@ class VersionFiles:
         return [(number, path) for number, path in paths if path.is_file() and self.read(image, number) is None]
 
     def next_number(self, image: str, wanted: int | None = None) -> int:
-        """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too."""
+        """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too.
+
+        ``wanted`` comes from clients: far up it is not followed, as the numbers a tag can name would run out.
+        """
         here = [number for number in self.numbers() if self._taken(image, number)]
-        if wanted is not None and wanted > max(here, default=0):
+        if wanted is not None and max(here, default=0) < wanted <= _MAX_WANTED:
             return wanted
         folder = self.trash / image
         names = os.listdir(folder) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""A datastore that keeps every submitted label as a version; ``final`` is a copy of the newest one.
+"""A datastore that keeps every label as a version; ``final`` is a copy of the newest one that is no draft.
 
 The versions on disk (:mod:`lib.version_files`) are the truth. ``final`` and the index, which MONAI Label, its clients
 and the training read, follow from them: in the same step, or at the next start when a process was killed between.
@@ -86,7 +86,7 @@ class VersionedStore(IndexedStore):
                 self._update_datastore_file(lock=False)
 
     def _set_final(self, image_id: str, newest: LabelVersion | None) -> None:
-        """Let index and ``final`` follow the versions; ``newest`` is the highest of them."""
+        """Let index and ``final`` follow the versions; ``newest`` is the highest of them that is no draft."""
         obj = self._datastore.objects[image_id]
         folder = Path(self._datastore.label_path(FINAL))
         if newest is not None:
@@ -125,7 +125,7 @@ class VersionedStore(IndexedStore):
         obj = self._datastore.objects.get(image_id)
         if obj is None:
             return False
-        changed = False
+        changed = copied = False
         history = self.folder / ".history" / FINAL / image_id
         for path in sorted(history.iterdir()) if history.is_dir() else ():
             if not path.name.split(".")[0].isdigit() or not path.name.endswith(MASKS):
@@ -142,7 +142,8 @@ class VersionedStore(IndexedStore):
         final = None if label is None else Path(self._datastore.label_path(FINAL)) / self._filename(image_id, label.ext)
         if final is not None and final.is_file() and final.name.endswith(MASKS) and not self._holds(final, newest):
             checksum = file_sha256(final)
-            if all(version.checksum != checksum for version in self._files.versions(image_id)):
+            copied = any(version.checksum == checksum for version in self._files.versions(image_id))
+            if not copied:
                 number, saved = self._files.next_number(image_id), final.stat().st_mtime
                 newest = self._take_over(image_id, final, number, label.info if label else {}, "found", saved)
             changed = True
@@ -154,6 +155,8 @@ class VersionedStore(IndexedStore):
         if newest is not None and (changed or (self.final_version(image_id) or 0) != newest.version):
             changed |= not newest.withdrawn or FINAL in obj.labels
             self._set_final(image_id, newest)
+        elif newest is None and copied:  # of a draft, as earlier releases made them
+            self._set_final(image_id, None)
         return changed
 
     def _holds(self, final: Path, newest: LabelVersion | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -14,10 +13,10 @@ from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, TypeAdapter
 
 from lib.api.access import AsUser
+from lib.label_versions import version_number
 
 router = APIRouter(prefix="/medvl/cases", tags=["MedVL"])
 
-_VERSION = re.compile(r"version_\d+")
 _FINAL = DefaultLabelTag.FINAL.value
 
 
@@ -63,7 +62,7 @@ def _case(image: str, info: Mapping[str, Any], labels: Mapping[str, Mapping[str,
     return Case(
         image=image,
         labelled=image in labelled,
-        versions=sum(1 for tag in labels if _VERSION.fullmatch(tag)),
+        versions=sum(1 for tag in labels if version_number(tag) is not None),
         tags=sorted(labels),
         labelled_at=datetime.fromtimestamp(saved, UTC) if isinstance(saved, int | float) else None,
         **said,

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, BackgroundTasks, Body, Depends, File, Form, HTTPException, Query, UploadFile
+from fastapi import APIRouter, BackgroundTasks, Body, File, Form, HTTPException, Query, UploadFile
 from fastapi.responses import FileResponse
-from monailabel.config import settings
 from monailabel.endpoints.datastore import save_label as monailabel_save_label
-from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
+from lib.api.access import AsAnnotator, AsUser, author_of
+from lib.api.stand_ins import json_object
 from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
-from lib.label_versions import LabelVersion
+from lib.label_versions import ADOPTED, LabelVersion
 from lib.result_writing import write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import DataError
@@ -31,8 +32,6 @@ from medvl_sam2.volume_io import read_mask
 router = APIRouter(prefix="/medvl/labels", tags=["MedVL labels"])
 upload_router = APIRouter(tags=["Datastore"])
 
-_User = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
-_Annotator = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))]
 _Image = Annotated[str, Query(description="Id of an image of the datastore")]
 _Number = Annotated[int, Query(ge=1, description="Number of a version")]
 _Text = Annotated[str, Field(max_length=10_000)]
@@ -48,7 +47,10 @@ class StructureReply(BaseModel):
 
 
 class VersionReply(BaseModel):
-    """One version of a label. ``checksum`` is the SHA-256 of its file, ``time`` ISO with offset."""
+    """One version of a label. ``checksum`` is the SHA-256 of its file, ``time`` ISO with offset.
+
+    ``dicom_seg``: its UIDs on a DICOMweb server, and ``waiting`` or ``refused`` with the reason; null without one.
+    """
 
     version: int
     tag: str
@@ -66,6 +68,7 @@ class VersionReply(BaseModel):
     prompts: list[Any]
     restored_from: int | None
     made_from: list[int]
+    dicom_seg: dict[str, Any] | None
 
 
 class VersionsReply(BaseModel):
@@ -131,19 +134,14 @@ class ConsensusBody(BaseModel):
 
 
 @router.get("", summary="Versions of an image's label")
-def list_versions(image: _Image, user: _User) -> VersionsReply:
-    return VersionsReply.model_validate(
-        {
-            "image": image,
-            "versions": [record.shown() for record in _store().versions(image)],
-            "final": _store().final_version(image),
-        }
-    )
+def list_versions(image: _Image, user: AsUser) -> VersionsReply:
+    versions = [_shown(record) for record in _store().versions(image)]
+    return VersionsReply(image=image, versions=versions, final=_store().final_version(image))
 
 
 @router.get("/file", summary="The mask of a version, on the image's grid", response_class=FileResponse)
 def version_file(
-    tasks: BackgroundTasks, image: _Image, version: _Number, user: _User, format: Literal["nrrd", "nii.gz"] = "nrrd"
+    tasks: BackgroundTasks, image: _Image, version: _Number, user: AsUser, format: Literal["nrrd", "nii.gz"] = "nrrd"
 ) -> FileResponse:
     store = _store()
     record, path = store.version(image, version)
@@ -165,12 +163,12 @@ def version_file(
 @router.post("", summary="Save a label as a new version")
 def save_version(
     image: _Image,
-    user: _Annotator,
+    user: AsAnnotator,
     label: Annotated[UploadFile, File(description=".nii.gz, .nii, .nrrd, or .bin: a byte a voxel, first axis fastest")],
     params: Annotated[str, Form(description="JSON: author, note, client_id, source, label_info, prompts, ...")] = "{}",
 ) -> VersionReply:
     """``label_info`` is a list of ``{"name", "idx"}``; here ``idx`` is the value in the mask."""
-    sent = _json_object(params)
+    sent = json_object(params, "params")
     info = {key: sent[key] for key in ("note", "client_id", "model_version", "segmentationMeta") if key in sent}
     if isinstance(sent.get("prompts"), list):
         info["prompts"] = sent["prompts"]
@@ -185,10 +183,10 @@ def save_version(
 
 
 @router.post("/restore", summary="Make an earlier version the label again, as a new version")
-def restore(image: _Image, version: _Number, user: _Annotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
+def restore(image: _Image, version: _Number, user: AsAnnotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
     record, path = _store().version(image, version)
     info = {
-        "label_info": _label_info(record),
+        **_stated_names(record),
         "note": body.note,
         "source": "restore",
         "model_version": record.model_version,
@@ -199,7 +197,7 @@ def restore(image: _Image, version: _Number, user: _Annotator, body: Annotated[R
 
 
 @router.get("/compare", summary="Two versions, structure by structure")
-def compare_versions(image: _Image, a: _Number, b: _Number, user: _User) -> ComparisonReply:
+def compare_versions(image: _Image, a: _Number, b: _Number, user: AsUser) -> ComparisonReply:
     masks = _masks(image, [a, b])
     structures = compare(masks[a], masks[b])
     shown = [AgreementReply(**vars(structure)) for structure in structures]
@@ -207,7 +205,7 @@ def compare_versions(image: _Image, a: _Number, b: _Number, user: _User) -> Comp
 
 
 @router.get("/agreement", summary="The latest versions of all annotators, pair by pair")
-def agreement(image: _Image, user: _User) -> AgreementsReply:
+def agreement(image: _Image, user: AsUser) -> AgreementsReply:
     latest = _latest(_store().versions(image))
     authors = {number: author for author, number in latest.items()}
     pairs = [
@@ -222,7 +220,7 @@ def agreement(image: _Image, user: _User) -> AgreementsReply:
 
 
 @router.post("/consensus", summary="One label of several versions, as a new version")
-def make_consensus(image: _Image, user: _Annotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
+def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
     store = _store()
     numbers = _chosen(store.versions(image), body)
     masks = _masks(image, numbers)
@@ -248,13 +246,13 @@ def make_consensus(image: _Image, user: _Annotator, body: Annotated[ConsensusBod
 def save_label(
     tasks: BackgroundTasks,
     image: str,
-    user: _Annotator,
+    user: AsAnnotator,
     label: Annotated[UploadFile, File()],
     params: Annotated[str, Form()] = "{}",
     tag: str = "final",
 ) -> dict[str, Any]:
     """As MONAI Label's, which Slicer submits to; ``final`` and ``version_N`` make a new version."""
-    sent = _json_object(params)
+    sent = json_object(params, "params")
     text = json.dumps(sent | _author(user, sent))
     reply: dict[str, Any] = monailabel_save_label(tasks, image, text, tag, label, user.username)
     return reply
@@ -273,12 +271,17 @@ def _keep(image: str, file: Path, info: dict[str, Any]) -> VersionReply:
     store = _store()
     label_id = store.save_label(image, str(file), "final", info)
     app_instance().on_save_label(image, label_id)
-    return VersionReply.model_validate(store.version(image, info["version"])[0].shown())
+    return _shown(store.version(image, info["version"])[0])
+
+
+def _shown(record: LabelVersion) -> VersionReply:
+    note = getattr(_store(), "dicom_note", None)
+    seg = note(record.image, record.tag) if note else None
+    return VersionReply.model_validate({**record.shown(), "dicom_seg": seg or None})
 
 
 def _author(user: User, sent: dict[str, Any]) -> dict[str, str]:
-    """Who is logged in, else who the client says; without a login everybody is MONAI Label's ``admin``."""
-    name = user.username if settings.MONAI_LABEL_AUTH_ENABLE else sent.get("author")
+    name = author_of(user, sent.get("author"))
     return {"author": str(name)} if name else {}
 
 
@@ -295,9 +298,11 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
     return [{**one, "value": one["idx"]} for one in label_info]
 
 
-def _label_info(record: LabelVersion) -> list[dict[str, Any]]:
-    """The names of a version with their values, whatever its client stated."""
-    return [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]
+def _stated_names(record: LabelVersion) -> dict[str, Any]:
+    """The names of a version with their values; of a label that was only found here, what was kept with it."""
+    if record.source in ADOPTED:
+        return {key: record.info[key] for key in ("label_info", "params") if key in record.info}
+    return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:
@@ -319,13 +324,3 @@ def _chosen(records: Sequence[LabelVersion], body: ConsensusBody) -> list[int]:
     if missing:
         raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {', '.join(latest) or 'nobody'}")
     return body.versions or [latest[author] for author in body.authors or latest]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise HTTPException(400, f"params is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise HTTPException(400, f"params must be a JSON object, got {type(values).__name__}")
-    return values

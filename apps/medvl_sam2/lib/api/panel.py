@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated
 
 import monailabel.endpoints.ohif as ohif_endpoint
-from fastapi import APIRouter, Depends, HTTPException
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, Response
-from monailabel.config import settings
-from monailabel.endpoints.user.auth import RBAC, User
+
+from lib.api.access import AsUser
 
 PANEL = Path(__file__).resolve().parents[1] / "panel"
 _TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -25,7 +24,6 @@ _TAGS = (
 _FRESH = {"Cache-Control": "no-cache"}
 
 router = APIRouter(tags=["MedVL panel"])
-_User = Annotated[User, Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))]
 
 
 @router.get("/medvl/panel/{name}", include_in_schema=False)
@@ -38,7 +36,7 @@ def panel_file(name: str) -> Response:
 
 
 @router.get("/ohif/{path:path}", include_in_schema=False)
-def viewer_file(path: str, user: _User) -> Response:
+def viewer_file(path: str, user: AsUser) -> Response:
     """A file of OHIF as MONAI Label serves it; in place of its page, the page with the panel."""
     found = ohif_endpoint.get_ohif(path)
     if Path(found.path).name != "index.html":

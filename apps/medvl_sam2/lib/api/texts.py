@@ -12,7 +12,7 @@ from fastapi import APIRouter, HTTPException, Query, Response
 from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
-from lib.api.access import AsAnnotator, AsUser
+from lib.api.access import AsAnnotator, AsUser, author_of
 from lib.dicom_sr import Report, StoredReport, store_report_sr
 from lib.request_parsing import MAX_TEXT, Client
 from lib.result_writing import http_errors, write_label_map
@@ -185,7 +185,7 @@ def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredTex
             TextVersion(
                 kind=body.kind,
                 text=body.text,
-                author=body.author,
+                author=author_of(user, body.author) or body.author,
                 model_version=body.model_version or app.runtime.served_version(),
                 draft=body.draft,
                 question=body.question,

@@ -20,6 +20,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.configs.medvl_sam2 import AppConfig
 from lib.label_names import stored_names
+from lib.label_versions import version_tag
 from lib.result_writing import http_errors
 from lib.retrain_schedule import RetrainSchedule
 from medvl_sam2.errors import ConfigError, DataError, MedVLError
@@ -155,6 +156,8 @@ def datastore_samples(datastore: Datastore) -> list[FinetuneSample]:
         image, label = Path(pair["image"]), Path(pair["label"])
         image_id = next(image.name.removesuffix(s) for s in (".nii.gz", ".nii", ".nrrd", "") if image.name.endswith(s))
         info = datastore.get_label_info(image_id, tag)
+        if info.get("version"):  # a version never changes; the copy in final does, while a training runs
+            label = Path(datastore.get_label_uri(image_id, version_tag(int(info["version"]))))
         try:
             if info.get("Modality") == "SEG" and not info.get("label_info"):
                 raise DataError("a DICOM SEG from elsewhere, whose numbers have no names here")
