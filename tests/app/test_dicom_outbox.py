@@ -1,0 +1,95 @@
+"""Objects on their way to a DICOMweb server that is slow, away or busy."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+import requests
+from pydicom.dataset import Dataset
+
+from app.fake_dicomweb import FakeDicomWeb
+from app.phantom import phantom
+from lib import dicom_outbox, dicomweb_store
+from lib.dicom_objects import is_uid
+from lib.dicom_outbox import Outbox
+from orthanc import write_series
+
+
+def test_outbox_asks_a_server_that_is_away_once(tmp_path: Path, server: FakeDicomWeb) -> None:
+    asked = []
+
+    def store(documents: list[Dataset]) -> Dataset:
+        asked.append(documents)
+        return server.store_instances(documents)
+
+    box, (first, second) = Outbox(tmp_path / "box", store), documents(tmp_path)
+    server.down = True
+    for document in (first, second):
+        assert "nobody answers" in str(box.send(document))
+    asked.clear()
+    assert (box.retry(), len(asked)) == (2, 1)
+    server.down = False
+    assert (box.retry(), box.waiting()) == (0, {})
+    assert box.read(str(first.SOPInstanceUID)) is None
+
+
+def test_an_object_does_not_wait_long_for_another(
+    tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicom_outbox, "_PATIENCE_S", 0.05)
+    busy, go_on = threading.Event(), threading.Event()
+
+    def slow(sent: list[Dataset]) -> Dataset:
+        busy.set()
+        assert go_on.wait(20)
+        return server.store_instances(sent)
+
+    box, (first, second) = Outbox(tmp_path / "box", slow), documents(tmp_path)
+    sender = threading.Thread(target=box.send, args=(first,))
+    sender.start()
+    assert busy.wait(20)
+    assert box.send(second) == "another object is being sent; this one follows"
+    go_on.set()
+    sender.join()
+    assert list(box.waiting()) == [str(second.SOPInstanceUID)]
+    assert box.retry() == 0
+
+
+def test_an_object_that_somebody_else_sent_is_no_failure(
+    tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box, (first, _) = Outbox(tmp_path / "box", server.store_instances), documents(tmp_path)
+    server.down = True
+    box.send(first)
+    (file,) = box._files()
+    monkeypatch.setattr(box, "_files", lambda: [file])
+    file.unlink()
+    assert (box.retry(), box.waiting()) == (0, {})
+
+
+def documents(folder: Path) -> list[Dataset]:
+    """Two small DICOM objects."""
+    one = phantom()
+    return [pydicom.dcmread(file) for file in write_series(folder / "two", one.image, one.affine).files[:2]]
+
+
+@pytest.mark.parametrize(("text", "uid"), [("1.2.840", True), ("..", False), ("1..2", False), ("1" * 65, False)])
+def test_what_a_uid_is(text: str, uid: bool) -> None:
+    assert is_uid(text) is uid
+
+
+def test_the_client_gives_up_on_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def request(*_: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        raise requests.ConnectTimeout("too slow")
+
+    monkeypatch.setattr(requests.Session, "request", request)
+    with pytest.raises(requests.ConnectTimeout):
+        dicomweb_store._TimedSession().get("http://127.0.0.1:9/")
+    assert seen["timeout"] == (5.0, 120.0)

@@ -1,0 +1,47 @@
+"""A label that was saved and not submitted is a version, and counts for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.conftest import Running
+from app.test_label_versions import LIVER, blocks, final, listed, post, write
+
+
+def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
+    one, two = blocks(v1=(2, 9)), blocks(v1=(2, 10))
+    draft = {"label_info": LIVER, "segmentationMeta": {"status": "draft"}}
+    assert post(running, write(tmp_path / "two.nii.gz", two), **draft).status_code == 200
+    assert (listed(running)["final"], running.app.schedule.state().labels) == (None, 0)
+    assert running.app.datastore().get_labeled_images() == []
+    assert post(running, write(tmp_path / "one.nii.gz", one), label_info=LIVER).json()["version"] == 2
+    assert running.submit("case_a", write(tmp_path / "two.nii.gz", two), **draft).status_code == 200
+    state = listed(running)
+    assert (state["final"], [v["status"] for v in state["versions"]]) == (2, ["draft", "", "draft"])
+    assert running.app.schedule.state().labels == 1
+    assert (final(running) == one).all()
+    running.app.datastore().refresh()
+    assert listed(running)["final"] == 2
+    running.app.datastore().update_label_info("case_a", "version_3", {"segmentationMeta": {"status": "approved"}})
+    assert listed(running)["final"] == 3
+    assert (final(running) == two).all()
+    running.app.datastore().update_label_info("case_a", "version_3", {"segmentationMeta": {"status": "draft"}})
+    assert listed(running)["final"] == 2
+    assert (final(running) == one).all()
+
+
+def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: Path) -> None:
+    (running.studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
+    write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 9)))
+    running.app.datastore().refresh()
+    draft = {"label_info": LIVER, "segmentationMeta": {"status": "draft"}}
+    assert post(running, write(tmp_path / "a.nii.gz", blocks(v1=(2, 4))), **draft).json()["version"] == 2
+    assert listed(running)["final"] == 1
+    assert (final(running) == blocks(v1=(2, 9))).all()
+
+
+def test_a_tag_cannot_use_the_numbers_up(running: Running, tmp_path: Path) -> None:
+    file = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
+    for tag in ("version_999999", None, "version_7", None):
+        assert running.submit("case_a", file, tag, label_info=LIVER).status_code == 200
+    assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 7, 8]
