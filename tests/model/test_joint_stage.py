@@ -34,6 +34,7 @@ from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
 from medvl_sam2.training.language_batches import pack
 from medvl_sam2.training.losses import LossWeights
 from medvl_sam2.training.manifest_feed import FeedConfig, manifest_feed
+from medvl_sam2.training.scene_alignment import SceneAlignmentConfig
 from medvl_sam2.training.slice_batches import Sheet
 from medvl_sam2.training.spoken_masks import SheetLoss
 from medvl_sam2.training.stage import Draw
@@ -46,7 +47,11 @@ from small_model import SMALL, small_model
 from taught_folder import SCENELESS, SETTINGS, stage_on
 
 STAGES = Path(joint_learner.__file__).parent / "stages"
-KINDS = {"alignment": AlignmentStageConfig, "finetune": FinetuneConfig}
+KINDS = {
+    "alignment": AlignmentStageConfig,
+    "finetune": FinetuneConfig,
+    "scene_alignment": SceneAlignmentConfig,
+}
 STATE = "joint_stage_resume.safetensors"
 
 

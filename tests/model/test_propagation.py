@@ -198,6 +198,6 @@ def test_the_start_of_a_box_on_a_slice_ends_where_the_object_does(monkeypatch: p
     box = np.array([[20.0, 26, 26], [20.0, 38, 38]])
     state = first.from_box(image, (1.0, 1.0, 1.0), SliceIntensity.of(image, Modality.CT), box)
     assert (state.low, state.high) == (14, 26)
-    assert state.box is box
+    assert np.array_equal(state.box, box)
     encoded = stacks[0].encoded
     assert encoded <= set(range(14 - 8, 26 + 9))
