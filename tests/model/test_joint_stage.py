@@ -47,11 +47,7 @@ from small_model import SMALL, small_model
 from taught_folder import SCENELESS, SETTINGS, stage_on
 
 STAGES = Path(joint_learner.__file__).parent / "stages"
-KINDS = {
-    "alignment": AlignmentStageConfig,
-    "finetune": FinetuneConfig,
-    "scene_alignment": SceneAlignmentConfig,
-}
+KINDS = {"alignment": AlignmentStageConfig, "finetune": FinetuneConfig, "scene_alignment": SceneAlignmentConfig}
 STATE = "joint_stage_resume.safetensors"
 
 
