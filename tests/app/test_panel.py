@@ -104,8 +104,10 @@ def test_prompts_go_back_and_forth(node: str) -> None:
         prompts.addPoint([7, 7, 7], 1); prompts.answered(); states.push(prompts.canRedo);
         const [a, b] = [[0, 1, 1, 0], [0, 1, 0, 1]].map((values) => fingerprints(Uint8Array.from(values)));
         states.push(a[1] === b[1], a[2] === b[2]);
+        const [c, d] = [[0, 1, 0, 0, 1], [0, 0, 1, 1, 0]].map((values) => fingerprints(Uint8Array.from(values)));
+        states.push(c[1] === d[1]);
         console.log(JSON.stringify(states));
     """
     both = '{"label":"liver","foreground":[[1,2,3]],"background":[[4,5,6]],"box":[[2,1,5],[9,8,5]]}'
     first = '{"label":"liver","foreground":[[1,2,3]],"background":[]}'
-    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true]"
+    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false]"

@@ -46,7 +46,8 @@ class Asked:
         strokes = [CanonicalStroke.of(stroke, transform) for stroke in prompt.strokes]
         mask = prompt.mask if prompt.mask is not None and prompt.mask.any() else None
         edits: tuple[Edit, ...] = (*clicks, *strokes)
-        before = [edit for edit in known.clicks if edit in set(edits)] if known is not None else []
+        wanted = set(edits)
+        before = [edit for edit in known.clicks if edit in wanted] if known is not None else []
         return cls(
             tuple(dict.fromkeys((*before, *edits))),
             None if prompt.box is None else transform.forward_box(prompt.box),

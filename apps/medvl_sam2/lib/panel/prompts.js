@@ -98,7 +98,9 @@ export function fingerprints(voxels) {
   const mixes = new Uint32Array(256);
   for (let n = 0; n < voxels.length; n++) {
     counts[voxels[n]]++;
-    mixes[voxels[n]] += Math.imul(n + 1, 2654435761);
+    let place = Math.imul(n + 1, 2654435761);
+    place ^= place >>> 15; // else the sum of places alone would count: {1, 4} and {2, 3} would be one
+    mixes[voxels[n]] += Math.imul(place, 2246822519);
   }
   return Array.from(counts, (count, value) => (count ? `${count}:${mixes[value]}` : ""));
 }
