@@ -106,8 +106,13 @@ def test_prompts_go_back_and_forth(node: str) -> None:
         states.push(a[1] === b[1], a[2] === b[2]);
         const [c, d] = [[0, 1, 0, 0, 1], [0, 0, 1, 1, 0]].map((values) => fingerprints(Uint8Array.from(values)));
         states.push(c[1] === d[1]);
+        const late = new Prompts();
+        late.addPoint([1, 1, 1], 1);
+        const sent = late.snapshot();
+        late.addPoint([2, 2, 2], 1); late.answered(sent); late.answered(); late.undone();
+        states.push(late.points.length);
         console.log(JSON.stringify(states));
     """
     both = '{"label":"liver","foreground":[[1,2,3]],"background":[[4,5,6]],"box":[[2,1,5],[9,8,5]]}'
     first = '{"label":"liver","foreground":[[1,2,3]],"background":[]}'
-    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false]"
+    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false,1]"

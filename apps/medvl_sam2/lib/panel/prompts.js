@@ -57,13 +57,14 @@ export class Prompts {
     };
   }
 
-  #snapshot() {
+  /** What stands at this moment. */
+  snapshot() {
     return { points: this.points, box: this.box, words: this.words, start: this.start };
   }
 
-  /** The server answered the prompts as they are now: one more step to go back to. */
-  answered() {
-    this.past.push(this.#snapshot());
+  /** The server answered what was sent, which more may have joined since: one more step to go back to. */
+  answered(sent = this.snapshot()) {
+    this.past.push(sent);
     this.future = [];
   }
 

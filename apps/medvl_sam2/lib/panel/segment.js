@@ -21,7 +21,9 @@ export class Segment {
   constructor(panel) {
     this.panel = panel;
     this.prompts = new Map();
-    this.again = false;
+    this.again = new Set(); // structures whose prompts were not asked for yet
+    this.asking = false;
+    this.placing = Promise.resolve();
     this.overlay = new Overlay({
       image: () => panel.image(),
       marks: () => this.placed(),
@@ -239,7 +241,7 @@ export class Segment {
       .map(([, name]) => name);
   }
 
-  /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, once more after it. */
+  /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, after it. */
   async place(change) {
     const image = this.panel.image();
     if (!image) return;
@@ -248,18 +250,33 @@ export class Segment {
     if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
       return this.panel.work.complain(`${spoken(name)} is protected; open its lock to change it`);
     }
-    const prompts = await this.#prompts(image, name);
-    change(prompts);
-    this.#buttons();
-    if (this.panel.work.busy(KIND)) {
-      this.again = true;
-      return;
+    if (this.panel.work.busy(KIND) && !this.asking) {
+      return this.panel.work.complain("Nothing was placed: wait until the masks are here");
     }
-    if (prompts.empty) return this.#toBase(image, name, prompts);
-    do {
-      this.again = false;
-      await this.#ask(image, name, prompts);
-    } while (this.again);
+    // One after the other: a second click must not be placed while the first one still takes up a mask made by hand.
+    const placed = this.placing.then(async () => {
+      const prompts = await this.#prompts(image, name);
+      change(prompts);
+      return prompts;
+    });
+    this.placing = placed.catch(() => {});
+    const prompts = await placed;
+    this.#buttons();
+    this.again.add(name);
+    if (this.asking) return;
+    this.asking = true;
+    try {
+      while (this.again.size) {
+        const [next] = this.again;
+        this.again.delete(next);
+        const asked = this.prompts.get(next);
+        if (!asked) continue;
+        if (asked.empty) await this.#toBase(image, next, asked);
+        else await this.#ask(image, next, asked);
+      }
+    } finally {
+      this.asking = false;
+    }
     this.refresh();
   }
 
@@ -289,9 +306,12 @@ export class Segment {
 
   async #ask(image, name, prompts) {
     const first = !prompts.past.length;
+    const sent = prompts.snapshot();
+    const before = this.#standing(image, name);
     const answered = await this.panel.work.run(KIND, `Segmenting ${spoken(name)}`, async (signal) => {
       const params = { client_id: clientId(), ...prompts.asParams(name) };
       const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
+      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
       await this.#paste(image, file, { [name]: 1 });
       return true;
     });
@@ -299,20 +319,28 @@ export class Segment {
       prompts.revert();
       return;
     }
-    prompts.answered();
+    prompts.answered(sent);
     this.#note(image, name, prompts);
     if (first && prompts.words && !prompts.points.length) this.goTo(name);
     this.panel.work.say(`Segmented ${spoken(name)}`);
   }
 
+  /** Tells the voxels of a structure on screen from any others. */
+  #standing(image, name) {
+    return fingerprints(labelmap.voxels())[labelmap.indexOf(image, name)];
+  }
+
   #note(image, name, prompts) {
-    prompts.fingerprint = fingerprints(labelmap.voxels())[labelmap.indexOf(image, name)];
+    prompts.fingerprint = this.#standing(image, name);
   }
 
   /** Undo or redo: the server's timeline of this structure moves, and our prompts with it. */
   async move(direction) {
     const [image, name] = [this.panel.image(), this.target.value];
     const prompts = this.prompts.get(name);
+    if (this.#standing(image, name) !== (prompts.fingerprint ?? "")) {
+      return this.panel.work.complain(`${spoken(name)} was changed by hand since; undo that with the viewer's own tools`);
+    }
     await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
       const params = { client_id: clientId(), label: name, [direction]: true };
       const { file } = await api.infer("medvl_interactive", image.series, params, { signal });
@@ -354,5 +382,6 @@ export class Segment {
 
   forget() {
     this.prompts.clear();
+    this.again.clear();
   }
 }
