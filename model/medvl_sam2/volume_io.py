@@ -65,6 +65,18 @@ def read_volume(path: Path | str, modality: Modality | None = None, stated: Stat
     return volume_of(array, affine, path, modality or guess_modality(array, hint))
 
 
+def read_geometry(path: Path | str) -> Geometry:
+    """Grid of an image; of a NIfTI file only the header is read.
+
+    Raises :class:`VolumeError` as :func:`read_volume`, for what was read.
+    """
+    path = Path(path)
+    if not path.is_file() or _suffix(path) not in _NIFTI:
+        return read_volume(path).geometry
+    image = _open_nifti(path, Stated())
+    return _geometry(_shape3(image.shape, path), np.asarray(image.affine, dtype=np.float64), path)
+
+
 def volume_of(array: np.ndarray, affine: np.ndarray, path: Path, kind: Modality) -> Volume:
     """A volume from an array (I, J, K) and its affine to RAS+ mm; ``path`` is where it came from.
 

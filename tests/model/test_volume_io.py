@@ -13,7 +13,16 @@ import SimpleITK as sitk
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.types import Geometry, Modality
-from medvl_sam2.volume_io import Stated, count_labels, label_counts, read_labels, read_mask, read_volume, write_mask
+from medvl_sam2.volume_io import (
+    Stated,
+    count_labels,
+    label_counts,
+    read_geometry,
+    read_labels,
+    read_mask,
+    read_volume,
+    write_mask,
+)
 from volume_files import SHAPE, hounsfield, itk_affine, turned
 
 
@@ -228,6 +237,19 @@ def test_counts_are_those_of_the_voxels(tmp_path: Path, suffix: str, dtype: str)
     assert (labels == mask).all()
     assert grid.matches(same, tolerance_mm=1e-9)
     assert read_mask(path)[0].dtype == np.uint16
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd"])
+def test_grid_alone_is_that_of_the_volume(tmp_path: Path, suffix: str) -> None:
+    path = save_nifti(tmp_path / "image.nii", hounsfield())
+    if suffix == ".nrrd":
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(tmp_path / "image.nrrd"))
+    elif suffix == ".nii.gz":
+        nib.save(nib.load(path), tmp_path / "image.nii.gz")
+    grid = read_geometry(tmp_path / f"image{suffix}")
+    assert grid.matches(read_volume(tmp_path / f"image{suffix}").geometry, tolerance_mm=1e-9)
+    with pytest.raises(VolumeError, match="does not exist"):
+        read_geometry(tmp_path / f"none{suffix}")
 
 
 def test_torn_masks_are_not_counted(tmp_path: Path) -> None:

@@ -57,7 +57,11 @@ class VersionedStore(IndexedStore):
         Raises:
             HTTPException: 404 unknown image or version.
         """
-        found = next((record for record in self.versions(image_id) if record.version == number), None)
+        with http_errors(f"Version {number} of {image_id!r}"):
+            self._image_file(image_id)
+            found = self._files.read(image_id, number)
+        if found is None:  # nobody may have looked at this image since there are versions
+            found = next((record for record in self.versions(image_id) if record.version == number), None)
         if found is None:
             raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
         return found, self._files.mask_path(found)
