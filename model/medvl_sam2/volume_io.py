@@ -17,6 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -130,7 +131,8 @@ def count_labels(path: Path | str) -> tuple[dict[int, int], Geometry]:
     if path.exists() and _suffix(path) == ".nii.gz":
         image = _open_nifti(path, Stated())
         dtype, proxy = image.get_data_dtype(), image.dataobj
-        if dtype.kind == "u" and dtype.itemsize <= 2 and (proxy.slope, proxy.inter) == (1.0, 0.0):
+        small = dtype.kind == "u" and dtype.itemsize <= 2
+        if small and isinstance(proxy, ArrayProxy) and (proxy.slope, proxy.inter) == (1.0, 0.0):
             geometry = _geometry(_shape3(image.shape, path), np.asarray(image.affine, dtype=np.float64), path)
             return _count_pieces(path, proxy.offset, int(np.prod(geometry.shape)), dtype), geometry
     labels, geometry = read_labels(path)
