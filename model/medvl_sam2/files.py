@@ -19,10 +19,11 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, sync_folder: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends, on disk before the old content goes.
 
-    After an exception in the block ``path`` is as it was.
+    After an exception in the block ``path`` is as it was. Without ``sync_folder`` the old content, whole, may come back
+    when the machine loses power soon after.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,8 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-    sync_path(path.parent)
+    if sync_folder:
+        sync_path(path.parent)
 
 
 def write_json_atomically(path: Path, data: Any) -> None:

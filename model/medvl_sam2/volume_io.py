@@ -7,6 +7,7 @@ reason; nothing is guessed silently. Voxels that are NaN or infinite become air 
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 import zlib
@@ -16,6 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -29,6 +31,8 @@ _NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _KINDS = ".nii, .nii.gz, .nrrd, .mha, .dcm, a zip archive or directory with one DICOM series"
 _NIFTI_ERRORS = (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, ImageFileError, HeaderDataError)
+_PIECE = 1 << 18
+"""Bytes of a large file worked on at a time; fits the processor's cache."""
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -62,12 +66,24 @@ def read_volume(path: Path | str, modality: Modality | None = None, stated: Stat
     return volume_of(array, affine, path, modality or guess_modality(array, hint))
 
 
+def read_geometry(path: Path | str) -> Geometry:
+    """Grid of an image; of a NIfTI file only the header is read.
+
+    Raises :class:`VolumeError` as :func:`read_volume`, for what was read.
+    """
+    path = Path(path)
+    if not path.is_file() or _suffix(path) not in _NIFTI:
+        return read_volume(path).geometry
+    image = _open_nifti(path, Stated())
+    return _geometry(_shape3(image.shape, path), np.asarray(image.affine, dtype=np.float64), path)
+
+
 def volume_of(array: np.ndarray, affine: np.ndarray, path: Path, kind: Modality) -> Volume:
     """A volume from an array (I, J, K) and its affine to RAS+ mm; ``path`` is where it came from.
 
     Raises :class:`VolumeError` as :func:`read_volume`: no content, not one finite voxel, axes not at right angles.
     """
-    geometry = _geometry(array, affine, path)
+    geometry = _geometry(array.shape, affine, path)
     try:
         array = _compact(replace_non_finite(array, kind))
     except VolumeError as error:
@@ -82,18 +98,52 @@ def read_mask(path: Path | str, like: Geometry | None = None) -> tuple[np.ndarra
 
     Raises :class:`VolumeError` as :func:`read_volume`, and for values that are no labels or a mask beside ``like``.
     """
-    path = Path(path)
-    array, affine, _ = _read(path)
-    geometry = _geometry(array, affine, path)
-    labels = _labels(array)
-    if labels is None:
-        raise VolumeError(f"{path} is not a label map: values must be whole numbers from 0 to 65535")
+    labels, geometry = read_labels(path)
+    labels = labels.astype(np.uint16, copy=False)
     if like is None:
         return labels, geometry
     placed = resample_to(labels, geometry, like)
     if labels.any() and not placed.any():
         raise VolumeError(f"{path} does not meet the image in space; give the mask that belongs to the image")
     return placed, like
+
+
+def read_labels(path: Path | str) -> tuple[np.ndarray, Geometry]:
+    """As :func:`read_mask` on its own grid, but uint8 where the file has that: half the memory and time."""
+    path = Path(path)
+    array, affine, _ = _read(path)
+    geometry = _geometry(array.shape, affine, path)
+    labels = _labels(array)
+    if labels is None:
+        raise VolumeError(f"{path} is not a label map: values must be whole numbers from 0 to 65535")
+    return labels, geometry
+
+
+def count_labels(path: Path | str) -> tuple[dict[int, int], Geometry]:
+    """Voxels of every value but 0 in a label map, and its grid.
+
+    A gzipped NIfTI file of small unsigned integers, which is what clients send, passes through in pieces that stay in
+    the processor's cache: a third of the time of reading it. To its very end, so that its checksum is verified.
+
+    Raises :class:`VolumeError` as :func:`read_mask`.
+    """
+    path = Path(path)
+    if path.exists() and _suffix(path) == ".nii.gz":
+        image = _open_nifti(path, Stated())
+        dtype, proxy = image.get_data_dtype(), image.dataobj
+        small = dtype.kind == "u" and dtype.itemsize <= 2
+        if small and isinstance(proxy, ArrayProxy) and (proxy.slope, proxy.inter) == (1.0, 0.0):
+            geometry = _geometry(_shape3(image.shape, path), np.asarray(image.affine, dtype=np.float64), path)
+            return _count_pieces(path, proxy.offset, int(np.prod(geometry.shape)), dtype), geometry
+    labels, geometry = read_labels(path)
+    return label_counts(labels), geometry
+
+
+def label_counts(labels: np.ndarray) -> dict[int, int]:
+    """Voxels of every value but 0 in an array of unsigned integers."""
+    flat = labels.ravel(order="K")
+    counts = np.bincount(flat[flat != 0])
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def write_mask(path: Path | str, mask: np.ndarray, geometry: Geometry) -> None:
@@ -155,6 +205,20 @@ def _read(path: Path, stated: Stated | None = None) -> tuple[np.ndarray, np.ndar
 
 def _read_nifti(path: Path, stated: Stated) -> tuple[np.ndarray, np.ndarray]:
     try:
+        image = _open_nifti(path, stated)
+        source = image.dataobj
+        if stated.frame is not None:
+            source = _frame(image, stated.frame, path)
+        shape = _shape3(tuple(int(n) for n in source.shape), path)
+        array = np.asarray(source).reshape(shape)
+    except _NIFTI_ERRORS as error:
+        raise VolumeError(f"{path} is not a readable NIfTI file ({error}); export it again") from error
+    return array, np.asarray(image.affine if stated.affine is None else stated.affine, dtype=np.float64)
+
+
+def _open_nifti(path: Path, stated: Stated) -> nib.Nifti1Pair:
+    """The file's header, checked; voxels are not read."""
+    try:
         image = nib.load(path)
         if not isinstance(image, (nib.Nifti1Pair, nib.Nifti2Pair)):
             raise VolumeError(f"{path} is an Analyze file, which states no orientation; convert it to NIfTI")
@@ -163,17 +227,33 @@ def _read_nifti(path: Path, stated: Stated) -> tuple[np.ndarray, np.ndarray]:
             raise VolumeError(
                 f"{path} states no orientation (sform and qform code are 0), so left and right are unknown; set one"
             )
-        source = image.dataobj
-        if stated.frame is not None:
-            source = _frame(image, stated.frame, path)
-        shape = _shape3(tuple(int(n) for n in source.shape), path)
         dtype = image.get_data_dtype()
         if dtype.kind not in "iuf":
             raise VolumeError(f"{path} has {dtype} voxels (colour or complex); give one grey value a voxel")
-        array = np.asarray(source).reshape(shape)
     except _NIFTI_ERRORS as error:
         raise VolumeError(f"{path} is not a readable NIfTI file ({error}); export it again") from error
-    return array, np.asarray(image.affine if stated.affine is None else stated.affine, dtype=np.float64)
+    return image
+
+
+def _count_pieces(path: Path, offset: int, voxels: int, dtype: np.dtype) -> dict[int, int]:
+    """Voxels of every value but 0 behind the header of a gzipped file."""
+    counts, left = np.zeros(65536, np.int64), voxels * dtype.itemsize
+    try:
+        with gzip.open(path) as file:
+            file.seek(offset)
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise EOFError(f"{left} bytes of its voxels are missing")
+                left -= len(piece)
+                flat = np.frombuffer(piece, dtype, len(piece) // dtype.itemsize)
+                found = np.bincount(flat[flat != 0])
+                counts[: len(found)] += found
+            while file.read(_PIECE):  # to the end, where the checksum is
+                pass
+    except _NIFTI_ERRORS as error:
+        raise VolumeError(f"{path} is not a readable NIfTI file ({error}); export it again") from error
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def _frame(image: nib.Nifti1Pair, frame: int, path: Path) -> np.ndarray:
@@ -209,9 +289,9 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _labels(array: np.ndarray) -> np.ndarray | None:
-    """The array as uint16; None when that changes a value."""
-    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:  # nothing to find out, which saves half of the time
-        return array.astype(np.uint16, copy=False)
+    """The array as uint16, or as it is if that is uint8; None when a value would change."""
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
+        return array
     if not np.isfinite(array).all() or array.min() < 0 or array.max() >= 65536:
         return None
     labels = array.astype(np.uint16)
@@ -237,9 +317,9 @@ def _shape3(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
     return i, j, k
 
 
-def _geometry(array: np.ndarray, affine: np.ndarray, path: Path) -> Geometry:
+def _geometry(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> Geometry:
     """The grid, refused when its axes are not at right angles."""
-    i, j, k = array.shape
+    i, j, k = shape
     try:
         geometry = Geometry((i, j, k), affine)
     except GeometryError as error:

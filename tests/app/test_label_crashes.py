@@ -1,7 +1,8 @@
 """A server killed at any moment of a save: what it acknowledged is there, whole, and nothing torn ever is.
 
 The parent holds a store that was opened before; every trial forks, and the child saves labels one after another and
-acknowledges each over a pipe until it is killed after a random time. Then the store is opened anew, as after a restart.
+acknowledges each over a pipe until it is killed: after a random time, or before a certain line of the code that writes,
+as random times rarely meet the short moments between two steps. Then the store is opened anew, as after a restart.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import nibabel as nib
@@ -46,6 +51,26 @@ class Tally:
     leftovers: list[str] = field(default_factory=list)
 
 
+class Lines:
+    """A trace function that calls ``act`` before the ``last``-th line executed in the code that writes."""
+
+    FILES = frozenset(
+        {"version_files.py", "versioned_store.py", "indexed_store.py", "datastore.py", "files.py", "shutil.py"}
+    )
+
+    def __init__(self, last: int, act: Callable[[], None]) -> None:
+        self.last, self.act, self.count = last, act, 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Lines | None:
+        if os.path.basename(frame.f_code.co_filename) not in self.FILES:
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.last:
+                self.act()
+        return self
+
+
 class Trials:
     """Labels of two images in one store; whose content says who saved it."""
 
@@ -71,8 +96,8 @@ class Trials:
             nib.save(nib.Nifti1Image(mask, AFFINE), path)
         return path
 
-    def run(self, store: GuardedLocalStore) -> GuardedLocalStore:
-        """One kill; returns the store as it is after the restart."""
+    def run(self, store: GuardedLocalStore, line: int | None = None) -> GuardedLocalStore:
+        """One kill, before the ``line``-th one executed or at a random time; returns the store after the restart."""
         number = self.tally.trials = self.tally.trials + 1
         file, image = self.label(number), self.random.choice(("case_a", "case_b"))
         if number % 20 == 1:  # other programs on this machine come and go
@@ -83,6 +108,8 @@ class Trials:
             try:
                 os.close(reader)
                 store._process_lock = None  # filelock wants one made in this process
+                if line is not None:
+                    sys.settrace(Lines(line, lambda: os.kill(os.getpid(), signal.SIGKILL)))
                 for turn in range(AHEAD):
                     info: dict[str, Any] = {"author": f"trial {number}", "label_info": [], "note": str(turn)}
                     os.write(writer, b'{"begun": 1}\n')
@@ -94,8 +121,9 @@ class Trials:
             finally:
                 os._exit(1)
         os.close(writer)
-        time.sleep(self.random.uniform(0, WINDOW * self.save_s))
-        os.kill(child, signal.SIGKILL)
+        if line is None:
+            time.sleep(self.random.uniform(0, WINDOW * self.save_s))
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as pipe:
             told = [json.loads(line) for line in pipe.read().splitlines()]
@@ -130,6 +158,8 @@ class Trials:
             path = self.studies / "labels" / record.tag / f"{image}{record.extension}"
             if hashlib.sha256(path.read_bytes()).hexdigest() != record.checksum or read_mask(path)[0].shape != SHAPE:
                 self.tally.torn.append(f"{where}: {path.name} of {record.tag}")
+            if record.source == "found":
+                self.tally.torn.append(f"{where}: {record.tag} without its record")
             if (image, number) not in self.known:
                 self.tally.unacknowledged_kept += 1
                 self.known[image, number] = record.checksum  # once it was seen it stays
@@ -151,10 +181,29 @@ class Trials:
             for record in store.versions(image)[:-1]:
                 store.remove_label(image, record.tag)
                 del self.known[image, record.version]
+        shutil.rmtree(self.studies / ".trash", ignore_errors=True)
 
 
 def _checksum(store: GuardedLocalStore, image: str, number: int) -> str:
     return store._files.read(image, number).checksum
+
+
+def kill_at_lines(running: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> Tally:
+    """Kills before at most ``most`` lines, evenly; a save executes more of them with every version there is."""
+    monkeypatch.setattr(version_files, "STALE_S", 0.0)
+    work = Trials(running, folder, seed=0)
+    store = work.open()
+    lines = Lines(0, lambda: None)
+    sys.settrace(lines)
+    store.save_label("case_a", str(work.label(2)), "final", {"label_info": []})
+    sys.settrace(None)
+    stops = np.unique(np.linspace(1, 4 * lines.count, most).astype(int))
+    for stop in tqdm(stops, unit="kill"):
+        store = work.run(store, line=int(stop))
+        if work.tally.trials % 3 == 0:
+            work.tidy(store)
+    print(f"{lines.count} lines a save; {work.tally}")
+    return work.tally
 
 
 def kill_saves(running: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, trials: int, seed: int) -> Tally:
@@ -179,6 +228,25 @@ def test_forty_kills_lose_nothing(running: Running, tmp_path: Path, monkeypatch:
     assert (tally.lost, tally.torn, tally.leftovers) == ([], [], [])
     assert tally.acknowledged > 20
     assert tally.mid_save > 10
+
+
+@pytest.mark.slow
+def test_kills_between_the_steps_of_a_save_lose_nothing(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally = kill_at_lines(running, tmp_path, monkeypatch, most=60)
+    assert (tally.lost, tally.torn, tally.leftovers) == ([], [], [])
+    assert tally.acknowledged > 0
+    assert tally.unacknowledged_kept > 5
+
+
+@pytest.mark.hours
+@pytest.mark.timeout(1500)
+def test_kills_before_every_line_of_a_save_lose_nothing(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally = kill_at_lines(running, tmp_path, monkeypatch, most=10_000)
+    assert (tally.lost, tally.torn, tally.leftovers) == ([], [], [])
 
 
 @pytest.mark.hours

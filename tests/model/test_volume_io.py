@@ -13,7 +13,16 @@ import SimpleITK as sitk
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.geometry import CanonicalTransform
 from medvl_sam2.types import Geometry, Modality
-from medvl_sam2.volume_io import Stated, read_mask, read_volume, write_mask
+from medvl_sam2.volume_io import (
+    Stated,
+    count_labels,
+    label_counts,
+    read_geometry,
+    read_labels,
+    read_mask,
+    read_volume,
+    write_mask,
+)
 from volume_files import SHAPE, hounsfield, itk_affine, turned
 
 
@@ -214,6 +223,48 @@ def test_empty_masks_are_masks_and_fractions_are_not(tmp_path: Path) -> None:
     for bad in (hounsfield(), np.full(SHAPE, 0.5, dtype=np.float32)):
         with pytest.raises(VolumeError, match="not a label map"):
             read_mask(save_nifti(tmp_path / "bad.nii", bad))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "int16", "float32"])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+def test_counts_are_those_of_the_voxels(tmp_path: Path, suffix: str, dtype: str) -> None:
+    mask = np.random.default_rng(5).choice([0, 0, 1, 2, 250], (97, 61, 53)).astype(dtype)  # more than one piece
+    path = save_nifti(tmp_path / f"mask{suffix}", mask)
+    counts, grid = count_labels(path)
+    assert counts == {value: int((mask == value).sum()) for value in (1, 2, 250)}
+    labels, same = read_labels(path)
+    assert label_counts(labels) == counts
+    assert (labels == mask).all()
+    assert grid.matches(same, tolerance_mm=1e-9)
+    assert read_mask(path)[0].dtype == np.uint16
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd"])
+def test_grid_alone_is_that_of_the_volume(tmp_path: Path, suffix: str) -> None:
+    path = save_nifti(tmp_path / "image.nii", hounsfield())
+    if suffix == ".nrrd":
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(tmp_path / "image.nrrd"))
+    elif suffix == ".nii.gz":
+        nib.save(nib.load(path), tmp_path / "image.nii.gz")
+    grid = read_geometry(tmp_path / f"image{suffix}")
+    assert grid.matches(read_volume(tmp_path / f"image{suffix}").geometry, tolerance_mm=1e-9)
+    with pytest.raises(VolumeError, match="does not exist"):
+        read_geometry(tmp_path / f"none{suffix}")
+
+
+def test_torn_masks_are_not_counted(tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "mask.nii.gz", np.random.default_rng(6).integers(0, 3, (40, 30, 20)).astype(np.uint8))
+    whole = path.read_bytes()
+    checksum = bytearray(whole)
+    checksum[-6] ^= 1
+    for content in (whole[:-20], whole[: len(whole) // 2], bytes(checksum), whole[:5], b""):
+        path.write_bytes(content)
+        with pytest.raises(VolumeError, match="not a readable"):
+            count_labels(path)
+    with pytest.raises(VolumeError, match="4D"):
+        count_labels(save_nifti(path, np.zeros((4, 5, 6, 2), np.uint8)))
+    with pytest.raises(VolumeError, match="does not exist"):
+        count_labels(tmp_path / "none.nii.gz")
 
 
 def test_masks_that_cannot_be_written(tmp_path: Path) -> None:

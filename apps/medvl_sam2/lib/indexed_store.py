@@ -80,8 +80,8 @@ class IndexedStore(LocalDatastore):
         self._datastore, self._index_stamp = model, stamp
 
     def _update_datastore_file(self, lock: bool = True) -> None:
-        """Write the index whole or not at all."""
-        with atomic_writer(Path(self._datastore_config_path)) as file:
+        """Write the index whole or not at all; an older one that came back would be brought up to date at start."""
+        with atomic_writer(Path(self._datastore_config_path), sync_folder=False) as file:
             file.write(self._datastore.model_dump_json(exclude={"base_path"}, indent=2, fallback=str).encode())
             file.flush()
             self._index_stamp = _stamp(file.fileno())

@@ -12,7 +12,7 @@ from lib.result_writing import write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import GeometryError, VolumeError
 from medvl_sam2.types import Geometry
-from medvl_sam2.volume_io import read_mask
+from medvl_sam2.volume_io import count_labels, label_counts
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_label(image: str, file: Path, geometry: Geometry) -> CheckedLabel:
     if extension is None:
         raise VolumeError(f"label file of kind {''.join(file.suffixes) or 'unknown'}; use one of {MASKS} or .bin")
     try:
-        labels, grid = read_mask(file)
+        voxels, grid = count_labels(file)
     except VolumeError as error:
         raise VolumeError(f"{str(error).replace(str(file), 'the label')}; nothing was saved") from error
     if grid.shape != geometry.shape:
@@ -52,14 +52,7 @@ def check_label(image: str, file: Path, geometry: Geometry) -> CheckedLabel:
             f"label and image {image!r} have the same shape but lie apart in space by more than a voxel; nothing was "
             "saved: export the label with the orientation and origin of the image"
         )
-    return CheckedLabel(file, extension, count_voxels(labels))
-
-
-def count_voxels(labels: np.ndarray) -> dict[int, int]:
-    """Voxels of each value but 0."""
-    flat = labels.ravel(order="K")
-    counts = np.bincount(flat[flat != 0])
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    return CheckedLabel(file, extension, voxels)
 
 
 def _raw(file: Path, geometry: Geometry) -> CheckedLabel:
@@ -68,4 +61,4 @@ def _raw(file: Path, geometry: Geometry) -> CheckedLabel:
         raise GeometryError(f"raw label has {file.stat().st_size} bytes, the image has {voxels} voxels")
     labels = np.fromfile(file, np.uint8).reshape(geometry.shape, order="F")
     made = write_label_map(labels, geometry, ".nii.gz", compress=True)
-    return CheckedLabel(Path(made), ".nii.gz", count_voxels(labels), made=True)
+    return CheckedLabel(Path(made), ".nii.gz", label_counts(labels), made=True)

@@ -36,7 +36,7 @@ from lib.turns import Turns, Waiting
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Prompt, Volume
-from medvl_sam2.volume_io import read_volume
+from medvl_sam2.volume_io import read_geometry, read_volume
 
 if TYPE_CHECKING:
     from medvl_sam2.predictor import Predictor, Session
@@ -188,11 +188,12 @@ class Runtime:
                 del self._sessions[key]
 
     def geometry(self, image: Path) -> Geometry:
-        """Grid of an image, remembered; reads the file when nobody has it open."""
+        """Grid of an image, remembered; reads the file's header when nobody has it open."""
         key = (image, image.stat().st_mtime_ns)
         known = self._geometries.get(key)
         if known is None:
-            known = self._geometries[key] = self._volume(*key).geometry
+            volume = self._volumes.get(key)
+            known = self._geometries[key] = volume.geometry if volume else read_geometry(image)
         return known
 
     def served_version(self) -> str:

@@ -79,27 +79,24 @@ class VersionFiles:
         found = (self.read(image, number) for number in reversed(self.numbers()))
         return next((record for record in found if record is not None and not record.draft), None)
 
-    def bare_masks(self, image: str) -> list[tuple[int, Path]]:
-        """Masks under a version's tag without a readable record: other programs put them there."""
-        paths = [
-            (number, self.labels / version_tag(number) / f"{image}{extension}")
-            for number in self.numbers()
-            for extension in MASKS
-        ]
-        return [(number, path) for number, path in paths if path.is_file() and self.read(image, number) is None]
+    def bare_mask(self, image: str, number: int) -> Path | None:
+        """A mask under a version's tag without a readable record: another program put it there."""
+        paths = [self.labels / version_tag(number) / f"{image}{extension}" for extension in MASKS]
+        found = next((path for path in paths if path.is_file()), None)
+        return found if found is not None and self.read(image, number) is None else None
 
     def next_number(self, image: str, wanted: int | None = None) -> int:
         """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too.
 
         ``wanted`` comes from clients: far up it is not followed, as the numbers a tag can name would run out.
         """
-        here = [number for number in self.numbers() if self._taken(image, number)]
-        if wanted is not None and max(here, default=0) < wanted <= _MAX_WANTED:
+        highest = next((number for number in reversed(self.numbers()) if self._taken(image, number)), 0)
+        if wanted is not None and highest < wanted <= _MAX_WANTED:
             return wanted
         folder = self.trash / image
         names = os.listdir(folder) if folder.is_dir() else []
         deleted = [version_number(name.split("-")[0]) or 0 for name in names]
-        return max([0, *here, *deleted]) + 1
+        return max([highest, *deleted]) + 1
 
     def put(self, staged: Path, record: LabelVersion) -> Path:
         """Make a staged mask a version; on disk when this returns."""
@@ -107,13 +104,13 @@ class VersionFiles:
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True)
             sync_path(self.labels)
-        self.write_record(record)
+        self.write_record(record, sync_folder=False)  # the same folder is synced next, with both names
         os.replace(staged, target)
         sync_path(target.parent)
         return target
 
-    def write_record(self, record: LabelVersion) -> None:
-        with atomic_writer(self.record_path(record.image, record.version)) as file:
+    def write_record(self, record: LabelVersion, sync_folder: bool = True) -> None:
+        with atomic_writer(self.record_path(record.image, record.version), sync_folder) as file:
             file.write(record.to_json())
 
     def discard(self, image: str, tag: str, path: Path) -> Path:
@@ -134,7 +131,7 @@ class VersionFiles:
         return mask
 
     def clean(self) -> None:
-        """Remove what killed processes left behind, also where MONAI Label's index is written."""
+        """Remove what killed processes left behind, also where MONAI Label's index is written, and empty folders."""
         own = [self.labels / version_tag(number) for number in self.numbers()]
         for folder in [self.trash.parent, self.labels, *own]:
             for entry in list(os.scandir(folder)) if folder.is_dir() else ():
@@ -145,6 +142,8 @@ class VersionFiles:
                 if orphan or (_LEFTOVER.fullmatch(entry.name) and _abandoned(path)):
                     logger.info("Removing %s, left by a save that was never acknowledged", path)
                     path.unlink(missing_ok=True)
+            if folder in own and not os.listdir(folder):
+                folder.rmdir()
 
     def _taken(self, image: str, number: int) -> bool:
         folder = self.labels / version_tag(number)

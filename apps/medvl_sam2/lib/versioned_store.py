@@ -18,14 +18,13 @@ from monailabel.datastore.local import DataModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.indexed_store import IndexedStore
-from lib.label_upload import count_voxels
 from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_errors
 from lib.version_files import MASKS, VersionFiles, stage
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.files import file_sha256
-from medvl_sam2.volume_io import read_mask
+from medvl_sam2.volume_io import count_labels
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class VersionedStore(IndexedStore):
         with http_errors(f"Versions of {image_id!r}"):
             self._image_file(image_id)
             with self._writing():
-                if self._adopt(image_id):
+                if self._adopt(image_id, thorough=True):
                     self._update_datastore_file(lock=False)
                 return self._files.versions(image_id)
 
@@ -58,7 +57,11 @@ class VersionedStore(IndexedStore):
         Raises:
             HTTPException: 404 unknown image or version.
         """
-        found = next((record for record in self.versions(image_id) if record.version == number), None)
+        with http_errors(f"Version {number} of {image_id!r}"):
+            self._image_file(image_id)
+            found = self._files.read(image_id, number)
+        if found is None:  # nobody may have looked at this image since there are versions
+            found = next((record for record in self.versions(image_id) if record.version == number), None)
         if found is None:
             raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
         return found, self._files.mask_path(found)
@@ -116,11 +119,12 @@ class VersionedStore(IndexedStore):
         labels.clear()
         labels.update(ordered)
 
-    def _adopt(self, image_id: str) -> bool:
+    def _adopt(self, image_id: str, thorough: bool = False) -> bool:
         """Make versions of labels that are none yet, and let ``final`` follow; tell whether anything changed.
 
         These are copies earlier releases kept in ``.history``, files other programs put under a version's tag or into
-        ``labels/final``, and versions whose saving was cut off between the version and ``final``.
+        ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
+        record is read, so that damaged ones are made anew.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
@@ -134,10 +138,13 @@ class VersionedStore(IndexedStore):
             self._take_over(image_id, path, self._files.next_number(image_id), {}, "history", saved)
             path.unlink()
             changed = True
-        for number, path in self._files.bare_masks(image_id):
-            label = obj.labels.get(version_tag(number))
-            self._take_over(image_id, path, number, label.info if label else {}, "found", path.stat().st_mtime)
-            changed = True
+        behind = [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]
+        for number in behind:
+            path = self._files.bare_mask(image_id, number)
+            if path is not None:
+                label = obj.labels.get(version_tag(number))
+                self._take_over(image_id, path, number, label.info if label else {}, "found", path.stat().st_mtime)
+                changed = True
         newest, label = self._files.newest(image_id), obj.labels.get(FINAL)
         final = None if label is None else Path(self._datastore.label_path(FINAL)) / self._filename(image_id, label.ext)
         if final is not None and final.is_file() and final.name.endswith(MASKS) and not self._holds(final, newest):
@@ -171,8 +178,11 @@ class VersionedStore(IndexedStore):
         label = self._datastore.label(image_id, version_tag(number))
         if label is None or "checksum" not in label.info:
             return True
-        path = self._files.record_path(image_id, number)
-        return path.is_file() and bool(self._index_stamp) and path.stat().st_mtime_ns > self._index_stamp[0]
+        try:
+            written = self._files.record_path(image_id, number).stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        return not self._index_stamp or written > self._index_stamp[0]
 
     def _take_over(
         self, image_id: str, path: Path, number: int, info: Mapping[str, Any], source: str, saved: float
@@ -182,7 +192,7 @@ class VersionedStore(IndexedStore):
         time_ = datetime.fromtimestamp(saved, UTC).isoformat(timespec="milliseconds")
         client = text_of(info, "client_id")
         try:
-            voxels = count_voxels(read_mask(path)[0])
+            voxels, _ = count_labels(path)
         except VolumeError as error:  # kept all the same: it may be all that is left of somebody's work
             logger.warning("%s cannot be read: %s", path, error)
             voxels = {}
