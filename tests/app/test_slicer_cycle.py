@@ -249,6 +249,9 @@ def test_submit_and_train(slicer: Slicer, cases: dict[str, Case]) -> None:
 
     options = slicer.options("trainers", "medvl_sam2")
     slicer.client.train_start("medvl_sam2", options)
+    end = time.monotonic() + 30
+    while not slicer.client.train_status(True) and time.monotonic() < end:
+        time.sleep(0.2)  # submitted is not running yet
     assert slicer.client.train_status(True)
     with pytest.raises(slicer.failure):  # one at a time
         slicer.client.train_start("medvl_sam2", options)

@@ -19,7 +19,7 @@ FLAGS = [
     "--enable-unsafe-swiftshader",
 ]  # fmt: skip
 """WebGL 2 from software, and no traffic of the browser's own."""
-PATIENCE_MS = 120_000
+PATIENCE_MS = 240_000
 """For a request to the model on a machine that others use too."""
 
 _LABELMAP = """id => {
