@@ -30,6 +30,7 @@ from lib.infers.interactive import InteractiveTask
 from lib.infers.language import ReportTask, VqaTask
 from lib.infers.scribbles import ScribblesTask
 from lib.infers.segment import ReferringTask, SemanticTask
+from lib.priority import give_way_as_task
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_error
 from lib.retrain_schedule import RetrainConfig, RetrainSchedule
@@ -51,6 +52,7 @@ class MyApp(MONAILabelApp):
     """MedVL-SAM2 for MONAI Label."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        give_way_as_task()
         conf = conf or {}
         self.config = AppConfig.from_conf(Path(app_dir), conf)
         self.runtime = Runtime(self.config)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lib.priority import BACKGROUND, give_way
 from lib.turns import Turns
 from medvl_sam2.errors import MedVLError
 
@@ -60,6 +61,7 @@ class Preparation:
             self._thread.join()
 
     def _work(self) -> None:
+        give_way(BACKGROUND)
         while True:
             with self._change:
                 self._busy = False

@@ -6,6 +6,7 @@ a thread; path, parameters, access, responses and documentation stay.
 
 Concurrency: three pools, so that slow work of one kind takes no thread from the others. Inference requests wait in
 their thread for their turn (:mod:`lib.turns`); what only reads memory (``QUICK``) never waits behind a download.
+The threads of inference have a lower priority on the processor (:mod:`lib.priority`).
 Requests beyond a pool's size queue without a thread.
 """
 
@@ -26,8 +27,9 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from lib.api.plain_names import NAMES, check_plain_names, check_plain_path
+from lib.priority import INFERENCE, give_way
 
-_INFERENCE = ThreadPoolExecutor(64, "inference")
+_INFERENCE = ThreadPoolExecutor(64, "inference", give_way, (INFERENCE,))
 _QUICK = ThreadPoolExecutor(8, "quick")
 _WORK = ThreadPoolExecutor(32, "work")
 _POOLS = (
