@@ -187,8 +187,7 @@ class MyApp(MONAILabelApp):
         On a DICOMweb server ``dicom_seg`` says what became of the final label there.
         """
         store = self.datastore()
-        saved = store.versions(image_id) if isinstance(store, GuardedStore) else []
-        draft = bool(saved) and saved[-1].draft
+        draft = isinstance(store, GuardedStore) and store.last_is_draft(image_id)
         labels = self.schedule.state().labels if draft else self.schedule.label_saved()
         logger.info("Label saved for %s; %d since the last training", image_id, labels)
         note = None if draft else getattr(store, "dicom_note", None)

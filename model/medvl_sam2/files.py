@@ -41,9 +41,9 @@ def atomic_writer(path: Path, sync_folder: bool = True) -> Iterator[BinaryIO]:
         sync_path(path.parent)
 
 
-def write_json_atomically(path: Path, data: Any) -> None:
-    """Replace ``path`` by ``data`` as JSON in one step."""
-    with atomic_writer(path) as file:
+def write_json_atomically(path: Path, data: Any, sync_folder: bool = True) -> None:
+    """Replace ``path`` by ``data`` as JSON in one step, as :func:`atomic_writer` does."""
+    with atomic_writer(path, sync_folder) as file:
         file.write(f"{json.dumps(data, indent=2)}\n".encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 from pathlib import Path
 
@@ -237,6 +238,18 @@ def test_counts_are_those_of_the_voxels(tmp_path: Path, suffix: str, dtype: str)
     assert (labels == mask).all()
     assert grid.matches(same, tolerance_mm=1e-9)
     assert read_mask(path)[0].dtype == np.uint16
+
+
+def test_counts_of_a_file_compressed_in_parts(tmp_path: Path) -> None:
+    mask = np.random.default_rng(6).choice([0, 1, 3], (97, 61, 53)).astype(np.uint16)
+    content = save_nifti(tmp_path / "mask.nii", mask).read_bytes()
+    path = tmp_path / "mask.nii.gz"  # as parallel compressors write it, with zeros that fill its last block
+    parts = content[:300_001], content[300_001:300_002], content[300_002:]
+    path.write_bytes(b"".join(gzip.compress(part) for part in parts) + bytes(1000))
+    assert count_labels(path)[0] == {value: int((mask == value).sum()) for value in (1, 3)}
+    path.write_bytes(b"".join(gzip.compress(part) for part in parts[:2]))
+    with pytest.raises(VolumeError, match="are missing"):
+        count_labels(path)
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd"])

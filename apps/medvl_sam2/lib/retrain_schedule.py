@@ -317,7 +317,8 @@ class RetrainSchedule:
             logger.warning("%s; it was moved to %s", error, aside.name)
 
     def _write(self, state: RetrainState) -> None:
-        write_json_atomically(self._path, dataclasses.asdict(state))
+        # Annotators wait for it at every save; a count of a moment ago, after a power cut, does no harm.
+        write_json_atomically(self._path, dataclasses.asdict(state), sync_folder=False)
 
 
 def _parsed(text: str) -> RetrainState:

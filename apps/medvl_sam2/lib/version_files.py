@@ -79,6 +79,11 @@ class VersionFiles:
         found = (self.read(image, number) for number in reversed(self.numbers()))
         return next((record for record in found if record is not None and not record.draft), None)
 
+    def last(self, image: str) -> LabelVersion | None:
+        """The highest version, draft or not."""
+        found = (self.read(image, number) for number in reversed(self.numbers()))
+        return next((record for record in found if record is not None), None)
+
     def bare_mask(self, image: str, number: int) -> Path | None:
         """A mask under a version's tag without a readable record: another program put it there."""
         paths = [self.labels / version_tag(number) / f"{image}{extension}" for extension in MASKS]
