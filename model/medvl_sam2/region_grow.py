@@ -126,9 +126,15 @@ def grow(
     low, high = np.percentile(smooth[local_allowed], (2, 98))
     limit = max(rule.k * sigma, rule.floor * float(high - low))
     similar = _majority((np.abs(smooth - median) <= limit) & local_allowed, spacing, rule.vote_mm) & local_allowed
-    similar = _touching(_open(similar, rule.open_mm, spacing), local_core, similar)
-    found = _fill(_close(similar, rule.close_mm, spacing)) & local_allowed
-    result[region] = _reach_edge(found, smooth, local_allowed, median, spacing, rule.edge_mm)
+    touching = _touching(_open(similar, rule.open_mm, spacing), local_core, similar)
+    # The rest looks no farther than this around what touches the core, often a small part of what is allowed.
+    where = np.argwhere(touching)
+    margin = np.ceil(max(rule.close_mm, 3 * rule.edge_mm + max(spacing)) / np.asarray(spacing)) + 1
+    near = bounding_region(where.min(0), where.max(0), touching.shape, margin)
+    found = _fill(_close(touching[near], rule.close_mm, spacing)) & local_allowed[near]
+    grown = np.zeros(touching.shape, dtype=bool)
+    grown[near] = _reach_edge(found, smooth[near], local_allowed[near], median, spacing, rule.edge_mm)
+    result[region] = grown
     return result
 
 
