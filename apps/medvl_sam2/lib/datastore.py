@@ -136,6 +136,8 @@ class GuardedStore(VersionedStore):
             kept = info if tag == FINAL else {key: value for key, value in info.items() if key != "label_info"}
             was_draft = record.draft
             record = record.updated(kept)
+            if was_draft and not record.draft:
+                record = replace(record, submitted=now())
             if record.draft != was_draft:
                 self._adopt(label_id)
             self._files.write_record(record)

@@ -44,6 +44,7 @@ class LabelVersion:
 
     ``info`` is what MONAI Label keeps with a label (``label_info``, ``segmentationMeta``, ...). ``restored_from`` and
     ``made_from`` are versions of the same image. ``withdrawn``: the tag ``final`` was deleted while it held this.
+    ``submitted``: when a draft began to count; empty where that was ``time``.
     """
 
     image: str
@@ -60,6 +61,7 @@ class LabelVersion:
     restored_from: int | None = None
     made_from: tuple[int, ...] = ()
     withdrawn: bool = False
+    submitted: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
