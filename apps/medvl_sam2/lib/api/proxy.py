@@ -22,7 +22,7 @@ from fastapi.responses import StreamingResponse
 from starlette.datastructures import MutableHeaders
 
 from lib.api import dicomweb_server
-from lib.api.access import AsUser
+from lib.api.access import AsAnnotator, AsUser
 from lib.api.plain_names import check_plain_path
 from lib.api.worker_threads import DICOM
 
@@ -53,8 +53,11 @@ def get(request: Request, path: str, user: AsUser) -> StreamingResponse:
 @router.post("/stow/{path:path}")
 @router.post("/qido/{path:path}")
 @router.post("/wado/{path:path}")
-async def post(request: Request, path: str, user: AsUser) -> StreamingResponse:
-    """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large."""
+async def post(request: Request, path: str, user: AsAnnotator) -> StreamingResponse:
+    """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large.
+
+    Whatever service a path names, a server may take a POST as something to store: that is for annotators.
+    """
     check_plain_path(path)
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as body:
         async for chunk in request.stream():
