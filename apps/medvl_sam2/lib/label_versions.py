@@ -17,7 +17,7 @@ ADOPTED = ("history", "found")
 """Sources of labels that lay in the store and came by no request."""
 DRAFT = "draft"
 """Review status of a label that was saved and not submitted."""
-_TAG = re.compile(r"version_([1-9][0-9]{0,5})")
+_TAG = re.compile(r"version_([1-9][0-9]*)")
 _REVIEW = ("status", "level", "approvedBy", "comment", "editTime")
 """What MONAI Label's Reviewer module for Slicer keeps under ``segmentationMeta``; it fails where one is missing."""
 
