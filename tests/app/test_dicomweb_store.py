@@ -402,6 +402,17 @@ def test_label_deleted_here_does_not_come_back(tmp_path: Path, server: FakeDicom
     assert store.datalist() == []
 
 
+def test_a_series_is_not_deleted_here(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
+    """It would be listed again, and its labels come back from the server."""
+    image = add(server, tmp_path / "s")
+    store = open_store()
+    submit(store, image, tmp_path)
+    with pytest.raises(HTTPException, match="lies on the DICOMweb server") as caught:
+        store.remove_image(image)
+    assert caught.value.status_code == 409
+    assert np.array_equal(final_mask(store, image), phantom().labels)
+
+
 def test_segmentation_that_cannot_be_read_is_left_out_with_a_reason(
     tmp_path: Path, server: FakeDicomWeb, open_store: Open, caplog: pytest.LogCaptureFixture
 ) -> None:

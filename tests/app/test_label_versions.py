@@ -17,6 +17,7 @@ import pytest
 
 from app.conftest import AFFINE, SHAPE, Running
 from lib.label_names import stored_names
+from lib.version_files import VersionFiles
 
 LIVER = [{"name": "liver", "idx": 1}]
 BOTH = [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]
@@ -319,6 +320,50 @@ def test_deleted_labels_lie_in_the_trash(running: Running, tmp_path: Path) -> No
     assert len(list(trash.glob("version_*.nii.gz"))) == 4
     assert sorted(path.parent.name.split("-")[0] for path in trash.glob("*/kept")) == ["history", "texts"]
     assert not any(folder.exists() for folder in beside), "the next image of this id does not inherit them"
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_deleted_image_leaves_nothing_behind_and_loses_no_label(
+    running: Running, tmp_path: Path, watched: bool
+) -> None:
+    """Also labels that the index does not know yet; the next image of that name begins anew."""
+    store = running.app.datastore()
+    store._auto_reload = watched
+    for end in (5, 6):
+        post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, end))), label_info=LIVER)
+    folder = running.studies / "labels" / "version_3"
+    folder.mkdir()
+    write(folder / "case_a.nii.gz", blocks(v1=(0, 7)))
+    image = (running.studies / "case_a.nii.gz").read_bytes()
+    assert running.client.delete("/datastore/image", params={"id": "case_a"}).status_code == 200
+    assert list(index(running)) == ["case_b"]
+    assert not list((running.studies / "labels").glob("**/case_a.*"))
+    trash = running.studies / ".trash" / "case_a"
+    for extension in (".nii.gz", ".json"):
+        kept = sorted(path.name.split("-")[0] for path in trash.glob(f"version_*{extension}"))
+        assert kept == ["version_1", "version_2", "version_3"]
+    (tmp_path / "case_a.nii.gz").write_bytes(image)
+    with open(tmp_path / "case_a.nii.gz", "rb") as file:
+        sent = running.client.put("/datastore/image", params={"image": "case_a"}, files={"file": file})
+    assert sent.status_code == 200, sent.text
+    assert listed(running) == {"image": "case_a", "final": None, "versions": []}
+
+
+def test_a_deletion_that_is_cut_off_brings_no_label_back_as_a_new_one(
+    running: Running, tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for end in (5, 6):
+        post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, end))), label_info=LIVER)
+    before = listed(running)
+    for step in ("discard", "_set_final"):
+        owner = VersionFiles if step == "discard" else type(running.app.datastore())
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, lambda *_, **__: (_ for _ in ()).throw(OSError("killed here")))
+            reply = running.client.delete("/datastore/label", params={"id": "case_a", "tag": "version_2"})
+            assert reply.status_code == 500
+        running = start()
+        assert listed(running) == before
+        assert (final(running) == blocks(v1=(0, 6))).all()
 
 
 def test_only_final_counts_elsewhere(running: Running, tmp_path: Path) -> None:

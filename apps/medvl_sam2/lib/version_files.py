@@ -75,9 +75,9 @@ class VersionFiles:
         names = os.listdir(self.labels / version_tag(number))
         return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
-    def newest(self, image: str) -> LabelVersion | None:
-        """The highest version that is no draft: the one ``final`` is a copy of."""
-        found = (self.read(image, number) for number in reversed(self.numbers()))
+    def newest(self, image: str, without: int | None = None) -> LabelVersion | None:
+        """The highest version that is no draft, ``without`` one that is to go: the one ``final`` is a copy of."""
+        found = (self.read(image, number) for number in reversed(self.numbers()) if number != without)
         return next((record for record in found if record is not None and not record.draft), None)
 
     def bare_mask(self, image: str, number: int) -> Path | None:
