@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -276,41 +274,6 @@ def test_a_draft_stays_here_until_it_is_submitted(tmp_path: Path, server: FakeDi
     assert store.get_labeled_images() == [image]
 
 
-def test_a_version_without_segmentation_gets_it_after_the_next_start(
-    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the version and its SEG; a label that only lies in the cache is nobody's submit."""
-    image, found = add(server, tmp_path / "s"), add(server, tmp_path / "t")
-    store = open_store()
-    submit(store, image, tmp_path, segmentationMeta={"status": "draft"})
-    store.get_image_uri(found)
-    (store.folder / "labels" / "final").mkdir(exist_ok=True)
-    shutil.copy(tmp_path / "label.nii.gz", store.folder / "labels" / "final" / f"{found}.nii.gz")
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_publish", lambda *_: None)
-        submit(store, image, tmp_path, note="kept")
-    assert store.dicom_note(image) == {}
-    again = open_store()
-    wait_for(lambda: again.status()["completed"] == 2)
-    (seg,) = server.series("SEG")
-    assert (seg.ContentDescription, seg.SOPInstanceUID) == (
-        "MedVL-SAM2 labels version 2 by unknown: kept",
-        again.dicom_note(image)["SOPInstanceUID"],
-    )
-    made = datetime.fromisoformat(again.versions(image)[1].time).astimezone()
-    assert seg.ContentDate + seg.ContentTime == made.strftime("%Y%m%d%H%M%S.%f")
-
-
-def test_a_draft_is_made_when_it_is_submitted(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
-    """Else what others stored meanwhile would be newer than it."""
-    image = add(server, tmp_path / "s")
-    store = open_store()
-    submit(store, image, tmp_path, segmentationMeta={"status": "draft"})
-    between = datetime.now().strftime("%Y%m%d%H%M%S.%f")
-    store.update_label_info(image, "version_1", {"segmentationMeta": {"status": "approved"}})
-    assert store.dicom_note(image)["made"] > between
-
-
 @pytest.mark.parametrize("fails", ["store_instances", "writing"])
 def test_no_failure_takes_back_a_kept_label(
     tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch, fails: str
@@ -400,17 +363,6 @@ def test_label_deleted_here_does_not_come_back(tmp_path: Path, server: FakeDicom
     store.refresh()
     assert store.get_labeled_images() == []
     assert store.datalist() == []
-
-
-def test_a_series_is_not_deleted_here(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
-    """It would be listed again, and its labels come back from the server."""
-    image = add(server, tmp_path / "s")
-    store = open_store()
-    submit(store, image, tmp_path)
-    with pytest.raises(HTTPException, match="lies on the DICOMweb server") as caught:
-        store.remove_image(image)
-    assert caught.value.status_code == 409
-    assert np.array_equal(final_mask(store, image), phantom().labels)
 
 
 def test_segmentation_that_cannot_be_read_is_left_out_with_a_reason(

@@ -7,9 +7,12 @@ keeps and sends it. Then the store is opened anew, as after a restart, and looks
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,8 @@ import pytest
 from pydicom.dataset import Dataset
 from tqdm import tqdm
 
-from app.fake_dicomweb import FakeDicomWeb, store_opener
-from app.test_dicomweb_store import add, submit
+from app.fake_dicomweb import FakeDicomWeb, Open, store_opener
+from app.test_dicomweb_store import add, submit, wait_for
 from app.test_label_crashes import Lines
 from lib import version_files
 from lib.dicomweb_store import GuardedDicomWebStore
@@ -97,3 +100,39 @@ def test_every_version_has_its_segmentation_once_whenever_the_server_is_killed(
         assert noted == [str(seg.SOPInstanceUID) for seg in server.series("SEG")], f"line {line} of {lines.count}"
     print(f"{lines.count} lines a submit; {kept} versions kept, {forgotten} without a note, {sent} of them sent")
     assert kept > forgotten > sent > 0
+
+
+def test_a_version_without_segmentation_gets_it_after_the_next_start(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the version and its SEG; a label that only lies in the cache is nobody's submit."""
+    image, found = add(server, tmp_path / "s"), add(server, tmp_path / "t")
+    store = open_store()
+    submit(store, image, tmp_path, segmentationMeta={"status": "draft"})
+    store.get_image_uri(found)
+    (store.folder / "labels" / "final").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "label.nii.gz", store.folder / "labels" / "final" / f"{found}.nii.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_publish", lambda *_: None)
+        submit(store, image, tmp_path, note="kept")
+    assert store.dicom_note(image) == {}
+    again = open_store()
+    wait_for(lambda: again.status()["completed"] == 2)
+    (seg,) = server.series("SEG")
+    assert (seg.ContentDescription, seg.SOPInstanceUID) == (
+        "MedVL-SAM2 labels version 2 by unknown: kept",
+        again.dicom_note(image)["SOPInstanceUID"],
+    )
+    made = datetime.fromisoformat(again.versions(image)[1].time).astimezone()
+    assert seg.ContentDate + seg.ContentTime == made.strftime("%Y%m%d%H%M%S.%f")
+
+
+def test_a_draft_is_made_when_it_is_submitted(tmp_path: Path, server: FakeDicomWeb, open_store: Open) -> None:
+    """Else what others stored meanwhile would be newer than it."""
+    image = add(server, tmp_path / "s")
+    store = open_store()
+    submit(store, image, tmp_path, segmentationMeta={"status": "draft"})
+    between = datetime.now().strftime("%Y%m%d%H%M%S.%f")
+    time.sleep(0.01)  # times of versions are whole milliseconds
+    store.update_label_info(image, "version_1", {"segmentationMeta": {"status": "approved"}})
+    assert store.dicom_note(image)["made"] > between

@@ -42,7 +42,7 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
 _CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"^[A-H]\.\s+")
-_SIZE = re.compile(r"((?:\d+(?:\.\d+)?\s*(?:x|by)\s*)*\d+(?:\.\d+)?)\s*(cm|mm)\b", re.IGNORECASE)
+_SIZE = re.compile(r"((?:\d+(?:\.\d+)?\s*(?:x|by)\s*)*\d+(?:\.\d+)?)[\s-]*(cm|mm)\b", re.IGNORECASE)
 _BEFORE = re.compile(r"[\s-]*(?:[a-z]+\s+){0,2}", re.IGNORECASE)
 """Between a size and the word for what has it: "2.5 cm round cyst"."""
 _MANY = re.compile(r"\b(?:how many|all|both|every|several|two|three|four)\b", re.IGNORECASE)
