@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from medvl_sam2.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,47 @@ def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[OwnServer]:
     studies.mkdir()
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--studies", str(studies), "--host", host]
     command += ["--port", str(port), "--conf", "store", str(store)]
-    with open(folder / "server.log", "wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+    with _stopping_on_signals():
+        with open(folder / "server.log", "wb") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        try:
+            _wait_for(f"http://{host}:{port}", server, folder / "server.log")
+            yield OwnServer(f"http://{host}:{port}", server.pid)
+        finally:
+            _stop(server)
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the script by an exception, so that what it started is stopped on the way out."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        for again in _ENDS:  # a second one must not interrupt the stopping
+            signal.signal(again, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in _ENDS}
     try:
-        _wait_for(f"http://{host}:{port}", server, folder / "server.log")
-        yield OwnServer(f"http://{host}:{port}", server.pid)
+        yield
     finally:
-        # Its own process group: a training is a child of the server and must not outlive it.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(server.pid, number)
-                server.wait(20)
-                break
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server with its process group: a training is a child of the server and must not outlive it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(20)
+            break
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path, limit: float = 300.0) -> None:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
+import nibabel as nib
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from monailabel.config import settings
 
 import lib.server
-from app.conftest import Running
+from app.conftest import AFFINE, SHAPE, Running
 from lib.api.dicomweb_server import Watch, resource_url
 
 _FRAMES = bytes(range(256)) * 20_000
+
+
+class _Slow:
+    """What the small server does not answer, or only by half, until it may ``go_on``."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.halves: list[str] = []
+        self.silent: list[str] = []
 
 
 class _DicomServer(BaseHTTPRequestHandler):
     """Answers with what it was asked; some paths are special."""
 
     protocol_version = "HTTP/1.1"
+    slow = _Slow()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if self.headers.get("Accept") == "image/unknown":
+        if path.endswith("/silent"):
+            self.slow.silent.append(path)
+            assert self.slow.go_on.wait(60)
+            self._answer(200, "text/plain", b"late")
+        elif path.endswith("/half"):
+            self.slow.halves.append(path)
+            self._answer(200, "text/plain", b"half", {"Content-Length": "8"})
+            assert self.slow.go_on.wait(60)
+            self.wfile.write(b"late")
+        elif self.headers.get("Accept") == "image/unknown":
             self._answer(406, "text/plain", b"not offered")
         elif path.endswith("/empty"):
             self._answer(204, "application/dicom+json", b"")
@@ -60,7 +85,9 @@ class _DicomServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def dicom_server() -> Iterator[str]:
+def dicom_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)
+    monkeypatch.setattr(_DicomServer, "slow", _Slow())
     server = ThreadingHTTPServer(("127.0.0.1", 0), _DicomServer)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -68,6 +95,7 @@ def dicom_server() -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}/dicom-web"
     finally:
+        _DicomServer.slow.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -175,6 +203,38 @@ def test_a_server_that_is_away(client: TestClient, monkeypatch: pytest.MonkeyPat
     for response in (client.get("/proxy/dicom/qido/studies"), client.post("/proxy/dicom/stow/studies", content=b"x")):
         assert response.status_code == 502
         assert "does not answer" in response.json()["detail"]
+
+
+def test_a_viewer_waiting_for_600_frames_keeps_no_label_from_being_saved(
+    running: Running, dicom_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hundred answers stop half way, which is more than the framework has threads; the rest do not begin."""
+    monkeypatch.setattr("lib.api.dicomweb_server.server_root", lambda: dicom_server)
+    monkeypatch.setattr("starlette.formparsers.MultiPartParser.spool_max_size", 100)  # as a large label: on disk
+    nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), AFFINE), tmp_path / "label.nii.gz")
+    label, slow = (tmp_path / "label.nii.gz").read_bytes(), _DicomServer.slow
+
+    async def load_and_save() -> tuple[httpx.Response, float, list[str]]:
+        transport = httpx.ASGITransport(app=lib.server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver", timeout=120) as viewer:
+            frames = [asyncio.create_task(viewer.get(f"/proxy/dicom/wado/{n}/half")) for n in range(100)]
+            await asyncio.to_thread(_until, lambda: len(slow.halves) == len(frames))
+            frames += [asyncio.create_task(viewer.get(f"/proxy/dicom/wado/{n}/silent")) for n in range(500)]
+            await asyncio.to_thread(_until, lambda: len(slow.silent) > 8)
+            began = time.monotonic()
+            saved = await asyncio.wait_for(
+                viewer.put("/datastore/label", params={"image": "case_a"}, files={"label": ("label.nii.gz", label)}), 30
+            )
+            seconds = time.monotonic() - began
+            assert not any(frame.done() for frame in frames)
+            slow.go_on.set()
+            return saved, seconds, [frame.text for frame in await asyncio.gather(*frames)]
+
+    saved, seconds, frames = asyncio.run(load_and_save())
+    print(f"saved in {seconds:.2f} s")
+    assert saved.status_code == 200, saved.text
+    assert frames == ["halflate"] * 100 + ["late"] * 500
+    assert len(slow.silent) == 500
 
 
 def test_a_folder_has_no_proxy(running: Running) -> None:

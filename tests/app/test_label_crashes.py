@@ -58,11 +58,11 @@ class Lines:
         {"version_files.py", "versioned_store.py", "indexed_store.py", "datastore.py", "files.py", "shutil.py"}
     )
 
-    def __init__(self, last: int, act: Callable[[], None]) -> None:
-        self.last, self.act, self.count = last, act, 0
+    def __init__(self, last: int, act: Callable[[], None], files: frozenset[str] = FILES) -> None:
+        self.last, self.act, self.files, self.count = last, act, files, 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Lines | None:
-        if os.path.basename(frame.f_code.co_filename) not in self.FILES:
+        if os.path.basename(frame.f_code.co_filename) not in self.files:
             return None
         if event == "line":
             self.count += 1

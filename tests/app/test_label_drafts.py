@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
 from app.conftest import Running
-from app.test_label_versions import LIVER, blocks, final, listed, post, write
+from app.test_label_versions import LIVER, blocks, final, index, listed, post, write
 
 
 def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
@@ -42,6 +45,34 @@ def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: 
 
 def test_a_tag_cannot_use_the_numbers_up(running: Running, tmp_path: Path) -> None:
     file = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
-    for tag in ("version_999999", None, "version_7", None):
+    for tag in ("version_999999", None, "version_7", None, "version_999999999"):
         assert running.submit("case_a", file, tag, label_info=LIVER).status_code == 200
-    assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 7, 8]
+    assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 7, 8, 9]
+
+
+@pytest.mark.parametrize("number", [10_001, 999_999, 999_999_999])
+def test_a_placed_file_cannot_use_the_numbers_up(running: Running, tmp_path: Path, number: int) -> None:
+    """It becomes the next version, and MONAI Label's Reviewer, which counts on from the last tag, does not see it."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    folder = running.studies / "labels" / f"version_{number}"
+    folder.mkdir()
+    placed = write(folder / "case_a.nii.gz", blocks(v1=(2, 4)))
+    running.app.datastore().refresh()
+    assert [(v["version"], v["source"]) for v in listed(running)["versions"]] == [(1, "api"), (2, "found")]
+    assert (final(running) == blocks(v1=(2, 4))).all()
+    assert not placed.exists()
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
+    assert list(index(running)["case_a"]["labels"]) == ["final", "version_1", "version_2", "version_3"]
+
+
+def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:
+    """As when it is put back from the trash, or was adopted by an earlier release."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    labels = running.studies / "labels"
+    record = json.loads((labels / "version_1" / "case_a.json").read_text()) | {"version": 999_999}
+    (labels / "version_1").rename(labels / "version_999999")
+    (labels / "version_999999" / "case_a.json").write_text(json.dumps(record))
+    running.app.datastore().refresh()
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999]
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -278,47 +277,6 @@ def test_what_is_unknown_is_a_404(running: Running, tmp_path: Path) -> None:
     other_grid = tmp_path / "other.nii.gz"
     nib.save(nib.Nifti1Image(np.ones((3, 4, 5), np.uint8), AFFINE), other_grid)
     assert post(running, other_grid).status_code == 422
-
-
-def test_deleted_labels_lie_in_the_trash(running: Running, tmp_path: Path) -> None:
-    masks = [blocks(v1=(0, 5)), blocks(v1=(0, 6)), blocks(v1=(0, 7))]
-    for mask in masks:
-        post(running, write(tmp_path / "label.nii.gz", mask), label_info=LIVER)
-
-    def delete(tag: str) -> None:
-        response = running.client.delete("/datastore/label", params={"id": "case_a", "tag": tag})
-        assert response.status_code == 200, response.text
-
-    delete("version_3")
-    assert listed(running)["final"] == 2
-    assert (final(running) == masks[1]).all()
-    trash = running.studies / ".trash" / "case_a"
-    (mask,) = trash.glob("version_3-*.nii.gz")
-    assert (np.asarray(nib.load(mask).dataobj) == masks[2]).all()
-    # What README says: put mask and record back under the version's tag.
-    for path in trash.iterdir():
-        name = f"case_a{'.json' if path.suffix == '.json' else '.nii.gz'}"
-        shutil.move(path, running.studies / "labels" / "version_3" / name)
-    running.app.datastore().refresh()
-    assert listed(running)["final"] == 3
-    assert (final(running) == masks[2]).all()
-    # Without final the image is unlabelled, also after a restart, until the next label.
-    delete("final")
-    assert running.client.get("/info/").json()["datastore"]["completed"] == 0
-    running.app.datastore().refresh()
-    state = listed(running)
-    assert (state["final"], len(state["versions"])) == (None, 3)
-    post(running, tmp_path / "label.nii.gz", label_info=LIVER)
-    assert listed(running)["final"] == 4
-    beside = [running.studies / "texts" / "case_a", running.studies / ".history" / "final" / "case_a"]
-    for folder in beside:
-        folder.mkdir(parents=True)
-        (folder / "kept").touch()
-    assert running.client.delete("/datastore/image", params={"id": "case_a"}).status_code == 200
-    assert "case_a" not in index(running)
-    assert len(list(trash.glob("version_*.nii.gz"))) == 4
-    assert sorted(path.parent.name.split("-")[0] for path in trash.glob("*/kept")) == ["history", "texts"]
-    assert not any(folder.exists() for folder in beside), "the next image of this id does not inherit them"
 
 
 def test_only_final_counts_elsewhere(running: Running, tmp_path: Path) -> None:

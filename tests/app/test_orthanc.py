@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import monailabel.interfaces.utils.app as app_registry
 import numpy as np
 import pydicom
 import pytest
+import requests
 from fastapi.testclient import TestClient
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
@@ -164,6 +165,44 @@ def test_report_lies_beside_its_study(orthanc: Orthanc, over_orthanc: Open, tmp_
     assert report_text(document) == "Liver: läsion."
     assert document.SOPInstanceUID == stored.instance
     assert image not in over_orthanc().get_labeled_images()
+
+
+def _multipart(files: Sequence[Path]) -> tuple[bytes, str]:
+    """Body and content type of a STOW-RS request."""
+    head = b"\r\n--pieces\r\nContent-Type: application/dicom\r\n\r\n"
+    body = b"".join(head + file.read_bytes() for file in files) + b"\r\n--pieces--\r\n"
+    return body, 'multipart/related; type="application/dicom"; boundary=pieces'
+
+
+def test_viewer_stores_and_searches_through_the_proxy(orthanc: Orthanc, served: TestClient, tmp_path: Path) -> None:
+    """As Orthanc itself answers, also to what it does not know: it takes fuzzymatching and matches as without it."""
+    one, name = phantom(), {"PatientName": "Müller^Änne", "SpecificCharacterSet": "ISO_IR 192"}
+    series = write_series(tmp_path / "s", one.image, one.affine, PatientID="fuzzy-1", **name)
+    body, kind = _multipart(series.files)
+    headers = {"Content-Type": kind, "Accept": "application/dicom+json"}
+    reply = served.post("/proxy/dicom/stow/studies", content=body, headers=headers)
+    assert reply.status_code == 200, reply.text
+    stored = pydicom.Dataset.from_json(reply.json())
+    assert sorted(item.ReferencedSOPInstanceUID for item in stored.ReferencedSOPSequence) == sorted(series.instances)
+    assert sorted(one.SOPInstanceUID for one in orthanc.instances(series.series)) == sorted(series.instances)
+
+    def search(query: str) -> list[dict[str, Any]]:
+        found = served.get(f"/proxy/dicom/qido/studies?{query}", headers={"Accept": "application/dicom+json"})
+        assert found.status_code == 200, found.text
+        assert found.json() == requests.get(f"{orthanc.dicomweb}/studies?{query}", timeout=10).json(), query
+        return list(found.json())
+
+    queries = ("PatientID=fuzzy-1", "PatientName=M*", "PatientName=M%C3%BCller*", "PatientName=Muller%5EAnne")
+    found = {query: search(query) for query in queries}
+    assert {query: search(f"{query}&fuzzymatching=true") for query in queries} == found
+    (study,) = found["PatientID=fuzzy-1"]
+    assert str(pydicom.Dataset.from_json(study).PatientName) == "Müller^Änne"
+    assert study in found["PatientName=M*"]
+    spoilt, kind = _multipart([Path(__file__)])
+    refused = served.post("/proxy/dicom/stow/studies", content=spoilt, headers={**headers, "Content-Type": kind})
+    direct = requests.post(f"{orthanc.dicomweb}/studies", data=spoilt, headers=headers, timeout=10)
+    assert (refused.status_code, refused.content) == (direct.status_code, direct.content)
+    assert "00081198" in refused.json(), "FailedSOPSequence"
 
 
 @pytest.mark.shared_data

@@ -58,6 +58,31 @@ def test_sentences_of_a_report(text: str, expected: list[tuple[tuple[str, ...], 
     assert spoken_of(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("There is a 2.5 cm cyst in the liver.", [25.0]),
+        ("A 12-mm hypodense lesion of the spleen.", [12.0]),
+        ("A cyst in the right kidney, 12 x 17 x 9 mm.", [17.0]),
+        ("The liver contains a nodule of 1.0 cm.", [10.0]),
+        ("The liver measures 18 cm and contains a nodule.", [None]),
+        ("The 18 cm liver contains a nodule.", [None]),
+        ("A 9 mm cyst in the liver and a 2 cm nodule in the spleen.", [9.0, 20.0]),
+        ("A cyst of 9 mm in the liver and a nodule in the spleen.", [9.0, None]),
+        ("A cyst in the liver and a nodule of 2 cm in the spleen.", [None, 20.0]),
+        ("A cyst in the liver.", [None]),
+    ],
+)
+def test_the_size_of_a_lesion(text: str, sizes: list[float | None]) -> None:
+    assert [mention.size_mm for mention in mentions(text) if mention.lesion] == sizes
+
+
+def test_the_size_in_a_question() -> None:
+    asked = "On which side is the 12 mm lesion?"
+    assert [(m.organs, m.size_mm) for m in answer_mentions(asked, "left")] == [(("kidney_left", "lung_left"), 12.0)]
+    assert [(m.organs, m.size_mm) for m in answer_mentions("What kind is the 2 cm lesion?", "cyst")] == [((), 20.0)]
+
+
 def test_denial_ends_with_its_clause() -> None:
     found = mentions("Impression: cyst in the right kidney and absent spleen.")
     assert [(m.organs, bool(m.lesion), m.absent) for m in found] == [
@@ -182,6 +207,25 @@ def test_sentences_get_their_own_lesion_and_side() -> None:
     for sentence in found[3:5]:
         assert all(item.voxels == 0 and item.centroid is None for item in sentence.evidence)
         assert all("not found in the image map" in item.why for item in sentence.evidence)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "asked_for"),
+    [
+        ("10 mm", "lesion_1", 0),  # 10.5 mm on this grid, the other 14.9
+        ("1.5 cm", "lesion_2", 0),
+        ("12.5 mm", "lesion_2", 1),  # both are about that large
+        ("40 mm", "lesion_2", 1),  # neither is
+    ],
+)
+def test_a_stated_size_chooses_before_the_pointer(size: str, wanted: str, asked_for: int) -> None:
+    shown = scene()
+    shown.elements.maps[4, 2:5, 4:7, 2:6] = 4.0
+    asked, point = points_at("lesion_2")
+    (sentence,) = ground_report(f"There is a {size} cyst in the liver.", shown, point)  # type: ignore[arg-type]
+    assert [item.name for item in sentence.evidence] == [wanted, "liver"]
+    assert len(asked) == asked_for
+    assert ("mm" in sentence.evidence[0].why) == (size != "40 mm")
 
 
 def test_no_lesion_of_another_organ_takes_a_mentions_place() -> None:

@@ -136,6 +136,8 @@ class GuardedStore(VersionedStore):
             kept = info if tag == FINAL else {key: value for key, value in info.items() if key != "label_info"}
             was_draft = record.draft
             record = record.updated(kept)
+            if was_draft and not record.draft:
+                record = replace(record, submitted=now())
             if record.draft != was_draft:
                 self._adopt(label_id)
             self._files.write_record(record)
@@ -162,15 +164,16 @@ class GuardedStore(VersionedStore):
             if obj is None or label is None:
                 raise HTTPException(404, f"image {label_id!r} has no label with tag {tag!r}")
             path = Path(self._datastore.label_path(tag)) / self._filename(label_id, label.ext)
-            newest = self._files.newest(label_id)
+            number, newest = version_number(tag), self._files.newest(label_id)
+            if number is not None:
+                # Before the version goes: a final that is no version's copy would be taken for a new label.
+                self._set_final(label_id, self._files.newest(label_id, without=number))
             if tag == FINAL and newest is not None:
                 self._files.write_record(replace(newest, withdrawn=True))
                 path.unlink(missing_ok=True)
             elif path.is_file():
                 logger.info("Label %s of %s lies in %s now", tag, label_id, self._files.discard(label_id, tag, path))
             del obj.labels[tag]
-            if version_number(tag) is not None:
-                self._set_final(label_id, self._files.newest(label_id))
             self._update_datastore_file(lock=False)
 
     def _described(
@@ -240,8 +243,9 @@ class GuardedStore(VersionedStore):
             super().update_image_info(image_id, info)
 
     def remove_image(self, image_id: str) -> None:
-        """Delete an image; its labels go to the trash."""
+        """Delete an image; its labels go to the trash, also those that the index does not know."""
         with self._writing():
+            self._adopt(image_id, thorough=True)
             obj = self._datastore.objects.get(image_id)
             for tag, label in list(obj.labels.items()) if obj else ():
                 path = Path(self._datastore.label_path(tag)) / self._filename(image_id, label.ext)
@@ -257,6 +261,7 @@ class GuardedStore(VersionedStore):
                     trash.mkdir(parents=True, exist_ok=True)
                     os.replace(kept, trash / f"{name}-{time.time_ns()}")
             super().remove_image(image_id)
+            self._reconcile_datastore()  # MONAI Label leaves this to its watcher, where there is one
 
     def json(self) -> dict[str, Any]:
         with self._thread_lock:  # not while another thread changes it

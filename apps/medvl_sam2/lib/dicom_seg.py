@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 from highdicom.content import AlgorithmIdentificationSequence
@@ -27,12 +28,16 @@ _MAX_DESCRIPTION = 1024
 
 @dataclass(frozen=True)
 class LabelOrigin:
-    """Who made a label and how. ``model_version``: the model that proposed it, None for a label made by hand."""
+    """Who made a label, how and when. ``model_version``: the model that proposed it, None for a label made by hand.
+
+    ``made``, with a time zone: a label with it becomes an object with the same UIDs and times whenever it is built.
+    """
 
     author: str
     model_version: str | None = None
     version: int | None = None
     note: str = ""
+    made: datetime | None = None
 
 
 def build_segmentation(
@@ -62,7 +67,7 @@ def build_segmentation(
     series = str(headers[0].SeriesInstanceUID)
     described = [_describe(number, names[value], series, origin) for number, value in enumerate(used, start=1)]
     try:
-        return stamped(_segmentation(headers, numbers[labels], described, origin))
+        return stamped(_dated(_segmentation(headers, numbers[labels], described, origin), origin.made))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"the images' headers do not allow a DICOM SEG ({reason}); export the series again") from error
@@ -71,14 +76,15 @@ def build_segmentation(
 def _segmentation(
     headers: Sequence[Dataset], numbered: np.ndarray, described: Sequence[SegmentDescription], origin: LabelOrigin
 ) -> Segmentation:
+    series_uid, instance_uid = (_uid(kind, headers[0], origin) for kind in ("series", "instance"))
     return Segmentation(
         source_images=headers,
         pixel_array=np.ascontiguousarray(numbered.transpose(2, 1, 0)),
         segmentation_type=SegmentationTypeValues.BINARY,
         segment_descriptions=described,
-        series_instance_uid=generate_uid(),
+        series_instance_uid=series_uid,
         series_number=_SERIES_NUMBER,
-        sop_instance_uid=generate_uid(),
+        sop_instance_uid=instance_uid,
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL_NAME,
@@ -90,6 +96,23 @@ def _segmentation(
         series_description=_description(origin, with_note=False),
         omit_empty_frames=True,
     )
+
+
+def _uid(kind: str, image: Dataset, origin: LabelOrigin) -> str:
+    if origin.made is None:
+        return str(generate_uid())
+    sources = [kind, str(image.SeriesInstanceUID), str(origin.version), origin.made.isoformat(), origin.author]
+    return str(generate_uid(entropy_srcs=sources))
+
+
+def _dated(document: Dataset, made: datetime | None) -> Dataset:
+    """``document`` as of ``made``; highdicom writes the time at which it was built."""
+    if made is not None:
+        local = made.astimezone()
+        for kind in ("Content", "InstanceCreation"):
+            setattr(document, f"{kind}Date", local.strftime("%Y%m%d"))
+            setattr(document, f"{kind}Time", local.strftime("%H%M%S.%f"))
+    return document
 
 
 def _describe(number: int, name: str, series: str, origin: LabelOrigin) -> SegmentDescription:

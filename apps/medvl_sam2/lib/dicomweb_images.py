@@ -94,6 +94,11 @@ class SeriesStore(GuardedStore, DICOMWebDatastore):
                 self.add_image(image_id, str(converted), self._dicom_info(image_id))
             return str(volume)
 
+    def remove_image(self, image_id: str) -> None:
+        """Refused (409): the series would be listed again at once, and its labels taken over from the server anew."""
+        remedy = "delete it there, and labels with DELETE /datastore/label"
+        raise HTTPException(409, f"series {image_id!r} lies on the DICOMweb server; {remedy}")
+
     def source_headers(self, image_id: str) -> list[Dataset]:
         """Headers of a series' slices in the order they are stacked, without pixels.
 

@@ -1,8 +1,9 @@
 """The datastore of a DICOMweb server: series as images, DICOM SEG as labels, with a cache on disk.
 
 Labels are saved in the cache first, like those of a folder, and then stored on the server as DICOM SEG, by way of an
-outbox: what the server does not take at once is sent again later, and the reply says why. The other way round, a SEG
-that somebody else stored becomes a label when it is newer than the one here; each is taken over once.
+outbox: what the server does not take at once is sent again later, and the reply says why. A version whose process was
+killed before its SEG was made gets it after the next start. The other way round, a SEG that somebody else stored
+becomes a label when it is newer than the one here; each is taken over once.
 
 MONAI Label's own way is not used: dcmqi, which names segments by position, and lists that stay old for two hours.
 """
@@ -38,7 +39,7 @@ from lib.dicom_seg_reading import SegLabels, read_segmentation
 from lib.dicomweb_catalog import SegRecord, content_time, header_of
 from lib.dicomweb_images import SeriesStore, reachable
 from lib.label_names import stored_names
-from lib.label_versions import LabelVersion, version_number
+from lib.label_versions import ADOPTED, LabelVersion, version_number
 from lib.result_writing import http_error
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
@@ -63,6 +64,7 @@ class GuardedDicomWebStore(SeriesStore):
         self._status_at = float("-inf")
         self._status_running = threading.Lock()
         self._unreadable: dict[str, str] = {}
+        self._looked_back = False
         super().__init__(fresh_s=fresh_s, **kwargs)
 
     @cached_property
@@ -106,6 +108,9 @@ class GuardedDicomWebStore(SeriesStore):
 
     def _refresh_status(self) -> None:
         try:
+            if not self._looked_back:
+                self.publish_forgotten()
+                self._looked_back = True
             self._outbox.retry()
             images, labelled = self.list_images(), self.get_labeled_images()
             with self._thread_lock:  # never while the server is asked
@@ -134,6 +139,28 @@ class GuardedDicomWebStore(SeriesStore):
             logger.exception("%s of %s is kept, but not stored as DICOM SEG", record.tag, record.image)
             return _refused(f"{type(error).__name__}: {error}; see the server's log")
         return {"dicom_seg": {**_note(document), **({"waiting": waiting} if waiting else {})}}
+
+    def publish_forgotten(self) -> None:
+        """Make the DICOM SEG of versions whose process was killed before it could note one.
+
+        It may have sent it already: a version built again is the same object, which a server has once. What lay in the
+        store without a request is nobody's submit and stays here.
+        """
+        with self._thread_lock:
+            unnoted = {
+                (image, number)
+                for image, entry in self._datastore.objects.items()
+                for tag, label in entry.labels.items()
+                if (number := version_number(tag)) is not None
+                and "dicom_seg" not in label.info
+                and label.info.get("source") not in ADOPTED
+            }
+        for image, number in sorted(unnoted):
+            record = self._files.read(image, number)
+            if record is None or record.draft or record.withdrawn or "dicom_seg" in record.info:
+                continue
+            logger.warning("%s of %s has no DICOM SEG yet; it is made now", record.tag, image)
+            self._publish(record, self._files.mask_path(record))
 
     def _segmentation(self, record: LabelVersion, path: Path) -> Dataset:
         grid = self._grid(record.image)
@@ -266,7 +293,7 @@ class GuardedDicomWebStore(SeriesStore):
 
     def _remember(self, image_id: str, instance: str) -> None:
         with self._writing():
-            self.update_image_info(image_id, {_KNOWN: [*self._known(image_id), instance]})
+            self.update_image_info(image_id, {_KNOWN: list(dict.fromkeys([*self._known(image_id), instance]))})
 
 
 def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
@@ -307,7 +334,11 @@ def _refused(reason: str) -> dict[str, Any]:
 
 def _origin(record: LabelVersion) -> LabelOrigin:
     return LabelOrigin(
-        record.author or "unknown", record.model_version or None, record.version, str(record.review.get("comment", ""))
+        record.author or "unknown",
+        record.model_version or None,
+        record.version,
+        note=str(record.review.get("comment", "")),
+        made=datetime.fromisoformat(record.submitted or record.time),
     )
 
 

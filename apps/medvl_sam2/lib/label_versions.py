@@ -17,7 +17,7 @@ ADOPTED = ("history", "found")
 """Sources of labels that lay in the store and came by no request."""
 DRAFT = "draft"
 """Review status of a label that was saved and not submitted."""
-_TAG = re.compile(r"version_([1-9][0-9]{0,5})")
+_TAG = re.compile(r"version_([1-9][0-9]*)")
 _REVIEW = ("status", "level", "approvedBy", "comment", "editTime")
 """What MONAI Label's Reviewer module for Slicer keeps under ``segmentationMeta``; it fails where one is missing."""
 
@@ -44,6 +44,7 @@ class LabelVersion:
 
     ``info`` is what MONAI Label keeps with a label (``label_info``, ``segmentationMeta``, ...). ``restored_from`` and
     ``made_from`` are versions of the same image. ``withdrawn``: the tag ``final`` was deleted while it held this.
+    ``submitted``: when a draft began to count; empty where that was ``time``.
     """
 
     image: str
@@ -60,6 +61,7 @@ class LabelVersion:
     restored_from: int | None = None
     made_from: tuple[int, ...] = ()
     withdrawn: bool = False
+    submitted: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property

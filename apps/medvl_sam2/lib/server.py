@@ -60,9 +60,10 @@ def build_app() -> FastAPI:
     prefix = settings.MONAI_LABEL_API_STR
     for router in (*ROUTERS, stand_ins.router):
         app.include_router(in_worker_threads(router), prefix=prefix)
+    app.include_router(in_worker_threads(stand_ins.root_router))
     for module in _THEIRS:
         app.include_router(in_worker_threads(module.router, blocking_async=True), prefix=prefix)
-    # What belongs to no router: the start page, its icon, /static and /reload.
+    # What belongs to no router: the start page, its icon and /static.
     app.router.routes.extend(route for route in theirs.routes if isinstance(route, APIRoute | Mount))
     add_error_handlers(app)
     return app

@@ -33,7 +33,8 @@ MASKS = (".nii.gz", ".nii", ".nrrd")
 """Extensions of label maps."""
 STALE_S = 5.0
 """A hidden file younger than this may belong to a process that has not locked it yet."""
-_MAX_WANTED = 10_000
+MAX_WANTED = 10_000
+"""Highest number that somebody else may choose, a client or a program that puts a mask under a version's tag."""
 _LEFTOVER = re.compile(r"\..*(\.part|\.json\.\w{8})")
 
 
@@ -74,9 +75,9 @@ class VersionFiles:
         names = os.listdir(self.labels / version_tag(number))
         return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
-    def newest(self, image: str) -> LabelVersion | None:
-        """The highest version that is no draft: the one ``final`` is a copy of."""
-        found = (self.read(image, number) for number in reversed(self.numbers()))
+    def newest(self, image: str, without: int | None = None) -> LabelVersion | None:
+        """The highest version that is no draft, ``without`` one that is to go: the one ``final`` is a copy of."""
+        found = (self.read(image, number) for number in reversed(self.numbers()) if number != without)
         return next((record for record in found if record is not None and not record.draft), None)
 
     def last(self, image: str) -> LabelVersion | None:
@@ -93,10 +94,11 @@ class VersionFiles:
     def next_number(self, image: str, wanted: int | None = None) -> int:
         """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too.
 
-        ``wanted`` comes from clients: far up it is not followed, as the numbers a tag can name would run out.
+        Far up ``wanted`` is not followed, and a mask without a record counts for nothing, as all later versions would
+        be numbered from there.
         """
         highest = next((number for number in reversed(self.numbers()) if self._taken(image, number)), 0)
-        if wanted is not None and highest < wanted <= _MAX_WANTED:
+        if wanted is not None and highest < wanted <= MAX_WANTED:
             return wanted
         folder = self.trash / image
         names = os.listdir(folder) if folder.is_dir() else []
@@ -152,7 +154,8 @@ class VersionFiles:
 
     def _taken(self, image: str, number: int) -> bool:
         folder = self.labels / version_tag(number)
-        return any((folder / f"{image}{extension}").exists() for extension in (".json", *MASKS))
+        masks = MASKS if number <= MAX_WANTED else ()
+        return any((folder / f"{image}{extension}").exists() for extension in (".json", *masks))
 
     def _has_mask(self, record: Path) -> bool:
         return any(record.with_name(f"{record.name.removesuffix('.json')}{extension}").exists() for extension in MASKS)

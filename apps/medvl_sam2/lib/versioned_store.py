@@ -21,7 +21,7 @@ from lib.indexed_store import IndexedStore
 from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_errors
-from lib.version_files import MASKS, VersionFiles, stage
+from lib.version_files import MASKS, MAX_WANTED, VersionFiles, stage
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.files import file_sha256
 from medvl_sam2.volume_io import count_labels
@@ -147,8 +147,12 @@ class VersionedStore(IndexedStore):
         for number in behind:
             path = self._files.bare_mask(image_id, number)
             if path is not None:
-                label = obj.labels.get(version_tag(number))
-                self._take_over(image_id, path, number, label.info if label else {}, "found", path.stat().st_mtime)
+                label, saved = obj.labels.get(version_tag(number)), path.stat().st_mtime
+                placed = self._files.next_number(image_id) if number > MAX_WANTED else number
+                self._take_over(image_id, path, placed, label.info if label else {}, "found", saved)
+                if placed != number:
+                    path.unlink()
+                    obj.labels.pop(version_tag(number), None)
                 changed = True
         newest, label = self._files.newest(image_id), obj.labels.get(FINAL)
         final = None if label is None else Path(self._datastore.label_path(FINAL)) / self._filename(image_id, label.ext)

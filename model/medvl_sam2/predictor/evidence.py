@@ -2,8 +2,9 @@
 
 The language model reads tokens measured from the scene's map (:mod:`medvl_sam2.modeling.scene`) and does not say which
 of them a word came from. So names are matched with the map's elements once the text stands, by class and exact side;
-of several lesions that a sentence may mean, the scene pointer chooses, as it does for a referring sentence. Every
-``why`` says so. What the map does not show gets no mask.
+of several lesions that a sentence may mean, those count whose size agrees with a size that it states, and among them
+the scene pointer chooses, as it does for a referring sentence. Every ``why`` says so. What the map does not show gets
+no mask.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _LEAST_SHARE = 0.1
 _LEAST_CELLS = 4
 """An organ of fewer cells of the map is not there: half a dozen millimetres at the edge of another."""
 _SLICES_AT_ONCE = 32
+_SAME_SIZE = 1.4
+"""Diameters up to this ratio agree: a text rounds, and the map's borders are coarse."""
 
 Pointer = Callable[[str], torch.Tensor]
 """From words for a lesion to scores (E,) over the scene's elements."""
@@ -157,12 +160,26 @@ class _Finder:
         elif mention.several or (summary and again):
             why = f"a lesion of the image map{where}; matched once the text was written"
         else:
-            scores = self._point(mention.lesion)
-            first = self._map.elements.organs - 1
-            why = f"of {len(chosen)} lesions{where} the one the model points at when asked for {mention.lesion!r}"
-            chosen = [max(chosen, key=lambda lesion: float(scores[first + int(lesion.rsplit("_", 1)[1])]))]
+            chosen, why = self._meant(mention, chosen, where)
         self._used += chosen
         return [self._evidence(lesion, f"{why} (it lies in the {spoken(self._hosts[lesion])})") for lesion in chosen]
+
+    def _meant(self, mention: Mention, able: list[str], where: str) -> tuple[list[str], str]:
+        """The one of several lesions that a mention means, and why: by its size, then by the pointer."""
+        size = mention.size_mm
+        sized = [lesion for lesion in able if size is not None and self._agrees(lesion, size)]
+        if len(sized) == 1:
+            return sized, f"of {len(able)} lesions{where} the only one of about {size:g} mm"
+        left, scores, first = sized or able, self._point(mention.lesion), self._map.elements.organs - 1
+        which = f" of about {size:g} mm" if sized else ""
+        why = f"of {len(left)} lesions{which}{where} the one the model points at when asked for {mention.lesion!r}"
+        return [max(left, key=lambda lesion: float(scores[first + int(lesion.rsplit("_", 1)[1])]))], why
+
+    def _agrees(self, lesion: str, size_mm: float) -> bool:
+        """Whether the sphere of a lesion's volume has about this diameter."""
+        volume = self._evidence(lesion, "").voxels * abs(np.linalg.det(self._map.transform.geometry.affine[:3, :3]))
+        diameter = (6 * volume / np.pi) ** (1 / 3)
+        return bool(size_mm / _SAME_SIZE <= diameter <= size_mm * _SAME_SIZE)
 
     def _evidence(self, name: str, why: str) -> Evidence:
         if name not in self._measured:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medvl_sam2.vocabulary import CLASSES, spoken
 
@@ -42,6 +42,9 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
 _CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"^[A-H]\.\s+")
+_SIZE = re.compile(r"((?:\d+(?:\.\d+)?\s*(?:x|by)\s*)*\d+(?:\.\d+)?)[\s-]*(cm|mm)\b", re.IGNORECASE)
+_BEFORE = re.compile(r"[\s-]*(?:[a-z]+\s+){0,2}", re.IGNORECASE)
+"""Between a size and the word for what has it: "2.5 cm round cyst"."""
 _MANY = re.compile(r"\b(?:how many|all|both|every|several|two|three|four)\b", re.IGNORECASE)
 
 
@@ -51,12 +54,14 @@ class Mention:
 
     ``organs``: class names, more than one where the text leaves the side open. ``lesion``: the words that mean a lesion
     in them ("largest cyst in the upper pole of the right kidney"), empty where the organs themselves are meant.
+    ``size_mm``: the diameter that the lesion is said to have, the largest of several; None where none is stated.
     """
 
     organs: tuple[str, ...]
     lesion: str = ""
     several: bool = False
     absent: bool = False
+    size_mm: float | None = None
 
 
 def sentences(text: str) -> list[str]:
@@ -85,12 +90,12 @@ def answer_mentions(question: str, answer: str) -> list[Mention]:
     lesions = [m for m in own if m.lesion]
     if not any(m.organs for m in lesions):
         places, many = tuple(name for m in own for name in m.organs), _MANY.search(asked) is not None
-        meant = [Mention(places or m.organs, m.lesion, many or m.several) for m in context if m.lesion]
+        meant = [replace(m, organs=places or m.organs, several=many or m.several) for m in context if m.lesion]
         lesions = meant or lesions
     side = re.fullmatch(r"(?:on the )?(left|right)(?: side)?\.?", said, re.IGNORECASE)
     if side:
         sided = tuple(f"{pair}_{side[1].lower()}" for pair in PAIRS)
-        lesions = [Mention(sided, m.lesion, m.several) for m in lesions]
+        lesions = [replace(m, organs=sided) for m in lesions]
     return list(dict.fromkeys([*lesions, *organs]))
 
 
@@ -100,9 +105,11 @@ def _clause_mentions(clause: str) -> Iterator[Mention]:
     absent = _ABSENT.search(clause) is not None
     if kinds and not _DENIED.search(clause):
         for number, kind in enumerate(kinds):
+            earlier = kinds[number - 1].end() if number else 0
             later = kinds[number + 1].start() if number + 1 < len(kinds) else len(clause)
             own = [o for o in organs if len(kinds) == 1 or kind.start() <= o.start() < later or _described(o, kind)]
-            yield from _lesion_mentions(clause, kind, own)
+            size_mm = _size_mm(clause[earlier : kind.start()], clause[kind.end() : later], number + 1 < len(kinds))
+            yield from (replace(said, size_mm=size_mm) for said in _lesion_mentions(clause, kind, own))
     for organ in organs:
         yield from (Mention((name,), absent=absent) for name in _names(organ))
 
@@ -122,6 +129,16 @@ def _lesion_mentions(clause: str, kind: re.Match[str], organs: list[re.Match[str
         names = _names(organ)
         organ_words = " and ".join(spoken(name) for name in names)
         yield Mention(names, f"{words} in the {part[1].lower() if part else ''}{organ_words}", several or _both(organ))
+
+
+def _size_mm(before: str, after: str, followed: bool) -> float | None:
+    """The size of the lesion between two pieces of text; ``followed`` by another, whose own size may stand there."""
+    sizes = [size for size in _SIZE.finditer(before) if _BEFORE.fullmatch(before[size.end() :])]
+    sizes += [size for size in _SIZE.finditer(after) if not (followed and _BEFORE.fullmatch(after[size.end() :]))]
+    if not sizes:
+        return None
+    scale = 10.0 if sizes[0][2].lower() == "cm" else 1.0
+    return scale * max(float(number) for number in re.findall(r"[\d.]+", sizes[0][1]))
 
 
 def _both(organ: re.Match[str]) -> bool:

@@ -2,14 +2,18 @@
 
 MONAI Label's own drops query strings (so a study filter finds everything), reads answers into memory and blocks
 everybody meanwhile.
+
+Concurrency: a slow DICOM server takes no thread from anybody else. Questions wait in one pool of threads
+(:data:`lib.api.worker_threads.DICOM`) and the pieces of answers in another, so that answers come to an end while others
+still wait for theirs. The framework's own threads, which uploads need, are not used.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 import requests
@@ -18,8 +22,9 @@ from fastapi.responses import StreamingResponse
 from starlette.datastructures import MutableHeaders
 
 from lib.api import dicomweb_server
-from lib.api.access import AsUser
+from lib.api.access import AsAnnotator, AsUser
 from lib.api.plain_names import check_plain_path
+from lib.api.worker_threads import DICOM
 
 router = APIRouter(prefix="/proxy/dicom", include_in_schema=False)
 
@@ -32,6 +37,7 @@ _KEPT_BACK = frozenset(
 _REFUSALS = (400, 406, 415)
 _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
+_ANSWERS = ThreadPoolExecutor(16, "dicom-answers")
 
 
 @router.get("/{path:path}")  # the lowest is offered a request first
@@ -47,15 +53,19 @@ def get(request: Request, path: str, user: AsUser) -> StreamingResponse:
 @router.post("/stow/{path:path}")
 @router.post("/qido/{path:path}")
 @router.post("/wado/{path:path}")
-async def post(request: Request, path: str, user: AsUser) -> StreamingResponse:
-    """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large."""
+async def post(request: Request, path: str, user: AsAnnotator) -> StreamingResponse:
+    """STOW-RS, and queries whose filter is a form; the body waits on disk if it is large.
+
+    Whatever service a path names, a server may take a POST as something to store: that is for annotators.
+    """
     check_plain_path(path)
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as body:
         async for chunk in request.stream():
             await asyncio.to_thread(body.write, chunk)
         size = body.tell()
         body.seek(0)
-        return await asyncio.to_thread(_passed_on, request, path, body if size else None)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(DICOM, _passed_on, request, path, body if size else None)
 
 
 def _passed_on(request: Request, path: str, body: IO[bytes] | None) -> StreamingResponse:
@@ -93,6 +103,11 @@ def _streamed(answer: requests.Response) -> StreamingResponse:
     return response
 
 
-def _chunks(answer: requests.Response) -> Iterator[bytes]:
-    with closing(answer):
-        yield from answer.raw.stream(_CHUNK_BYTES, decode_content=False)
+async def _chunks(answer: requests.Response) -> AsyncIterator[bytes]:
+    loop = asyncio.get_running_loop()
+    pieces = answer.raw.stream(_CHUNK_BYTES, decode_content=False)
+    try:
+        while piece := await loop.run_in_executor(_ANSWERS, next, pieces, b""):
+            yield piece
+    finally:
+        _ANSWERS.submit(answer.close)  # which waits for a read that goes on after its client went away

@@ -16,12 +16,14 @@ from monailabel.endpoints import datastore as datastore_endpoint
 from monailabel.endpoints import infer as infer_endpoint
 from monailabel.endpoints import scoring as scoring_endpoint
 from monailabel.endpoints.infer import ResultType
-from monailabel.interfaces.utils.app import app_instance
+from monailabel.interfaces.utils.app import app_instance, clear_cache
 from monailabel.utils.others.generic import remove_file
 
 from lib.api.access import AsAdmin, AsAnnotator, AsUser
 
 router = APIRouter(include_in_schema=False)
+root_router = APIRouter(include_in_schema=False)
+"""Of routes that MONAI Label has outside the prefix of its API."""
 
 
 @router.post("/infer/{model}", response_model=None)
@@ -76,6 +78,13 @@ def gpu_state(user: AsAdmin) -> Response:
         raise HTTPException(404, "nvidia-smi is not installed: this machine has no NVIDIA driver")
     listing = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     return Response(listing.stdout, media_type="text/plain")
+
+
+@root_router.post("/reload", response_model=None)
+def reload(user: AsAdmin) -> dict[str, Any]:
+    """Build the app anew at the next request. MONAI Label lets everybody, also where a login is needed."""
+    clear_cache()
+    return {}
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:

@@ -4,10 +4,10 @@ MONAI Label declares its handlers ``async`` and blocks inside: a download from a
 conversion would keep every other request waiting. :func:`in_worker_threads` copies a router with each handler moved to
 a thread; path, parameters, access, responses and documentation stay.
 
-Concurrency: three pools, so that slow work of one kind takes no thread from the others. Inference requests wait in
-their thread for their turn (:mod:`lib.turns`); what only reads memory (``QUICK``) never waits behind a download.
-The threads of inference have a lower priority on the processor (:mod:`lib.priority`).
-Requests beyond a pool's size queue without a thread.
+Concurrency: four pools, so that slow work of one kind takes no thread from the others. Inference requests wait in
+their thread for their turn (:mod:`lib.turns`); what only reads memory (``QUICK``) never waits behind a download; a
+viewer that loads hundreds of frames from a slow DICOM server keeps no label from being saved. Requests beyond a pool's
+size queue without a thread. Threads that infer have a lower priority on the processor (:mod:`lib.priority`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from lib.priority import INFERENCE, give_way
 
 _INFERENCE = ThreadPoolExecutor(64, "inference", give_way, (INFERENCE,))
 _QUICK = ThreadPoolExecutor(8, "quick")
+DICOM = ThreadPoolExecutor(16, "dicom-proxy")
+"""Asks the DICOM server; :mod:`lib.api.proxy` has another pool to pass its answers on."""
 _WORK = ThreadPoolExecutor(32, "work")
 _POOLS = (
     (("/infer/", "/medvl/texts/ask", "/medvl/texts/report", "/medvl/texts/mask"), _INFERENCE),
     (("/info/", "/medvl/health", "/medvl/jobs", "/auth"), _QUICK),
+    (("/proxy/dicom/",), DICOM),
 )
 
 
