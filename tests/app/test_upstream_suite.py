@@ -44,14 +44,22 @@ SHAPE = (160, 220, 40)
 SEEDS: Mapping[str, int] = {"spleen_3": 2_000_003, "spleen_8": 2_000_005, "spleen_9": 2_000_006, "spleen_10": 2_000_009}
 LABELLED = ("spleen_3", "spleen_9")
 
-INTEGRATION = (
-    *("radiology/test_info.py", "radiology/test_session.py", "radiology/test_infer.py"),
-    *("radiology/test_batch_infer.py", "pathology/test_info.py", "monaibundle/bundles/test_infer.py"),
+INTEGRATION = tuple(
+    f"tests/integration/{name}.py"
+    for name in (
+        *("radiology/test_info", "radiology/test_session", "radiology/test_infer", "radiology/test_batch_infer"),
+        *("pathology/test_info", "monaibundle/bundles/test_infer"),
+    )
 )
-INTEGRATION_TRAINING = ("radiology/test_trainer.py", "monaibundle/bundles/test_trainer.py")
-ENDPOINTS = (
-    *("activelearning", "batch_infer", "datastore", "info", "infer", "infer_v2", "logs", "model", "ohif", "proxy"),
-    *("scoring", "scoring_v2", "session"),
+INTEGRATION_TRAINING = tuple(
+    f"tests/integration/{name}/test_trainer.py" for name in ("radiology", "monaibundle/bundles")
+)
+ENDPOINTS = tuple(
+    f"tests/unit/endpoints/test_{name}.py"
+    for name in (
+        *("activelearning", "batch_infer", "datastore", "info", "infer", "infer_v2", "logs", "model", "ohif", "proxy"),
+        *("scoring", "scoring_v2", "session"),
+    )
 )
 DIFFERENT: Mapping[str, str] = {}
 """Their tests that fail here, each with the reason."""
@@ -93,16 +101,16 @@ class Guest:
     def studies(self) -> Path:
         return self.root / "tests" / "data" / "dataset" / "local" / "spleen"
 
-    def run(self, file: str) -> list[Outcome]:
-        """One file of their tests in a process of its own."""
+    def run(self, *files: str) -> list[Outcome]:
+        """Files of their tests in a process of their own."""
         report = self.root / "report.xml"
-        command = [sys.executable, "-m", "pytest", file, "-q", "-p", "upstream_guest", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "upstream_guest", "-p", "no:cacheprovider"]
         command += ["-W", "ignore", f"--rootdir={self.root}", f"--junitxml={report}"]
         done = subprocess.run(
             command, cwd=self.root, env={**os.environ, **self.environment}, capture_output=True, text=True, check=False
         )
         if not report.exists():
-            raise AssertionError(f"{file} did not run:\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(f"{files} did not run:\n{done.stdout}\n{done.stderr}")
         outcomes = []
         for case in ElementTree.parse(report).iter("testcase"):
             if case.find("skipped") is None:
@@ -164,20 +172,17 @@ def in_process(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Gu
     return guest(root, repository, environment)
 
 
-@pytest.mark.parametrize("file", INTEGRATION)
-def test_integration(against_server: Guest, subtests: pytest.Subtests, file: str) -> None:
-    check(against_server.run(f"tests/integration/{file}"), subtests)
+def test_integration(against_server: Guest, subtests: pytest.Subtests) -> None:
+    check(against_server.run(*INTEGRATION), subtests)
 
 
-@pytest.mark.parametrize("file", ENDPOINTS)
-def test_endpoints(in_process: Guest, subtests: pytest.Subtests, file: str) -> None:
-    check(in_process.run(f"tests/unit/endpoints/test_{file}.py"), subtests)
+def test_endpoints(in_process: Guest, subtests: pytest.Subtests) -> None:
+    check(in_process.run(*ENDPOINTS), subtests)
 
 
 @pytest.mark.hours
-@pytest.mark.parametrize("file", INTEGRATION_TRAINING)
-def test_training(against_server: Guest, subtests: pytest.Subtests, file: str) -> None:
-    check(against_server.run(f"tests/integration/{file}"), subtests)
+def test_training(against_server: Guest, subtests: pytest.Subtests) -> None:
+    check(against_server.run(*INTEGRATION_TRAINING), subtests)
 
 
 @pytest.mark.hours
