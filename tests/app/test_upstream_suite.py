@@ -61,7 +61,17 @@ ENDPOINTS = tuple(
         *("scoring", "scoring_v2", "session"),
     )
 )
-DIFFERENT: Mapping[str, str] = {}
+_WEIGHTS = "weights are published as checked versions, so no file of one is handed out, replaced or deleted"
+_DETECTION = "there is no lung nodule detection here"
+DIFFERENT: Mapping[str, str] = {
+    "test_model.EndPointModel.test_info": _WEIGHTS,
+    "test_model.EndPointModel.test_download": _WEIGHTS,
+    "test_ohif.TestEndPointLogs.test_ohif": "they expect no viewer in a source checkout; the installed package has one",
+    "TestDetectionBundleInferTask.test_lung_nodule_detector_infer": _DETECTION,
+    "TestDetectionBundleTrainTask.test_007_lung_nodule_detection_train": _DETECTION,
+    "TestDetectionBundleTrainTask.test_008_bundle_stop": _DETECTION,
+    **({} if shutil.which("nvidia-smi") else {"test_logs.TestEndPointLogs.test_logs_gpu": "there is no NVIDIA driver"}),
+}
 """Their tests that fail here, each with the reason."""
 
 
