@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +36,23 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(folder: Path, host: str = "127.0.0.1") -> Iterator[OwnServer]:
-    """A server of this checkout on a free port, with empty studies and a store of its own; stopped at the end."""
+def own_server(
+    folder: Path, host: str = "127.0.0.1", studies: Path | None = None, conf: Mapping[str, str] | None = None
+) -> Iterator[OwnServer]:
+    """A server of this checkout on a free port, with a store of its own and no studies unless given.
+
+    ``conf`` are further settings of the app. Stopped at the end.
+    """
     with socket.socket() as probe:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
-    studies, store = folder / "studies", folder / "store"
-    studies.mkdir()
+    if studies is None:
+        studies = folder / "studies"
+        studies.mkdir()
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--studies", str(studies), "--host", host]
-    command += ["--port", str(port), "--conf", "store", str(store)]
+    command += ["--port", str(port)]
+    for name, value in {"store": str(folder / "store"), **(conf or {})}.items():
+        command += ["--conf", name, value]
     with _stopping_on_signals():
         with open(folder / "server.log", "wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)

@@ -22,7 +22,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import medvl_sam2
 from lib.configs.medvl_sam2 import APP_NAME, APP_VERSION, LABELS, TRAINER, AppConfig
-from lib.configs.upstream_aliases import INFER_ALIASES, TRAIN_ALIASES
+from lib.configs.upstream_aliases import INFER_ALIASES, TRAIN_ALIASES, TRAIN_DEFAULTS, UNCERTAINTY_ALIAS
 from lib.datastore import GuardedStore, open_local_store
 from lib.dicomweb_store import open_dicomweb_store
 from lib.infers.batch import BatchTask
@@ -101,22 +101,27 @@ class MyApp(MONAILabelApp):
         return tasks | {alias: tasks[name] for alias, (name, _) in aliases.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        task = FinetuneTask(self.config, self.schedule)
-        return {TRAINER: task} | (dict.fromkeys(TRAIN_ALIASES, task) if self.config.upstream_aliases else {})
+        tasks: dict[str, TrainTask] = {TRAINER: FinetuneTask(self.config, self.schedule)}
+        if self.config.upstream_aliases:
+            tasks |= dict.fromkeys(TRAIN_ALIASES, FinetuneTask(self.config, self.schedule, TRAIN_DEFAULTS))
+        return tasks
 
     def init_strategies(self) -> dict[str, Strategy]:
         scores = ScoreFile(self.config.store, self.studies, "uncertainty")
         chance = RandomStrategy(scores)
         # Slicer preselects the first.
         uncertain = UncertaintyStrategy(scores, self.runtime.served_version, chance)
-        return {"uncertainty": uncertain, "random": chance, "first": FirstStrategy()}
+        strategies: dict[str, Strategy] = {"uncertainty": uncertain, "random": chance, "first": FirstStrategy()}
+        return strategies | ({UNCERTAINTY_ALIAS: uncertain} if self.config.upstream_aliases else {})
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         store, studies = self.config.store, self.studies
-        return {
+        uncertainty = UncertaintyScoring(self.runtime, ScoreFile(store, studies, "uncertainty"))
+        methods: dict[str, ScoringMethod] = {
             "dice": DiceScoring(ScoreFile(store, studies, "dice")),
-            "uncertainty": UncertaintyScoring(self.runtime, ScoreFile(store, studies, "uncertainty")),
+            "uncertainty": uncertainty,
         }
+        return methods | ({UNCERTAINTY_ALIAS: uncertainty} if self.config.upstream_aliases else {})
 
     def init_batch_infer(self) -> BatchTask:
         return BatchTask()

@@ -1,4 +1,4 @@
-"""Routes that answer in place of MONAI Label's of the same path, where its own fail without a reason or leave files.
+"""Routes in place of MONAI Label's of the same path, where its own fail without a reason, leave files or repeat work.
 
 They are not in the schema: MONAI Label's own description of each path stays there.
 """
@@ -17,9 +17,11 @@ from monailabel.endpoints import infer as infer_endpoint
 from monailabel.endpoints import scoring as scoring_endpoint
 from monailabel.endpoints.infer import ResultType
 from monailabel.interfaces.utils.app import app_instance, clear_cache
+from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.others.generic import remove_file
 
 from lib.api.access import AsAdmin, AsAnnotator, AsUser
+from lib.configs.medvl_sam2 import TRAINER
 
 router = APIRouter(include_in_schema=False)
 root_router = APIRouter(include_in_schema=False)
@@ -56,6 +58,17 @@ def run_scoring(method: str, user: AsAnnotator, params: dict[str, Any] | None = 
     if method not in known:
         raise HTTPException(404, f"scoring method {method!r} does not exist; choose from {', '.join(known)}")
     return scoring_endpoint.run_method(method, params, run_sync)
+
+
+@router.post("/train/", response_model=None)
+def run_training(user: AsAdmin, params: dict[str, Any] | None = None, run_sync: bool = False) -> Any:
+    """Our trainer once, whatever other names it has; a request that says its ``model`` means that one."""
+    asked = params or {}
+    model = str(asked.get("model") or TRAINER)
+    own = asked.get(model)
+    values = {"model": model, **asked, **(own if isinstance(own, dict) else {})}
+    result, detail = AsyncTask.run("train", params=values, force_sync=run_sync, enqueue=True)
+    return {model: {"result": result, "detail": detail}}
 
 
 @router.get("/datastore/dataset", response_model=None)

@@ -47,16 +47,17 @@ _DEFAULTS = FinetuneConfig()
 class FinetuneTask(TrainTask):
     """Finetunes the served weights on the submitted labels and publishes the outcome if it is better."""
 
-    def __init__(self, config: AppConfig, schedule: RetrainSchedule) -> None:
+    def __init__(self, config: AppConfig, schedule: RetrainSchedule, defaults: FinetuneConfig = _DEFAULTS) -> None:
         super().__init__(
             "Trains on submitted labels; the new weights are served only if they are better on held-out patients"
         )
         self._store = config.store
         self._schedule = schedule
+        self._defaults = defaults
         self._stats_path = config.store / "train_stats.json"
 
     def config(self) -> dict[str, Any]:
-        return {shown: getattr(_DEFAULTS, setting) for shown, setting in OPTIONS.items()}
+        return {shown: getattr(self._defaults, setting) for shown, setting in OPTIONS.items()}
 
     def stats(self) -> dict[str, Any]:
         """Progress in the keys clients read; empty before the first training."""
@@ -69,7 +70,7 @@ class FinetuneTask(TrainTask):
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Train; returns how it ended, in words and figures."""
         with http_errors("Training"):
-            config = finetune_config(request)
+            config = finetune_config(request, self._defaults)
             # From here on the labels count as used; those that come later are the next training's.
             self._schedule.training_started()
             samples = datastore_samples(datastore)
@@ -122,7 +123,7 @@ def load_backend() -> FinetuneBackend:
     return default_backend()
 
 
-def finetune_config(request: Mapping[str, Any]) -> FinetuneConfig:
+def finetune_config(request: Mapping[str, Any], defaults: FinetuneConfig = _DEFAULTS) -> FinetuneConfig:
     """Settings from a request; keys of other trainers are ignored, numbers may come as text.
 
     Raises:
@@ -130,7 +131,7 @@ def finetune_config(request: Mapping[str, Any]) -> FinetuneConfig:
     """
     changes: dict[str, Any] = {}
     for shown, setting in OPTIONS.items():
-        value, default = request.get(shown), getattr(_DEFAULTS, setting)
+        value, default = request.get(shown), getattr(defaults, setting)
         if value is None or value == "":
             continue
         try:
@@ -140,7 +141,7 @@ def finetune_config(request: Mapping[str, Any]) -> FinetuneConfig:
                 changes[setting] = type(default)(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{shown} {value!r} must be a number such as {default}") from error
-    return FinetuneConfig(**changes)
+    return dataclasses.replace(defaults, **changes)
 
 
 def datastore_samples(datastore: Datastore) -> list[FinetuneSample]:
