@@ -28,8 +28,8 @@ PICTURES = ROOT / "outputs" / "e2e"
 SEEDS = {"ann": 12, "ben": FIRST_SEED + 23}
 """Two small studies, 115 x 115 x 25 and 89 x 80 x 24 voxels, with lesions in the liver.
 
-The seed of ``ann`` lies in the range that the demo weights' heads were trained on: what these tests ask of its masks and
-answers says that the chain from click to DICOM works, not how good the model is. ``ben`` is held out.
+The seed of ``ann`` lies in the range that the demo weights' heads were trained on: what these tests ask of its masks
+and answers says that the chain from click to DICOM works, not how good the model is. ``ben`` is held out.
 """
 ORIGIN_Z = -40.0
 """Height of the lowest slice in mm."""
@@ -38,7 +38,10 @@ _START_S = 240.0
 
 @dataclass(frozen=True)
 class Study:
-    """A study on the server and what is true of it: ``organs`` (with lesions inside) and ``lesions`` (I, J, K), questions."""
+    """A study on the server, and what is true of it.
+
+    ``organs`` (with lesions inside) and ``lesions`` are (I, J, K); ``questions`` have their true answers.
+    """
 
     study: str
     series: str

@@ -355,7 +355,7 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
 
 
 def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
-    """Clicks placed while another is asked for both count, each with a step of undo; hand edits are never pasted over."""
+    """Clicks placed while another is asked for count, each with a step of undo; hand edits are never pasted over."""
     study = site.studies["ann"]
     viewer.open_from_list(study.study)
     liver = organ(study, "liver") & (study.lesions == 0)
