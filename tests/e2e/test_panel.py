@@ -275,8 +275,9 @@ def _ask(viewer: Viewer, study: Study) -> None:
         viewer.panel.locator(f'[data-evidence="{name}"]:not([disabled])').first.click()
         viewer.wait()
         shown = viewer.mask(name, "medvl-evidence")
-        truly = organ(study, "liver") if name == "liver" else study.lesions > 0
-        assert dice(shown, truly) > 0.7, name
+        lesions = [study.lesions == number for number in range(1, study.lesions.max() + 1)]
+        truly = [organ(study, "liver")] if name == "liver" else lesions
+        assert max(dice(shown, mask) for mask in truly) > 0.5, name
         assert organ(study, "liver")[shown].mean() > 0.8, f"{name} lies in the liver"
     viewer.press("Hide the evidence")
 
@@ -375,7 +376,7 @@ def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
     viewer.choose("liver")
     viewer.show(inside)
     viewer.press("+ Inside")
-    viewer.page.route(address, held.append)
+    viewer.page.route(address, lambda route: held.append(route))
     viewer.page.mouse.click(*viewer.place(inside))
     viewer.page.mouse.click(*viewer.place(other))
     viewer.paint("spleen", [0, 0, 0])
