@@ -263,6 +263,22 @@ def test_consensus_of_annotators(running: Running, tmp_path: Path) -> None:
         assert reply.status_code == status, reply.text
 
 
+def test_consensus_is_looked_at_before_it_is_made(running: Running, tmp_path: Path) -> None:
+    import nrrd
+
+    annotated(running, tmp_path)
+    count = len(running.client.get("/medvl/labels", params={"image": "case_a"}).json()["versions"])
+    shown = running.client.get("/medvl/labels/consensus", params={"image": "case_a"})
+    assert shown.status_code == 200, shown.text
+    said = json.loads(shown.headers["MedVL-Consensus"])
+    named = [{"name": "liver", "value": 1}, {"name": "spleen", "value": 2}]
+    assert said == {"versions": [2, 3, 4], "structures": named}
+    assert len(running.client.get("/medvl/labels", params={"image": "case_a"}).json()["versions"]) == count
+    running.client.post("/medvl/labels/consensus", params={"image": "case_a"}, json={"versions": said["versions"]})
+    (tmp_path / "shown.nrrd").write_bytes(shown.content)
+    np.testing.assert_array_equal(nrrd.read(str(tmp_path / "shown.nrrd"), index_order="F")[0], final(running))
+
+
 def test_what_is_unknown_is_a_404(running: Running, tmp_path: Path) -> None:
     post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, 5))))
     client = running.client

@@ -116,3 +116,67 @@ def test_prompts_go_back_and_forth(node: str) -> None:
     both = '{"label":"liver","foreground":[[1,2,3]],"background":[[4,5,6]],"box":[[2,1,5],[9,8,5]]}'
     first = '{"label":"liver","foreground":[[1,2,3]],"background":[]}'
     assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false,1]"
+
+
+def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> None:
+    """1 and 2 are placed over each other, removed, and painted on by another tool in between."""
+    script = f"""
+        import {{ Layers }} from "{(PANEL / "layers.js").as_uri()}";
+        const table = (...values) => Uint8Array.from({{ length: 256 }}, (_, n) => (values.includes(n) ? 1 : 0));
+        const states = [];
+        function begin() {{
+            const map = {{ layers: new Layers(5), now: new Uint8Array(5) }};
+            map.place = (wanted, replaced, locked = []) => {{
+                map.now = map.layers.place(map.now, Uint8Array.from(wanted), table(...replaced), table(...locked));
+                return map;
+            }};
+            map.tell = () => states.push(map.now.join(""));
+            return map;
+        }}
+        const covered = () => begin().place([1, 1, 1, 0, 0], [1]).place([0, 2, 2, 2, 0], [2]);
+        const none = [0, 0, 0, 0, 0];
+        covered().tell();
+        covered().place(none, [2]).tell();                     // what was covered is back
+        covered().place(none, [1]).place(none, [2]).tell();    // 1 went first: it does not come back
+        covered().place([1, 0, 0, 0, 1], [1]).place(none, [2]).tell(); // 1 was told anew meanwhile
+        covered().place(none, [2], [2]).tell();                // locked
+        let map = covered();
+        map.now[1] = 0;                                        // rubbed out by hand, then covered again
+        map.place([0, 2, 2, 2, 0], [2]).place(none, [2]).tell();
+        map = covered();
+        map.now[1] = 3;                                        // painted over by hand, then removed
+        map.place(none, [3]).tell();
+        map = covered();
+        map.layers.reset(Uint8Array.from([2, 2, 0, 0, 0]));    // another version was opened
+        map.now = Uint8Array.from([2, 2, 0, 0, 0]);
+        map.place(none, [2]).tell();
+        console.log(states.join(" "));
+    """
+    assert _node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000"
+
+
+def test_a_tab_has_an_id_of_its_own(node: str) -> None:
+    """A duplicated tab begins with its original's storage; a page that is loaded again finds what it left."""
+    script = f"""
+        const storage = (items = {{}}) => ({{
+            getItem: (key) => items[key] ?? null,
+            setItem: (key, value) => {{ items[key] = value; }},
+            removeItem: (key) => {{ delete items[key]; }},
+            copy: () => storage({{ ...items }}),
+        }});
+        let pages = 0;
+        async function page(session) {{
+            const listeners = {{}};
+            globalThis.sessionStorage = session;
+            globalThis.window = {{ addEventListener: (name, then) => {{ listeners[name] = then; }} }};
+            const {{ clientId }} = await import("{(PANEL / "annotator.js").as_uri()}?" + pages++);
+            return {{ id: clientId(), again: clientId(), leave: () => listeners.pagehide(), session }};
+        }}
+        const first = await page(storage());
+        const twin = await page(first.session.copy());
+        globalThis.sessionStorage = first.session;
+        first.leave();
+        const reloaded = await page(first.session);
+        console.log(first.id === first.again, twin.id === first.id, reloaded.id === first.id);
+    """
+    assert _node(node, script) == "true false true"

@@ -30,6 +30,15 @@ _LABELMAP = """id => {
 _SEGMENTS = """id => window.services.segmentationService.getSegmentations()
     .filter(one => one.segmentationId === id).flatMap(one => Object.values(one.segments))
     .map(one => [one.label, one.segmentIndex])"""
+_PAINT = """([name, [i, j, k]]) => {
+    const service = window.services.segmentationService;
+    const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
+    const { segmentIndex } = Object.values(one.segments).find(segment => segment.label === name);
+    const volume = service.getLabelmapVolume('1');
+    volume.voxelManager.setAtIJK(i, j, k, segmentIndex);
+    window.cornerstone.triggerEvent(window.cornerstone.eventTarget,
+        window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: '1' });
+}"""
 _PLACE = """([id, voxel]) => {
     const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
     const { imageData } = window.cornerstone.cache.getVolume(viewport.getVolumeId());
@@ -130,6 +139,10 @@ class Viewer:
         """Where a voxel is on the page."""
         x, y = self.page.evaluate(_PLACE, [viewport, [int(n) for n in voxel]])
         return x, y
+
+    def paint(self, name: str, voxel: Any) -> None:
+        """Give a voxel to a structure, as a tool of the viewer does."""
+        self.page.evaluate(_PAINT, [name, [int(n) for n in voxel]])
 
     def drag(self, start: Any, end: Any) -> None:
         """Press the mouse on one voxel of the axial viewport and let go on another."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 import requests
+from playwright.sync_api import Page, Route
 
-from e2e.browser import Viewer
+from e2e.browser import PATIENCE_MS, Viewer
 from e2e.conftest import ORIGIN_Z, Site, Study, store_real_case
 from medvl_sam2.vocabulary import CLASSES
 from orthanc import Orthanc
@@ -67,9 +71,11 @@ def test_a_case_from_the_list_to_the_next(site: Site, viewer: Viewer) -> None:
     _words(viewer, study)
     _clicks(viewer, study)
     _by_hand(viewer, study)
+    _kept_by_all_organs(viewer)
     _save_and_submit(site, viewer, study)
     _look_back(site, viewer, study)
-    _ask(viewer)
+    _consensus(site, viewer, study)
+    _ask(viewer, study)
     _report(site, viewer, study)
     _next_case(site, viewer)
 
@@ -143,6 +149,28 @@ def _by_hand(viewer: Viewer, study: Study) -> None:
     viewer.picture("5-by-hand")
 
 
+def _kept_by_all_organs(viewer: Viewer) -> None:
+    """All organs asks before it replaces what was made since, in the panel; both answers do what they say."""
+    by_hand, whole = viewer.mask("spleen"), viewer.labelmap()[0]
+    viewer.press("All organs")
+    question = viewer.panel.get_by_role("alertdialog", name="Replace masks")
+    assert {"spleen", "lesion", "lesion 2"} <= set(re.split(r": |, |\. ", question.inner_text().split("\n")[0]))
+    viewer.picture("5-asks-before-replacing")
+    viewer.press("Cancel")
+    np.testing.assert_array_equal(viewer.labelmap()[0], whole)
+    made = {name: viewer.mask(name) for name in ("spleen", "lesion", "lesion 2")}
+    viewer.press("All organs")
+    viewer.press("Keep them")
+    for name, mask in made.items():
+        np.testing.assert_array_equal(viewer.mask(name), mask, err_msg=name)
+    assert "kept" in viewer.status
+    viewer.choose("spleen")
+    viewer.press("This structure")
+    viewer.press("Replace")
+    assert (viewer.mask("spleen") != by_hand).any(), "the model's own again"
+    assert not question.is_visible()
+
+
 def _save_and_submit(site: Site, viewer: Viewer, study: Study) -> None:
     viewer.tab("Save")
     viewer.type("Note", "first look")
@@ -201,12 +229,57 @@ def _look_back(site: Site, viewer: Viewer, study: Study) -> None:
     viewer.type("Your name", "Dr. Ada")
 
 
-def _ask(viewer: Viewer) -> None:
+def _consensus(site: Site, viewer: Viewer, study: Study) -> None:
+    """Looked at, put back, looked at again and accepted: then it is a version, and not before."""
+
+    def known() -> list[dict[str, Any]]:
+        reply = requests.get(f"{site.address}/medvl/labels", params={"image": study.series}, timeout=60).json()
+        versions: list[dict[str, Any]] = reply["versions"]
+        return versions
+
+    before, count = viewer.labelmap()[0], len(known())
+    viewer.press("Consensus")
+    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
+    assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") for row in rows)
+    assert viewer.mask("liver").any()
+    assert len(known()) == count, "nothing is stored by looking"
+    viewer.picture("7-consensus")
+    viewer.press("Put back what was here")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    viewer.press("Consensus")
+    shown, names = viewer.labelmap()
+    viewer.press("Accept the consensus")
+    made = known()[-1]
+    assert (len(known()), made["source"], made["author"]) == (count + 1, "consensus-majority", "Dr. Ada")
+    assert made["made_from"] == [2, 4]
+    sizes = {one["name"]: one["voxels"] for one in made["structures"]}
+    assert sizes == {name: int((shown == value).sum()) for name, value in names.items() if (shown == value).any()}
+    viewer.picture("7-consensus-accepted")
+
+
+def _ask(viewer: Viewer, study: Study) -> None:
+    """Answers are a choice the question allows, the true one of the study, and rest on the true structures."""
     viewer.tab("Text")
-    viewer.type("Question", "is there a lesion in the liver?")
-    viewer.press("Ask")
-    assert viewer.panel.get_by_label("Answer").input_value().strip()
+    for question in ("Is the heart visible?", "Is there a lesion in the liver?"):
+        truth = next(item for item in study.questions if item.question == question)
+        viewer.type("Question", question)
+        viewer.press("Ask")
+        answer = viewer.panel.get_by_label("Answer").input_value().strip()
+        assert answer in truth.choices
+        assert answer == truth.answer.split(". ")[1]
     viewer.picture("8-answer")
+    chips = viewer.panel.locator("[data-evidence]:not([disabled])")
+    names = [str(chip.get_attribute("data-evidence")) for chip in chips.all()]
+    assert "liver" in names
+    for name in names:
+        viewer.panel.locator(f'[data-evidence="{name}"]:not([disabled])').first.click()
+        viewer.wait()
+        shown = viewer.mask(name, "medvl-evidence")
+        lesions = [study.lesions == number for number in range(1, study.lesions.max() + 1)]
+        truly = [organ(study, "liver")] if name == "liver" else lesions
+        assert max(dice(shown, mask) for mask in truly) > 0.5, name
+        assert organ(study, "liver")[shown].mean() > 0.8, f"{name} lies in the liver"
+    viewer.press("Hide the evidence")
 
 
 def _report(site: Site, viewer: Viewer, study: Study) -> None:
@@ -236,7 +309,7 @@ def _report(site: Site, viewer: Viewer, study: Study) -> None:
 def _next_case(site: Site, viewer: Viewer) -> None:
     viewer.panel.get_by_label("How the next case is chosen").select_option("first")
     viewer.panel.get_by_role("button", name="Next case", exact=True).click()
-    viewer.page.wait_for_url(f"**StudyInstanceUIDs={site.studies['ben'].study}*")
+    viewer.page.wait_for_url(f"**StudyInstanceUIDs={site.studies['ben'].study}*", timeout=PATIENCE_MS)
     viewer.wait_for_image()
     assert viewer.labelmap()[0].shape == site.studies["ben"].organs.shape
     assert not viewer.labelmap()[0].any()
@@ -256,16 +329,18 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.press("Segment")
     assert "Type what to segment" in viewer.alert
     viewer.press("− Outside")
-    viewer.show([30, 30, 24])
-    viewer.click([30, 30, 24])
+    viewer.show([30, 30, 12])
+    viewer.click([30, 30, 12])
     assert "only background points" in viewer.alert, "the server's reason"
-    viewer.page.mouse.click(*viewer.place([30, -8, 24]))
+    viewer.page.mouse.click(*viewer.place([30, -8, 12]))
     assert "outside the image" in viewer.alert
     viewer.press("− Outside")
     with ThreadPoolExecutor() as others:
         address, image = f"{site.address}/infer/medvl_semantic", site.studies["ann"].series
         others.submit(requests.post, address, params={"image": image, "output": "json"}, timeout=300)
+        end = time.monotonic() + PATIENCE_MS / 1000
         while not requests.get(f"{site.address}/medvl/jobs", timeout=60).json()["inference"]:
+            assert time.monotonic() < end, "the other client's request never showed"
             time.sleep(0.05)
         viewer.panel.get_by_role("button", name="All organs", exact=True).click()
         viewer.panel.get_by_text("number 1 in the queue").wait_for()
@@ -278,6 +353,87 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.panel.get_by_role("button", name="Close the MedVL-SAM2 panel").click()
     viewer.picture("13-collapsed")
     viewer.panel.get_by_role("button", name="Open the MedVL-SAM2 panel").click()
+
+
+def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
+    """Clicks placed while another is asked for count, each with a step of undo; hand edits are never pasted over."""
+    study = site.studies["ann"]
+    viewer.open_from_list(study.study)
+    liver = organ(study, "liver") & (study.lesions == 0)
+    inside = middle(liver)
+    layer = np.argwhere(liver[:, :, inside[2]])
+    other = np.array([*layer[np.abs(layer - inside[:2]).sum(1).argmax()], inside[2]])
+    held: list[Route] = []
+    address = re.compile("/infer/medvl_interactive")
+
+    def release(number: int) -> None:
+        end = time.monotonic() + PATIENCE_MS / 1000
+        while len(held) < number:
+            assert time.monotonic() < end, f"request {number} was never sent"
+            viewer.page.wait_for_timeout(50)
+        held[number - 1].continue_()
+
+    viewer.choose("liver")
+    viewer.show(inside)
+    viewer.press("+ Inside")
+    viewer.page.route(address, lambda route: held.append(route))
+    viewer.page.mouse.click(*viewer.place(inside))
+    viewer.page.mouse.click(*viewer.place(other))
+    viewer.paint("spleen", [0, 0, 0])
+    placed = viewer.panel.get_by_label("Placed prompts").get_by_role("listitem")
+    placed.nth(1).wait_for()
+    release(1)
+    release(2)
+    viewer.wait()
+    both = viewer.mask("liver")
+    assert both[tuple(inside)]
+    assert both[tuple(other)]
+    assert viewer.mask("spleen")[0, 0, 0], "another structure was painted meanwhile"
+    viewer.panel.get_by_role("button", name="Undo", exact=True).click()
+    viewer.paint("liver", [1, 0, 0])
+    painted = viewer.mask("liver")
+    assert (painted & ~both).sum() == 1
+    release(3)
+    viewer.wait()
+    assert "changed by hand meanwhile" in viewer.alert
+    np.testing.assert_array_equal(viewer.mask("liver"), painted)
+    assert placed.count() == 1, "the step back is the server's too"
+    viewer.page.unroute(address)
+    viewer.click(other)
+    assert viewer.mask("liver")[1, 0, 0], "the next click builds on what is on screen"
+    viewer.press("Clear")
+    assert set(np.unique(viewer.labelmap()[0])) == {0, viewer.labelmap()[1]["spleen"]}
+    viewer.picture("14-during-a-request")
+
+
+def test_two_tabs(site: Site, viewer: Viewer) -> None:
+    """Tabs share the annotator's name and never a session; one that is loaded again keeps its own."""
+
+    def asked(page: Page, act: Callable[[], None]) -> str:
+        with page.expect_request(lambda request: "/medvl/texts/ask" in request.url) as seen:
+            act()
+        return str(seen.value.post_data_json["client_id"])
+
+    def client(tab: Viewer) -> str:
+        tab.tab("Text")
+        tab.type("Question", "Is the liver visible?")
+        name = asked(tab.page, lambda: tab.panel.get_by_role("button", name="Ask", exact=True).click())
+        tab.wait()
+        return name
+
+    viewer.open_from_list(site.studies["ben"].study)
+    viewer.type("Your name", "Dr. Ada")
+    first = client(viewer)
+    with viewer.page.expect_popup() as opened:
+        viewer.page.evaluate("window.open(location.href)")  # the browser copies this tab's storage
+    other = Viewer(opened.value, viewer.address, viewer.pictures)
+    other.wait_for_image()
+    assert other.panel.get_by_label("Your name").input_value() == "Dr. Ada"
+    assert client(other) != first
+    other.page.close()
+    viewer.page.reload()
+    viewer.wait_for_image()
+    assert client(viewer) == first
 
 
 @pytest.mark.shared_data

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, BackgroundTasks, Body, File, Form, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from monailabel.endpoints.datastore import save_label as monailabel_save_label
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.utils.app import app_instance
@@ -27,6 +28,7 @@ from lib.label_versions import ADOPTED, LabelVersion
 from lib.result_writing import write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import DataError
+from medvl_sam2.types import Geometry
 from medvl_sam2.volume_io import read_mask
 
 router = APIRouter(prefix="/medvl/labels", tags=["MedVL labels"])
@@ -219,23 +221,31 @@ def agreement(image: _Image, user: AsUser) -> AgreementsReply:
     return AgreementsReply(image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs)
 
 
+@router.get("/consensus", summary="What one label of the annotators' latest versions would be", response_class=Response)
+def look_at_consensus(image: _Image, user: AsUser, method: Method = Method.MAJORITY) -> Response:
+    """NRRD on the image's grid, nothing is stored; header ``MedVL-Consensus`` is JSON: ``versions``, ``structures``."""
+    numbers, mask, names = _consensus(image, ConsensusBody(method=method))
+    file = Path(write_label_map(mask, _grid(image), ".nrrd", compress=True))
+    try:
+        content = file.read_bytes()
+    finally:
+        file.unlink(missing_ok=True)
+    structures = [{"name": name, "value": value} for value, name in enumerate(names, start=1)]
+    said = json.dumps({"versions": numbers, "structures": structures})  # ASCII, as headers must be
+    return Response(content, media_type="application/octet-stream", headers={"MedVL-Consensus": said})
+
+
 @router.post("/consensus", summary="One label of several versions, as a new version")
 def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
-    store = _store()
-    numbers = _chosen(store.versions(image), body)
-    masks = _masks(image, numbers)
-    mask, names = consensus(list(masks.values()), body.method)
-    grid = app_instance().runtime.geometry(Path(store.get_image_uri(image)))
-    if mask.shape != grid.shape:
-        raise DataError(f"the versions have shape {mask.shape}, the image {grid.shape}: it was replaced after them")
+    numbers, mask, names = _consensus(image, body)
     info = {
         "label_info": [{"name": name, "idx": value, "value": value} for value, name in enumerate(names, start=1)],
-        "note": body.note or f"{body.method.value} of versions {', '.join(map(str, masks))}",
+        "note": body.note or f"{body.method.value} of versions {', '.join(map(str, numbers))}",
         "source": f"consensus-{body.method.value}",
         "prompts": [],
-        "made_from": list(masks),
+        "made_from": numbers,
     }
-    file = Path(write_label_map(mask, grid, ".nii.gz", compress=True))
+    file = Path(write_label_map(mask, _grid(image), ".nii.gz", compress=True))
     try:
         return _keep(image, file, info | _author(user, body.model_dump()))
     finally:
@@ -303,6 +313,20 @@ def _stated_names(record: LabelVersion) -> dict[str, Any]:
     if record.source in ADOPTED:
         return {key: record.info[key] for key in ("label_info", "params") if key in record.info}
     return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
+
+
+def _grid(image: str) -> Geometry:
+    grid: Geometry = app_instance().runtime.geometry(Path(_store().get_image_uri(image)))
+    return grid
+
+
+def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, list[str]]:
+    """Numbers of the versions it is of, the mask, and the names of its values from 1 on."""
+    masks = _masks(image, _chosen(_store().versions(image), body))
+    mask, names = consensus(list(masks.values()), body.method)
+    if mask.shape != _grid(image).shape:
+        raise DataError(f"the versions have shape {mask.shape}, the image another: it was replaced after them")
+    return list(masks), mask, names
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:

@@ -1,4 +1,4 @@
-// Who works here: a name for the record of every version, and an id for this browser's sessions.
+// Who works here: a name for the record of every version, and an id for this tab's sessions.
 
 const NAME = "medvl.author";
 const CLIENT = "medvl.client";
@@ -11,13 +11,21 @@ export function setAuthor(name) {
   localStorage.setItem(NAME, name.trim());
 }
 
-/** One id a browser, kept: a session on the server goes on where it was after the page is opened again. */
+let id = null;
+
+/**
+ * One id a tab, so that two tabs never share a session on the server; kept when the page is loaded again. A duplicated
+ * tab is given its original's storage, so the id is out of the storage while a page holds it.
+ */
 export function clientId() {
-  let id = localStorage.getItem(CLIENT);
+  if (id) return id;
+  id = sessionStorage.getItem(CLIENT);
+  sessionStorage.removeItem(CLIENT);
   if (!id) {
     const bytes = crypto.getRandomValues(new Uint8Array(8));
     id = `ohif-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
-    localStorage.setItem(CLIENT, id);
   }
+  window.addEventListener("pagehide", () => sessionStorage.setItem(CLIENT, id));
+  window.addEventListener("pageshow", () => sessionStorage.removeItem(CLIENT));
   return id;
 }

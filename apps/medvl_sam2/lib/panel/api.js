@@ -83,6 +83,15 @@ export async function labelFile(image, version, options) {
   ).arrayBuffer();
 }
 
+/** What one label of the annotators' latest versions would be: `{versions, structures, file}`; nothing is stored. */
+export async function consensus(image, options) {
+  const response = await ask("GET", "medvl/labels/consensus", { query: { image }, ...options });
+  return { ...JSON.parse(response.headers.get("MedVL-Consensus")), file: await response.arrayBuffer() };
+}
+
+export const acceptConsensus = (image, body, options) =>
+  post("medvl/labels/consensus", { query: { image }, json: body, ...options });
+
 export function saveLabel(image, mask, params, options) {
   const form = new FormData();
   form.set("label", mask, "label.nrrd");

@@ -1,19 +1,22 @@
 // The viewer's label map of the image on screen. For the first series it is segmentation "1", the one MONAI Label's own
 // panel uses too, so that both edit the same voxels; another series of the study gets one of its own.
 
+import { Layers } from "./layers.js";
 import { gridOf, sameGrid, viewports } from "./viewer.js";
 
 const FIRST = "1";
 const GOLDEN_TURN = 137.508;
 
-const idOfSeries = new Map();
+/** Of every series that was on screen: `{id, image, layers}`, `id` being that of its label map. */
+const known = new Map();
 let shown = FIRST;
 
 const segmentationService = () => window.services.segmentationService;
-const segmentation = () =>
+const segmentation = (id) =>
   segmentationService()
     .getSegmentations()
-    .find((item) => item.segmentationId === shown);
+    .find((item) => item.segmentationId === id);
+const idOf = (image) => known.get(image.series)?.id ?? shown;
 
 /** Colours far apart for neighbouring numbers. */
 function colour(index) {
@@ -51,26 +54,32 @@ async function create(image, id, label, names, colourOf = colour) {
 
 /** Turn to the image's label map, made where there is none with these names, sorted as MONAI Label's panel does. */
 export async function ensure(image, names) {
-  const known = segmentationService().getSegmentations();
-  if (!known.some((item) => item.segmentationId === FIRST)) idOfSeries.clear(); // another study was opened
-  if (!idOfSeries.has(image.series)) idOfSeries.set(image.series, idOfSeries.size ? `medvl-${image.series}` : FIRST);
-  shown = idOfSeries.get(image.series);
-  if (segmentation() && segmentationService().getLabelmapVolume(shown)) return;
-  const sorted = [...new Set(names)].sort();
-  await create(image, shown, "Segmentations", Object.fromEntries(sorted.map((name, n) => [n + 1, name])));
+  if (!segmentation(FIRST)) known.clear(); // another study was opened
+  const id = known.get(image.series)?.id ?? (known.size ? `medvl-${image.series}` : FIRST);
+  if (!segmentation(id) || !segmentationService().getLabelmapVolume(id)) {
+    const sorted = [...new Set(names)].sort();
+    await create(image, id, "Segmentations", Object.fromEntries(sorted.map((name, n) => [n + 1, name])));
+  }
+  const length = image.volume.dimensions.reduce((product, size) => product * size, 1);
+  known.set(image.series, { id, image, layers: known.get(image.series)?.layers ?? new Layers(length) });
+  shown = id;
 }
+
+/** Whether the label map of a series is still in the viewer, which drops it with its study. */
+export const holds = (image) => known.has(image.series) && Boolean(segmentation(known.get(image.series).id));
 
 /** Names of the label map with their values, colours and locks: `[{name, index, colour, locked}]`. */
 export function structures(image) {
   const [viewport] = viewports(image);
-  return Object.values(segmentation()?.segments ?? {})
+  const id = idOf(image);
+  return Object.values(segmentation(id)?.segments ?? {})
     .filter(Boolean)
     .map((segment) => ({
       name: segment.label,
       index: segment.segmentIndex,
       locked: Boolean(segment.locked),
       colour:
-        (viewport && segmentationService().getSegmentColor(viewport.id, shown, segment.segmentIndex)) ??
+        (viewport && segmentationService().getSegmentColor(viewport.id, id, segment.segmentIndex)) ??
         colour(segment.segmentIndex),
     }));
 }
@@ -100,8 +109,11 @@ export function setVisible(image, index, visible) {
     segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
 }
 
-/** All voxels of the label map, first axis fastest. */
-export const voxels = () => segmentationService().getLabelmapVolume(shown).voxelManager.getCompleteScalarDataArray();
+/** All voxels of a label map, of the one on screen unless another image is named; first axis fastest. */
+export const voxels = (image = null) =>
+  segmentationService()
+    .getLabelmapVolume(image ? idOf(image) : shown)
+    .voxelManager.getCompleteScalarDataArray();
 
 export function put(values, id = shown) {
   segmentationService().getLabelmapVolume(id).voxelManager.setCompleteScalarDataArray(values);
@@ -109,11 +121,12 @@ export function put(values, id = shown) {
   triggerEvent(eventTarget, window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: id });
 }
 
-/** Call `then` whenever voxels change, by whatever tool. */
+/** Call `then(image)` whenever voxels of its label map change, by whatever tool. */
 export function onChange(then) {
   const { SEGMENTATION_DATA_MODIFIED } = window.cornerstoneTools.Enums.Events;
   window.cornerstone.eventTarget.addEventListener(SEGMENTATION_DATA_MODIFIED, (event) => {
-    if (event.detail?.segmentationId === shown) then();
+    const changed = [...known.values()].find((item) => item.id === event.detail?.segmentationId);
+    if (changed) then(changed.image);
   });
 }
 
@@ -135,59 +148,45 @@ export function checkGrid(image, mask) {
 
 /** Refuse what was asked for an image that is no longer on screen: it would land in the label map of another one. */
 function checkShown(image) {
-  if (idOfSeries.get(image.series) !== shown) throw new Error("another series is on screen now; nothing was pasted");
-}
-
-/** Masks that would be lost under others: what a structure covered comes back when it withdraws. */
-let covered = { series: null, values: null };
-
-function coveredOf(image, length) {
-  if (covered.series !== image.series || covered.values.length !== length) {
-    covered = { series: image.series, values: new Uint8Array(length) };
-  }
-  return covered.values;
+  if (known.get(image.series)?.id !== shown) throw new Error("another series is on screen now; nothing was pasted");
 }
 
 /**
  * Replace structures: `values` are mask voxels, `names` maps the mask's values to names, and every named structure has
- * afterwards exactly the mask's voxels, but for those of locked structures.
+ * afterwards exactly the mask's voxels. Locked structures and those named in `kept` stay as they are.
  */
-export function paste(image, values, names) {
+export function paste(image, values, names, kept = []) {
   checkShown(image);
   const now = voxels();
   if (values.length !== now.length)
     throw new Error(`the mask has ${values.length} voxels, the label map ${now.length}`);
   const target = new Uint8Array(256);
-  const replaced = new Uint8Array(256);
-  for (const [value, name] of Object.entries(names)) {
-    target[value] = indexOf(image, name);
-    replaced[target[value]] = 1;
+  for (const [value, name] of Object.entries(names)) target[value] = indexOf(image, name);
+  const [replaced, locked] = [new Uint8Array(256), new Uint8Array(256)];
+  for (const item of structures(image)) if (item.locked || kept.includes(item.name)) locked[item.index] = 1;
+  for (const value of Object.keys(names)) {
+    if (locked[target[value]]) target[value] = 0;
+    else replaced[target[value]] = 1;
   }
-  const locked = new Uint8Array(256);
-  for (const item of structures(image)) if (item.locked) locked[item.index] = 1;
-  const under = coveredOf(image, now.length);
-  const next = new Uint8Array(now.length);
-  for (let n = 0; n < now.length; n++) {
-    const [old, wanted] = [now[n], target[values[n]]];
-    if (locked[old]) next[n] = old;
-    else if (wanted) {
-      if (old && !replaced[old]) under[n] = old;
-      next[n] = wanted;
-    } else if (replaced[old]) {
-      next[n] = replaced[under[n]] ? 0 : under[n];
-      under[n] = 0;
-    } else next[n] = old;
-  }
-  put(next);
+  const wanted = values.map((value) => target[value]);
+  put(known.get(image.series).layers.place(now, wanted, replaced, locked));
 }
 
 /** Replace everything: for a version that is opened again. */
 export function pasteAll(image, values, names) {
   checkShown(image);
-  coveredOf(image, values.length).fill(0);
   const target = new Uint8Array(256);
   for (const [value, name] of Object.entries(names)) target[value] = indexOf(image, name);
-  put(values.map((value) => target[value]));
+  const next = values.map((value) => target[value]);
+  known.get(image.series).layers.reset(next);
+  put(next);
+}
+
+/** Bring back voxels of this label map that were taken before. */
+export function putBack(image, values) {
+  checkShown(image);
+  known.get(image.series).layers.reset(values);
+  put(values);
 }
 
 /** Centre of the set voxels, moved to the nearest set one: a place to jump to. Null for an empty mask. */

@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { author, clientId } from "./annotator.js";
+import { Consensus } from "./consensus.js";
 import { button, clock, counted, make, replace, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
 import { readNrrd, writeNrrd } from "./nrrd.js";
@@ -13,7 +14,7 @@ export class Labels {
   /** `panel` has `image()`, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
   constructor(panel) {
     this.panel = panel;
-    this.unsaved = false;
+    this.changes = new Map(); // by series, those with unsaved changes: `{image, edits}`
     this.edits = 0;
     this.list = [];
     this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
@@ -28,6 +29,7 @@ export class Labels {
     this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
     this.agree = button("Agreement of the annotators", () => this.showAgreement());
     this.figures = make("div", { class: "figures", "aria-live": "polite" });
+    this.consensus = new Consensus(this);
     this.element = make(
       "div",
       {},
@@ -37,7 +39,8 @@ export class Labels {
       this.state,
       make("h3", {}, "Versions of this case"),
       this.history,
-      this.agree,
+      make("div", { class: "row" }, this.agree, this.consensus.show),
+      this.consensus.element,
       this.figures,
     );
     panel.work.onChange(() => this.#buttons());
@@ -46,21 +49,47 @@ export class Labels {
   #buttons() {
     const busy = this.panel.work.busy(KIND);
     for (const control of this.element.querySelectorAll("button")) control.disabled = busy;
-    this.state.textContent = this.unsaved ? "Changed since the last version" : "";
+    this.state.textContent = this.#stateText();
   }
 
-  changed() {
+  #stateText() {
+    const shown = this.panel.image()?.series;
+    const unsaved = this.unsaved();
+    const others = unsaved.filter((image) => image.series !== shown).map((image) => image.description || image.series);
+    const own = unsaved.length > others.length ? ["Changed since the last version"] : [];
+    return [...own, ...(others.length ? [`Not saved either: ${others.join(", ")}`] : [])].join(". ");
+  }
+
+  /** Images whose masks changed since their last version; those that left the viewer are gone. */
+  unsaved() {
+    return [...this.changes.values()].map(({ image }) => image).filter((image) => labelmap.holds(image));
+  }
+
+  changed(image) {
     this.edits += 1;
-    this.unsaved = true;
+    this.changes.set(image.series, { image, edits: this.edits });
     this.#buttons();
   }
 
-  async store(status) {
-    const image = this.panel.image();
+  /** How often the masks of an image changed since they were saved; it tells one state of them from another. */
+  stateOf(image) {
+    return this.changes.get(image.series)?.edits;
+  }
+
+  saved(image) {
+    this.changes.delete(image.series);
+    this.#buttons();
+  }
+
+  forgetChanges() {
+    this.changes.clear();
+  }
+
+  async store(status, image = this.panel.image()) {
     if (!image) return null;
     if (!author()) return this.panel.askAuthor();
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
-      const [edits, voxels] = [this.edits, labelmap.voxels().slice()];
+      const [state, voxels] = [this.stateOf(image), labelmap.voxels(image).slice()];
       const counts = labelmap.counts(voxels);
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
@@ -71,15 +100,15 @@ export class Labels {
         note: this.note.value.trim(),
         segmentationMeta: { status },
         model_version: this.panel.modelVersion(),
-        prompts: this.panel.segment.record(),
+        prompts: image.series === this.panel.image()?.series ? this.panel.segment.record() : [],
         label_info: present.map(({ name, index }) => ({ name, idx: index })),
       };
       const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
         signal,
       });
-      if (this.edits === edits) this.unsaved = false; // what was painted during the upload is not in it
+      if (this.stateOf(image) === state) this.saved(image); // what was painted during the upload is not in it
       this.note.value = "";
-      await this.#load(image, signal);
+      await this.load(image, signal);
       this.#buttons();
       this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
       return record;
@@ -90,10 +119,11 @@ export class Labels {
   async refresh() {
     const image = this.panel.image();
     replace(this.figures);
-    if (image) await this.panel.work.run("versions", "Reading the versions", (signal) => this.#load(image, signal));
+    this.consensus.forget();
+    if (image) await this.panel.work.run("versions", "Reading the versions", (signal) => this.load(image, signal));
   }
 
-  async #load(image, signal) {
+  async load(image, signal) {
     try {
       const { versions, final } = await api.versions(image.series, { signal });
       if (image.series !== this.panel.image()?.series) return; // another one is on screen now
@@ -107,7 +137,7 @@ export class Labels {
     const newest = [...this.list].sort((a, b) => b.version - a.version);
     replace(this.history, ...newest.map((version) => this.#version(version)));
     if (!newest.length) replace(this.history, make("li", { class: "hint" }, "none yet"));
-    this.agree.hidden = new Set(this.list.map((version) => version.author)).size < 2;
+    this.agree.hidden = this.consensus.show.hidden = new Set(this.list.map((version) => version.author)).size < 2;
   }
 
   #version(version) {
@@ -141,7 +171,7 @@ export class Labels {
   /** Put a version on screen in place of the present label map. */
   async reopen(version) {
     const image = this.panel.image();
-    if (!(await this.panel.mayLeave("open another version"))) return;
+    if (!(await this.panel.mayLeave("open another version", [image]))) return;
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
       const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
       labelmap.checkGrid(image, mask);
@@ -151,7 +181,8 @@ export class Labels {
         Object.fromEntries(version.structures.map(({ name, value }) => [value, name])),
       );
       this.panel.segment.forget();
-      this.unsaved = false;
+      this.consensus.forget();
+      this.saved(image);
       this.panel.work.say(`Version ${version.version} is on screen`);
     });
     this.panel.segment.refresh();
@@ -163,7 +194,7 @@ export class Labels {
     await this.panel.work.run(KIND, `Restoring version ${version}`, async (signal) => {
       const body = { author: author(), note: this.note.value.trim() || `version ${version} restored` };
       const record = await api.restore(image.series, version, body, { signal });
-      await this.#load(image, signal);
+      await this.load(image, signal);
       this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);
     }, { keeps: true });
   }
@@ -171,18 +202,18 @@ export class Labels {
   async compare(a, b) {
     const image = this.panel.image();
     await this.panel.work.run(KIND, `Comparing ${a} and ${b}`, async (signal) => {
-      this.#figures(`Version ${a} against ${b}`, await api.compare(image.series, a, b, { signal }));
+      this.showFigures(`Version ${a} against ${b}`, await api.compare(image.series, a, b, { signal }));
     });
   }
 
   async showAgreement() {
     const image = this.panel.image();
     await this.panel.work.run(KIND, "Comparing the annotators", async (signal) => {
-      this.#figures("Agreement", await api.agreement(image.series, { signal }));
+      this.showFigures("Agreement", await api.agreement(image.series, { signal }));
     });
   }
 
-  #figures(title, reply) {
+  showFigures(title, reply) {
     const pairs = reply.pairs ?? [{ structures: reply.structures }];
     const number = (value) => (typeof value === "number" ? value.toFixed(3) : "–");
     const rows = pairs.flatMap((pair) =>

@@ -165,36 +165,44 @@ class Panel {
   }
 
   #leaveFor(study) {
-    this.labels.unsaved = false; // answered already
+    this.labels.forgetChanges(); // answered already
     location.assign(studyAddress(study));
   }
 
-  /** Resolves to whether the present masks may go: at once when they are saved, else as the annotator says. */
-  mayLeave(what) {
-    if (!this.labels.unsaved) return Promise.resolve(true);
+  /** Resolves to whether masks may go, of `images` or all: at once when they are saved, else as the annotator says. */
+  async mayLeave(what, images = null) {
+    const unsaved = this.labels.unsaved().filter((image) => !images || images.some((one) => one.series === image.series));
+    if (!unsaved.length) return true;
+    const named = unsaved.map((image) => image.description || image.series).join(", ");
+    const text = `The masks of ${named} changed since the last version; ${what}?`;
+    const answer = await this.ask("Unsaved changes", text, ["Save first", "Without saving", "Stay"]);
+    if (answer === "Stay") return false;
+    if (answer === "Save first")
+      for (const image of unsaved) if (!(await this.labels.store("draft", image))) return false;
+    return true;
+  }
+
+  /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given when another question comes. */
+  ask(title, text, answers) {
+    this.dismiss?.();
     return new Promise((resolve) => {
-      const answer = (text, act) =>
-        button(text, async () => {
-          replace(this.question);
-          resolve(await act());
-        });
-      const first = answer("Save first", async () => Boolean(await this.labels.store("draft")));
+      const give = (answer) => {
+        this.dismiss = null;
+        replace(this.question);
+        resolve(answer);
+      };
+      this.dismiss = () => give(answers.at(-1));
+      const buttons = answers.map((answer) => button(answer, () => give(answer)));
       replace(
         this.question,
         make(
           "div",
-          { role: "alertdialog", "aria-label": "Unsaved changes" },
-          make("p", {}, `The masks changed since the last version; ${what}?`),
-          make(
-            "div",
-            { class: "row" },
-            first,
-            answer("Without saving", async () => true),
-            answer("Stay", async () => false),
-          ),
+          { role: "alertdialog", "aria-label": title },
+          make("p", {}, text),
+          make("div", { class: "row" }, ...buttons),
         ),
       );
-      first.focus();
+      buttons[0].focus();
     });
   }
 
@@ -207,8 +215,9 @@ class Panel {
     document.body.append(host);
     setInterval(() => this.#look(), LOOK_MS);
     window.addEventListener("beforeunload", (event) => {
-      if (this.labels.unsaved) event.preventDefault();
+      if (this.labels.unsaved().length) event.preventDefault();
     });
+    clientId();
     await this.#connect();
   }
 
@@ -248,14 +257,17 @@ class Panel {
     }
     await labelmap.ensure(image, this.names());
     const other = image.series !== this.shown?.series;
-    if (other) this.work.leaveImage();
+    if (other) {
+      this.work.leaveImage();
+      this.dismiss?.();
+    }
     this.shown = image;
     replace(this.caseLine, [image.patient, image.description].filter(Boolean).join(", "));
     if (!other) return;
     if (!this.follows) {
       this.follows = true;
       if (!this.body.hidden) makeRoom();
-      labelmap.onChange(() => this.#edited());
+      labelmap.onChange((image) => this.#edited(image));
     }
     this.segment.forget();
     this.segment.refresh();
@@ -270,8 +282,8 @@ class Panel {
     }
   }
 
-  #edited() {
-    this.labels.changed();
+  #edited(image) {
+    this.labels.changed(image);
     clearTimeout(this.counting);
     this.counting = setTimeout(() => this.segment.refresh(), 300);
   }

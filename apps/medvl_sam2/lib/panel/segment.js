@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { clientId } from "./annotator.js";
+import { Automatic } from "./automatic.js";
 import { Brush } from "./brush.js";
 import { button, counted, field, form, make, replace, select, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
@@ -52,8 +53,7 @@ export class Segment {
     this.clear = button("Clear", () => this.clearPrompts(), {
       title: "Take all prompts and the mask of this structure away",
     });
-    this.auto = button("All organs", () => this.segmentClasses([]), { title: "Every class of the model" });
-    this.autoOne = button("This structure", () => this.segmentClasses([this.target.value]));
+    this.automatic = new Automatic(this, KIND);
     this.run = make("button", { type: "submit", class: "primary" }, "Segment");
     this.brush = new Brush(this.panel, () => this.#beginByHand());
     this.structures = new Structures({
@@ -78,7 +78,7 @@ export class Segment {
       make("div", { class: "row" }, this.undo, this.redo, this.clear),
       this.placedList,
       make("h3", {}, "Automatically"),
-      make("div", { class: "row" }, this.auto, this.autoOne),
+      this.automatic.element,
       this.brush.element,
       make("h3", {}, "Structures with a mask"),
       this.structures.element,
@@ -109,8 +109,8 @@ export class Segment {
   #buttons() {
     const busy = this.panel.work.busy(KIND);
     const prompts = this.prompts.get(this.target.value);
-    for (const control of [this.run, this.auto]) control.disabled = busy;
-    this.autoOne.disabled = busy || !this.panel.classes().includes(this.target.value);
+    this.run.disabled = busy;
+    this.automatic.refresh(this.target.value);
     this.undo.disabled = busy || !prompts?.canUndo;
     this.redo.disabled = busy || !prompts?.canRedo;
     this.clear.disabled = busy || !this.target.value;
@@ -179,25 +179,6 @@ export class Segment {
 
   // --- requests -------------------------------------------------------------------------------------------------
 
-  async segmentClasses(classes) {
-    const image = this.panel.image();
-    await this.panel.work.run(
-      KIND,
-      classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs",
-      async (signal) => {
-        const { params, file } = await api.infer(
-          "medvl_semantic",
-          image.series,
-          { client_id: clientId(), classes: classes.join(",") },
-          { signal },
-        );
-        await this.#paste(image, file, params.label_names);
-        this.panel.work.say(`Segmented ${counted((params.segmented ?? []).length, "structure")}`);
-      },
-    );
-    this.refresh();
-  }
-
   async segmentWords() {
     const [image, words] = [this.panel.image(), this.words.value.trim()];
     if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in segment VI");
@@ -213,7 +194,7 @@ export class Segment {
         { client_id: clientId(), prompt: words },
         { signal },
       );
-      const found = await this.#paste(image, file, params.label_names);
+      const found = await this.paste(image, file, params.label_names);
       this.panel.work.say(found.length ? `Found ${found.map(spoken).join(", ")}` : `Nothing found for “${words}”`);
       if (found.length) {
         this.choose(found[0]);
@@ -229,12 +210,12 @@ export class Segment {
     return !known && LESION.test(spoken(name)) ? "lesion" : name;
   }
 
-  /** Paste a reply and say which structures have voxels in it. */
-  async #paste(image, file, names) {
+  /** Paste a reply, but for structures named in `kept`, and say which structures have voxels in it. */
+  async paste(image, file, names, kept = []) {
     const mask = await readNrrd(file);
     labelmap.checkGrid(image, mask);
     const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, this.#structureOf(name)]));
-    labelmap.paste(image, mask.voxels, byValue);
+    labelmap.paste(image, mask.voxels, byValue, kept);
     const counts = labelmap.counts(mask.voxels);
     return Object.entries(byValue)
       .filter(([value]) => counts[value])
@@ -312,7 +293,7 @@ export class Segment {
       const params = { client_id: clientId(), ...prompts.asParams(name) };
       const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
       if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
-      await this.#paste(image, file, { [name]: 1 });
+      await this.paste(image, file, { [name]: 1 });
       return true;
     });
     if (!answered) {
@@ -338,7 +319,9 @@ export class Segment {
   async move(direction) {
     const [image, name] = [this.panel.image(), this.target.value];
     const prompts = this.prompts.get(name);
-    if (this.#standing(image, name) !== (prompts.fingerprint ?? "")) {
+    if (this.asking) return; // between two requests the buttons are open for a moment
+    const before = this.#standing(image, name);
+    if (before !== (prompts.fingerprint ?? "")) {
       return this.panel.work.complain(`${spoken(name)} was changed by hand since; undo that with the viewer's own tools`);
     }
     await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
@@ -346,7 +329,8 @@ export class Segment {
       const { file } = await api.infer("medvl_interactive", image.series, params, { signal });
       if (direction === "undo") prompts.undone();
       else prompts.redone();
-      if (prompts.past.length) await this.#paste(image, file, { [name]: 1 });
+      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
+      if (prompts.past.length) await this.paste(image, file, { [name]: 1 });
       else await this.#pasteBase(image, name, prompts);
       this.#note(image, name, prompts);
       this.panel.work.say(direction === "undo" ? "One step back" : "One step forward");
@@ -383,5 +367,6 @@ export class Segment {
   forget() {
     this.prompts.clear();
     this.again.clear();
+    this.automatic.forget();
   }
 }
