@@ -217,7 +217,7 @@ def environment(repository: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.slow
+@pytest.mark.hours  # the joint stage's, by the same trainer, runs always
 @pytest.mark.timeout(900)  # several processes, each of which loads torch
 def test_a_killed_run_goes_on_bit_for_bit(manifest: Path, tmp_path: Path, repository: Path) -> None:
     file, steps = settings(tmp_path, 6), 6
