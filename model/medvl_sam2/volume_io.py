@@ -7,10 +7,10 @@ reason; nothing is guessed silently. Voxels that are NaN or infinite become air 
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,45 +237,23 @@ def _open_nifti(path: Path, stated: Stated) -> nib.Nifti1Pair:
 
 def _count_pieces(path: Path, offset: int, voxels: int, dtype: np.dtype) -> dict[int, int]:
     """Voxels of every value but 0 behind the header of a gzipped file."""
-    counts, left, skip, rest = np.zeros(65536, np.int64), voxels * dtype.itemsize, offset, b""
+    counts, left = np.zeros(65536, np.int64), voxels * dtype.itemsize
     try:
-        for piece in _inflated(path):  # to the end, where the checksum is
-            skipped = min(skip, len(piece))
-            skip, piece = skip - skipped, rest + piece[skipped:]
-            used = min(left, len(piece)) // dtype.itemsize * dtype.itemsize
-            flat = np.frombuffer(piece, dtype, used // dtype.itemsize)
-            found = np.bincount(flat[flat != 0])
-            counts[: len(found)] += found
-            left -= used
-            rest = piece[used:] if left else b""
-        if left:
-            raise EOFError(f"{left} bytes of its voxels are missing")
+        with gzip.open(path) as file:
+            file.seek(offset)
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise EOFError(f"{left} bytes of its voxels are missing")
+                left -= len(piece)
+                flat = np.frombuffer(piece, dtype, len(piece) // dtype.itemsize)
+                found = np.bincount(flat[flat != 0])
+                counts[: len(found)] += found
+            while file.read(_PIECE):  # to the end, where the checksum is
+                pass
     except _NIFTI_ERRORS as error:
         raise VolumeError(f"{path} is not a readable NIfTI file ({error}); export it again") from error
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-
-
-def _inflated(path: Path) -> Iterator[bytes]:
-    """The content of a gzipped file in pieces, its checksums verified.
-
-    The standard library's reader asks for the interpreter some forty times as often, which costs most while other
-    threads compute.
-    """
-    with open(path, "rb") as file:
-        stream, data = zlib.decompressobj(wbits=31), file.read(_PIECE)
-        while True:
-            piece = stream.decompress(data, _PIECE)
-            if piece:
-                yield piece
-            if stream.eof:  # another may follow, or zeros that fill a block
-                data = stream.unused_data.lstrip(b"\0") or file.read(_PIECE).lstrip(b"\0")
-                if not data:
-                    return
-                stream = zlib.decompressobj(wbits=31)
-                continue
-            data = stream.unconsumed_tail or file.read(_PIECE)
-            if not data and not piece:
-                raise EOFError("its end is missing")
 
 
 def _frame(image: nib.Nifti1Pair, frame: int, path: Path) -> np.ndarray:

@@ -261,7 +261,8 @@ class GuardedStore(VersionedStore):
                     trash.mkdir(parents=True, exist_ok=True)
                     os.replace(kept, trash / f"{name}-{time.time_ns()}")
             super().remove_image(image_id)
-            self._reconcile_datastore()  # MONAI Label leaves this to its watcher, where there is one
+            if self._auto_reload:  # MONAI Label leaves this to its watcher, where there is one
+                self._reconcile_datastore()
 
     def json(self) -> dict[str, Any]:
         with self._thread_lock:  # not while another thread changes it

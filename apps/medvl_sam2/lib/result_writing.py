@@ -49,6 +49,7 @@ _STATUS: tuple[tuple[type[MedVLError], int], ...] = (
     (CheckpointError, 503),
 )
 _BLOCK = 64
+"""Rows of a mask turned at a time."""
 _MARKUPS_SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/"
     "markups-schema-v1.0.3.json#"

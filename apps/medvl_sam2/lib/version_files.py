@@ -68,7 +68,7 @@ class VersionFiles:
 
     def versions(self, image: str) -> list[LabelVersion]:
         """All versions of an image, oldest first."""
-        return [record for number in self.numbers() if (record := self.read(image, number)) is not None]
+        return list(self._newest_first(image))[::-1]
 
     def images(self, number: int) -> list[str]:
         """Images that have a record of this version."""
@@ -77,13 +77,12 @@ class VersionFiles:
 
     def newest(self, image: str, without: int | None = None) -> LabelVersion | None:
         """The highest version that is no draft, ``without`` one that is to go: the one ``final`` is a copy of."""
-        found = (self.read(image, number) for number in reversed(self.numbers()) if number != without)
-        return next((record for record in found if record is not None and not record.draft), None)
+        newer = self._newest_first(image)
+        return next((record for record in newer if not record.draft and record.version != without), None)
 
     def last(self, image: str) -> LabelVersion | None:
         """The highest version, draft or not."""
-        found = (self.read(image, number) for number in reversed(self.numbers()))
-        return next((record for record in found if record is not None), None)
+        return next(self._newest_first(image), None)
 
     def bare_mask(self, image: str, number: int) -> Path | None:
         """A mask under a version's tag without a readable record: another program put it there."""
@@ -151,6 +150,13 @@ class VersionFiles:
                     path.unlink(missing_ok=True)
             if folder in own and not os.listdir(folder):
                 folder.rmdir()
+
+    def _newest_first(self, image: str) -> Iterator[LabelVersion]:
+        """An image's versions, read one by one as they are asked for."""
+        for number in reversed(self.numbers()):
+            record = self.read(image, number)
+            if record is not None:
+                yield record
 
     def _taken(self, image: str, number: int) -> bool:
         folder = self.labels / version_tag(number)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, BackgroundTasks, Body, File, Form, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse
 from monailabel.endpoints.datastore import save_label as monailabel_save_label
 from monailabel.endpoints.user.auth import User
 from monailabel.interfaces.utils.app import app_instance
@@ -156,8 +156,7 @@ def version_file(
         raise DataError(
             f"version {version} has mask values beyond {_MAX_BYTE}; ask for format={stored}, as it is stored"
         )
-    grid = app_instance().runtime.geometry(Path(store.get_image_uri(image)))
-    made = Path(write_label_map(labels, grid, f".{format}", compress=True))
+    made = Path(write_label_map(labels, _grid(image), f".{format}", compress=True))
     tasks.add_task(made.unlink, missing_ok=True)
     return FileResponse(made, media_type="application/octet-stream", filename=name)
 
@@ -221,23 +220,22 @@ def agreement(image: _Image, user: AsUser) -> AgreementsReply:
     return AgreementsReply(image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs)
 
 
-@router.get("/consensus", summary="What one label of the annotators' latest versions would be", response_class=Response)
-def look_at_consensus(image: _Image, user: AsUser, method: Method = Method.MAJORITY) -> Response:
+@router.get("/consensus", summary="What a label of the latest versions would be", response_class=FileResponse)
+def look_at_consensus(
+    tasks: BackgroundTasks, image: _Image, user: AsUser, method: Method = Method.MAJORITY
+) -> FileResponse:
     """NRRD on the image's grid, nothing is stored; header ``MedVL-Consensus`` is JSON: ``versions``, ``structures``."""
-    numbers, mask, names = _consensus(image, ConsensusBody(method=method))
-    file = Path(write_label_map(mask, _grid(image), ".nrrd", compress=True))
-    try:
-        content = file.read_bytes()
-    finally:
-        file.unlink(missing_ok=True)
+    numbers, mask, names, grid = _consensus(image, ConsensusBody(method=method))
+    made = Path(write_label_map(mask, grid, ".nrrd", compress=True))
+    tasks.add_task(made.unlink, missing_ok=True)
     structures = [{"name": name, "value": value} for value, name in enumerate(names, start=1)]
     said = json.dumps({"versions": numbers, "structures": structures})  # ASCII, as headers must be
-    return Response(content, media_type="application/octet-stream", headers={"MedVL-Consensus": said})
+    return FileResponse(made, media_type="application/octet-stream", headers={"MedVL-Consensus": said})
 
 
 @router.post("/consensus", summary="One label of several versions, as a new version")
 def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
-    numbers, mask, names = _consensus(image, body)
+    numbers, mask, names, grid = _consensus(image, body)
     info = {
         "label_info": [{"name": name, "idx": value, "value": value} for value, name in enumerate(names, start=1)],
         "note": body.note or f"{body.method.value} of versions {', '.join(map(str, numbers))}",
@@ -245,7 +243,7 @@ def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBo
         "prompts": [],
         "made_from": numbers,
     }
-    file = Path(write_label_map(mask, _grid(image), ".nii.gz", compress=True))
+    file = Path(write_label_map(mask, grid, ".nii.gz", compress=True))
     try:
         return _keep(image, file, info | _author(user, body.model_dump()))
     finally:
@@ -320,13 +318,14 @@ def _grid(image: str) -> Geometry:
     return grid
 
 
-def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, list[str]]:
-    """Numbers of the versions it is of, the mask, and the names of its values from 1 on."""
+def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, list[str], Geometry]:
+    """Numbers of the versions it is of, the mask, the names of its values from 1 on, and the image's grid."""
     masks = _masks(image, _chosen(_store().versions(image), body))
     mask, names = consensus(list(masks.values()), body.method)
-    if mask.shape != _grid(image).shape:
-        raise DataError(f"the versions have shape {mask.shape}, the image another: it was replaced after them")
-    return list(masks), mask, names
+    grid = _grid(image)
+    if mask.shape != grid.shape:
+        raise DataError(f"the versions have shape {mask.shape}, the image {grid.shape}: it was replaced after them")
+    return list(masks), mask, names, grid
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:

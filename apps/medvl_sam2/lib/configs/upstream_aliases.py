@@ -36,7 +36,7 @@ TRAIN_DEFAULTS = FinetuneConfig(
 )
 """What an alias trains by. Upstream's epoch is one pass over the labelled images, and its clients wait for the reply:
 a step of ours shows eight windows and three stacks or four slices, so a few steps are such a pass. The gates are those
-of ``medvl_sam2``, on fewer structures."""
+of ``medvl_sam2``, measured on fewer structures, clicks and generated cases: what passes them is served to everybody."""
 
 UNCERTAINTY_ALIAS = "segmentation_spleen_epistemic"
 """Upstream's name for the scoring method and the strategy that are ``uncertainty`` here."""
