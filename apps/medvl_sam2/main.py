@@ -189,14 +189,15 @@ class MyApp(MONAILabelApp):
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Count a submitted label, but no draft; what is returned reaches the annotator with the reply.
 
-        On a DICOMweb server ``dicom_seg`` says what became of the final label there.
+        On a DICOMweb server ``dicom_seg`` says what became of this label there, also when others saved meanwhile.
         """
-        store = self.datastore()
-        draft = isinstance(store, GuardedStore) and store.last_is_draft(image_id)
+        record = getattr(label_id, "record", None)  # of lib.label_versions.SavedLabel
+        draft = record is not None and record.draft
         labels = self.schedule.state().labels if draft else self.schedule.label_saved()
         logger.info("Label saved for %s; %d since the last training", image_id, labels)
-        note = None if draft else getattr(store, "dicom_note", None)
-        return {"labels_since_training": labels, **({"dicom_seg": note(image_id)} if note else {})}
+        note = getattr(self.datastore(), "dicom_note", None)
+        shown = {"dicom_seg": note(image_id, record.tag)} if note and record is not None and not draft else {}
+        return {"labels_since_training": labels, **shown}
 
     # --- the server -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,30 @@ def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) 
     running.app.datastore().update_label_info("case_a", "version_3", {"segmentationMeta": {"status": "draft"}})
     assert listed(running)["final"] == 2
     assert (final(running) == one).all()
+
+
+@pytest.mark.parametrize("first_is_draft", [True, False])
+def test_a_label_counts_by_itself_whoever_saves_meanwhile(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_is_draft: bool
+) -> None:
+    """Somebody else's version comes between a label and the hook that counts it."""
+    store, draft = running.app.datastore(), {"segmentationMeta": {"status": "draft"}}
+    mine, theirs = (draft, {}) if first_is_draft else ({}, draft)
+    save, others = store.save_label, []
+
+    def overtaken(image: str, file: str, tag: str, info: dict[str, Any]) -> str:
+        saved = save(image, file, tag, info)
+        others.append(save(image, file, tag, {"label_info": LIVER, **theirs}))
+        return saved
+
+    monkeypatch.setattr(store, "save_label", overtaken)
+    label = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
+    reply = running.submit("case_a", label, label_info=LIVER, **mine).json()
+    assert (reply["label"], reply["labels_since_training"]) == ("case_a", 0 if first_is_draft else 1)
+    assert [v["status"] for v in listed(running)["versions"]] == [
+        one.get("segmentationMeta", {"status": ""})["status"] for one in (mine, theirs)
+    ]
+    assert len(others) == 1
 
 
 def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: Path) -> None:

@@ -26,7 +26,16 @@ from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.label_upload import CheckedLabel, check_label
-from lib.label_versions import LabelVersion, Provenance, named_structures, now, text_of, version_number, whole_review
+from lib.label_versions import (
+    LabelVersion,
+    Provenance,
+    SavedLabel,
+    named_structures,
+    now,
+    text_of,
+    version_number,
+    whole_review,
+)
 from lib.result_writing import http_errors
 from lib.version_files import stage
 from lib.versioned_store import FINAL, VersionedStore
@@ -64,7 +73,7 @@ class GuardedStore(VersionedStore):
 
     # --- labels -----------------------------------------------------------------------------------------------------
 
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Any, *more: Any) -> str:
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Any, *more: Any) -> SavedLabel:
         """Store a label after checking that it is one and lies on the image's grid.
 
         With the tag ``final`` or ``version_N`` it becomes a new version, whatever is there already; ``label_info`` may
@@ -85,7 +94,7 @@ class GuardedStore(VersionedStore):
             if tag != FINAL and version_number(tag) is None:
                 with self._writing():
                     self._replace_label(image_id, tag, staged, checked.extension, info)
-                return image_id
+                return SavedLabel(image_id, None)
             record = self._described(image_id, image, checked, tag, info)
             with self._writing():
                 self._adopt(image_id)
@@ -98,7 +107,7 @@ class GuardedStore(VersionedStore):
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
             if not record.draft:
                 self._publish(record, path)
-        return image_id
+        return SavedLabel(image_id, record)
 
     def _index_version(self, record: LabelVersion) -> None:
         """Let index and ``final`` follow a version that was added or changed."""

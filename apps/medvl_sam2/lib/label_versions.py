@@ -138,6 +138,20 @@ class LabelVersion:
             raise DataError(f"not the record of a label version: {error}") from error
 
 
+class SavedLabel(str):
+    """Id of a label that was just saved; ``record`` is the version it became, None for a label that is no version.
+
+    What saving returns, MONAI Label hands to the app's hook: the version reaches it whoever else saves meanwhile.
+    """
+
+    record: LabelVersion | None
+
+    def __new__(cls, label_id: str, record: LabelVersion | None) -> SavedLabel:
+        saved = super().__new__(cls, label_id)
+        saved.record = record
+        return saved
+
+
 def version_tag(number: int) -> str:
     """MONAI Label's tag of a version, as its Reviewer module names them."""
     return f"version_{number}"

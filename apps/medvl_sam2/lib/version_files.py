@@ -80,10 +80,6 @@ class VersionFiles:
         newer = self._newest_first(image)
         return next((record for record in newer if not record.draft and record.version != without), None)
 
-    def last(self, image: str) -> LabelVersion | None:
-        """The highest version, draft or not."""
-        return next(self._newest_first(image), None)
-
     def bare_mask(self, image: str, number: int) -> Path | None:
         """A mask under a version's tag without a readable record: another program put it there."""
         paths = [self.labels / version_tag(number) / f"{image}{extension}" for extension in MASKS]

@@ -66,11 +66,6 @@ class VersionedStore(IndexedStore):
             raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
         return found, self._files.mask_path(found)
 
-    def last_is_draft(self, image_id: str) -> bool:
-        """Whether the version saved last is a draft, which is nobody's label yet."""
-        last = self._files.last(image_id)
-        return last is not None and last.draft
-
     def final_version(self, image_id: str) -> int | None:
         """The version that ``final`` holds; None when there is no final label."""
         label = self._datastore.label(image_id, FINAL)
