@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydicom
 import requests
@@ -18,7 +19,11 @@ from orthanc import WrittenSeries
 
 
 class FakeDicomWeb:
-    """``down``: no request reaches it; ``refuses``: STOW-RS is answered with a failure; ``asked``: QIDO-RS filters."""
+    """``down``: no request reaches it; ``refuses``: STOW-RS is answered with a failure; ``asked``: QIDO-RS filters.
+
+    ``duplicates``: what it has already is taken again, ``refused`` with 200 and a reason, or with 409 and none.
+    ``stalled``: requests wait until it is set.
+    """
 
     base_url = "http://fake/dicom-web"
 
@@ -26,6 +31,10 @@ class FakeDicomWeb:
         self.held: dict[str, Dataset] = {}
         self.down = False
         self.refuses = False
+        self.duplicates: Literal["taken", "refused", "409"] = "taken"
+        self.turned_away: list[str] = []
+        """SOPInstanceUIDs of the duplicates it did not take."""
+        self.stalled: threading.Event | None = None
         self.asked: list[dict[str, Any]] = []
 
     def add(self, series: WrittenSeries) -> None:
@@ -55,7 +64,10 @@ class FakeDicomWeb:
         return iter(self._of(study, series))
 
     def retrieve_instance(self, study: str, series: str, instance: str) -> Dataset:
-        return next(document for document in self._of(study, series) if document.SOPInstanceUID == instance)
+        for document in self._of(study, series):
+            if document.SOPInstanceUID == instance:
+                return document
+        raise requests.HTTPError("404 Client Error: Not Found")
 
     def retrieve_instance_metadata(self, study: str, series: str, instance: str) -> dict[str, Any]:
         return self._meta(self.retrieve_instance(study, series, instance))
@@ -69,8 +81,23 @@ class FakeDicomWeb:
             reply.FailedSOPSequence = [failed]
             return reply
         for document in documents:
-            self.put(document)
+            uid = str(document.SOPInstanceUID)
+            if self.duplicates == "taken" or uid not in self.held:
+                self.put(document)
+                continue
+            self.turned_away.append(uid)
+            if self.duplicates == "409":
+                answer = requests.Response()
+                answer.status_code = 409
+                raise requests.HTTPError("409 Client Error: Conflict", response=answer)
+            failed = Dataset()
+            failed.FailureReason = 0x0111
+            reply.FailedSOPSequence = [failed]
         return reply
+
+    def holds(self, document: Dataset) -> bool:
+        self._reach()
+        return str(document.SOPInstanceUID) in self.held
 
     def _of(self, study: str, series: str) -> list[Dataset]:
         self._reach()
@@ -78,6 +105,8 @@ class FakeDicomWeb:
         return [reread(document) for document in found]
 
     def _reach(self) -> None:
+        if self.stalled is not None:
+            assert self.stalled.wait(60)
         if self.down:
             raise requests.ConnectionError("nobody answers")
 

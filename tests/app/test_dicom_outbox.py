@@ -26,7 +26,7 @@ def test_outbox_asks_a_server_that_is_away_once(tmp_path: Path, server: FakeDico
         asked.append(documents)
         return server.store_instances(documents)
 
-    box, (first, second) = Outbox(tmp_path / "box", store), documents(tmp_path)
+    box, (first, second) = Outbox(tmp_path / "box", store, server.holds), documents(tmp_path)
     server.down = True
     for document in (first, second):
         assert "nobody answers" in str(box.send(document))
@@ -48,7 +48,7 @@ def test_an_object_does_not_wait_long_for_another(
         assert go_on.wait(20)
         return server.store_instances(sent)
 
-    box, (first, second) = Outbox(tmp_path / "box", slow), documents(tmp_path)
+    box, (first, second) = Outbox(tmp_path / "box", slow, server.holds), documents(tmp_path)
     sender = threading.Thread(target=box.send, args=(first,))
     sender.start()
     assert busy.wait(20)
@@ -62,13 +62,55 @@ def test_an_object_does_not_wait_long_for_another(
 def test_an_object_that_somebody_else_sent_is_no_failure(
     tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    box, (first, _) = Outbox(tmp_path / "box", server.store_instances), documents(tmp_path)
+    box, (first, _) = Outbox(tmp_path / "box", server.store_instances, server.holds), documents(tmp_path)
     server.down = True
     box.send(first)
     (file,) = box._files()
     monkeypatch.setattr(box, "_files", lambda: [file])
     file.unlink()
     assert (box.retry(), box.waiting()) == (0, {})
+
+
+@pytest.mark.parametrize("answer", ["refused", "409"])
+def test_what_the_server_has_already_has_arrived(tmp_path: Path, server: FakeDicomWeb, answer: Any) -> None:
+    """Killed after it was sent and before that was noted, it is sent again; servers refuse that in two ways."""
+    box, (first, _) = Outbox(tmp_path / "box", server.store_instances, server.holds), documents(tmp_path)
+    server.duplicates = answer
+    assert [box.send(first), box.send(first), box.waiting()] == [None, None, {}]
+    assert (list(server.held), server.turned_away) == ([first.SOPInstanceUID], [first.SOPInstanceUID])
+
+
+@pytest.mark.parametrize("known", [False, requests.HTTPError("404"), requests.ConnectionError("away")])
+def test_a_conflict_over_what_the_server_has_not_got_is_a_refusal(
+    tmp_path: Path, server: FakeDicomWeb, known: Any
+) -> None:
+    def has(document: Dataset) -> bool:
+        if isinstance(known, Exception):
+            raise known
+        return bool(known)
+
+    box, (first, _) = Outbox(tmp_path / "box", server.store_instances, has), documents(tmp_path)
+    server.duplicates = "409"
+    server.put(first)
+    assert "refused it: 409" in str(box.send(first))
+    assert list(box.waiting()) == [first.SOPInstanceUID]
+
+
+def test_nobody_waits_for_a_server_that_hangs(
+    tmp_path: Path, server: FakeDicomWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicom_outbox, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(dicom_outbox, "_ANSWER_S", 0.05)
+    box, both = Outbox(tmp_path / "box", server.store_instances, server.holds), documents(tmp_path)
+    server.stalled = threading.Event()
+    reasons = [str(box.send(document)) for document in both]
+    assert "has not answered yet" in reasons[0]
+    assert "another object is being sent" in reasons[1]
+    assert len(box.waiting()) == 2
+    server.stalled.set()
+    while box.retry():
+        pass
+    assert set(server.held) == {document.SOPInstanceUID for document in both}
 
 
 def documents(folder: Path) -> list[Dataset]:

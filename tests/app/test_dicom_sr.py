@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,15 @@ def test_next_version_names_the_one_before(tmp_path: Path) -> None:
     second = build_report_sr(source, Report("report", "Better.", "reader2", replaces=before))
     reference = second.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
     assert reference.ReferencedSOPInstanceUID == first.SOPInstanceUID
+
+
+def test_a_report_made_again_is_the_same_object(tmp_path: Path) -> None:
+    source, made = headers(tmp_path / "s"), datetime(2024, 2, 29, 12, 30, 1, 500_000, UTC)
+    first, again, newer = (
+        build_report_sr(source, replace(REPORT, made=made, version=version)) for version in (1, 1, 2)
+    )
+    assert reread(first) == reread(again)
+    assert {first.SOPInstanceUID, first.SeriesInstanceUID}.isdisjoint({newer.SOPInstanceUID, newer.SeriesInstanceUID})
 
 
 def test_empty_report_is_refused(tmp_path: Path) -> None:

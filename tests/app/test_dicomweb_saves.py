@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app.conftest import Running
 from app.fake_dicomweb import FakeDicomWeb, Open
+from app.phantom import phantom
 from app.test_dicomweb_store import INFO, add, submit
+from lib.dicom_sr import report_text
+from lib.text_reports import publish_text
+from lib.text_versions import TextVersion, TextVersions
+from medvl_sam2.volume_io import read_mask
+from orthanc import write_series
 
 
 def test_the_reply_tells_of_the_own_segmentation_whoever_saves_meanwhile(
@@ -29,3 +37,43 @@ def test_the_reply_tells_of_the_own_segmentation_whoever_saves_meanwhile(
     note = running.submit(image, tmp_path / "label.nii.gz", **INFO).json()["dicom_seg"]
     assert note == store.dicom_note(image, "version_2")
     assert note["SOPInstanceUID"] != store.dicom_note(image)["SOPInstanceUID"]
+
+
+def test_two_series_of_a_study_keep_their_labels_and_texts_apart(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open
+) -> None:
+    """Each SEG and SR refers to its series alone, here and on another machine over the same server."""
+    one, two = phantom(), phantom(oblique=False)
+    first = write_series(tmp_path / "a", one.image, one.affine)
+    second = write_series(tmp_path / "b", two.image[::-1], two.affine, study=first.study)
+    masks = {first.series: np.where(one.labels == 5, 5, 0), second.series: np.where(two.labels == 2, 2, 0)}
+    store, texts = open_store(), TextVersions(open_store().folder)
+    named = {"label_info": [{**item, "value": item["idx"]} for item in INFO["label_info"]]}
+    for series, whole in ((first, one), (second, two)):
+        server.add(series)
+        submit(store, series.series, tmp_path, replace(whole, labels=masks[series.series]), **named)
+    for series in (first, second):
+        text = texts.save(series.series, TextVersion("report", series.series, "ann", "1", structures=("liver",)))
+        assert "SOPInstanceUID" in publish_text(store, texts, series.series, text).note
+    for series in (first, second):
+        slices = set(series.instances)
+        (seg,) = (s for s in server.series("SEG") if s.ReferencedSeriesSequence[0].SeriesInstanceUID == series.series)
+        assert seg.StudyInstanceUID == first.study
+        assert {
+            i.ReferencedSOPInstanceUID for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        } <= slices
+        assert store.dicom_note(series.series)["SOPInstanceUID"] == seg.SOPInstanceUID
+        (sr,) = (s for s in server.series("SR") if report_text(s) == series.series)
+        assert texts.of(series.series)[0].sr["SOPInstanceUID"] == sr.SOPInstanceUID
+        evidence = {
+            one.SeriesInstanceUID
+            for kind in ("CurrentRequestedProcedureEvidenceSequence", "PertinentOtherEvidenceSequence")
+            for study in sr.get(kind, ())
+            for one in study.ReferencedSeriesSequence
+        }
+        assert series.series in evidence
+        assert evidence <= {series.series, seg.SeriesInstanceUID}
+    for opened in (store, open_store(cache="b")):
+        pairs = {Path(pair["image"]).name: pair["label"] for pair in opened.datalist()}
+        for series, mask in masks.items():
+            assert np.array_equal(read_mask(pairs[f"{series}.nii.gz"])[0], mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from app.fakes import FakePredictor
 from app.phantom import ORDERS, Phantom, phantom
 from app.segs import renumbered
 from lib import runtime
+from lib.dicom_seg import LabelOrigin, build_segmentation
 from lib.dicom_seg_reading import read_segmentation
-from lib.dicom_sr import Report, report_text, store_report_sr
+from lib.dicom_sr import Report, build_report_sr, report_text, store_report_sr
 from medvl_sam2.volume_io import read_mask, read_volume
 from orthanc import Orthanc, running_orthanc, write_series
 
@@ -165,6 +167,25 @@ def test_report_lies_beside_its_study(orthanc: Orthanc, over_orthanc: Open, tmp_
     assert report_text(document) == "Liver: läsion."
     assert document.SOPInstanceUID == stored.instance
     assert image not in over_orthanc().get_labeled_images()
+
+
+def test_what_is_sent_twice_lies_there_once(orthanc: Orthanc, over_orthanc: Open, tmp_path: Path) -> None:
+    """A SEG and an SR that were sent before a kill, and whose sending nobody noted."""
+    image, made = put_phantom(orthanc, tmp_path / "s", phantom()), datetime(2024, 2, 29, tzinfo=UTC)
+    store = over_orthanc()
+    headers = store.source_headers(image)
+    for _ in range(2):
+        names = {2: "kidney_right", 5: "liver", 17: "lesion"}
+        seg = build_segmentation(headers, phantom().labels, names, LabelOrigin("ann", version=1, made=made))
+        report = build_report_sr(headers, Report("report", "Normal.", "ann", version=1, made=made), seg)
+        for document in (seg, report):
+            assert store.send(document) is None
+            assert store._has(document)
+    for document in (seg, report):
+        assert [one.SOPInstanceUID for one in orthanc.instances(document.SeriesInstanceUID)] == [
+            document.SOPInstanceUID
+        ]
+    assert len([series for series in orthanc.series() if _references(orthanc, series, image)]) == 1
 
 
 def _multipart(files: Sequence[Path]) -> tuple[bytes, str]:

@@ -1,7 +1,8 @@
 """A server killed at any moment of a submit over a DICOMweb server: every version that is kept has its SEG, once.
 
-As :mod:`app.test_label_crashes`: a forked child submits a label and is killed before a certain line of the code that
-keeps and sends it. Then the store is opened anew, as after a restart, and looks back.
+And every text its SR. As :mod:`app.test_label_crashes`: a forked child submits a label or a text and is killed before a
+certain line of the code that keeps and sends it. Then the store is opened anew, as after a restart, and looks back. The
+DICOM server takes no object twice.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
+import requests
 from pydicom.dataset import Dataset
 from tqdm import tqdm
 
@@ -25,9 +30,15 @@ from app.fake_dicomweb import FakeDicomWeb, Open, store_opener
 from app.test_dicomweb_store import add, submit, wait_for
 from app.test_label_crashes import Lines
 from lib import version_files
+from lib.dicom_attempt import Attempt
+from lib.dicom_sr import report_text
 from lib.dicomweb_store import GuardedDicomWebStore
+from lib.text_reports import publish_text
+from lib.text_versions import TextVersion, TextVersions
 
-_FILES = Lines.FILES | {"dicomweb_store.py", "dicom_outbox.py"}
+_SENDING = {"dicomweb_store.py", "dicom_outbox.py", "dicom_attempt.py"}
+_LABELS = frozenset(Lines.FILES | _SENDING)
+_TEXTS = frozenset({"files.py", "text_versions.py", "text_reports.py"} | _SENDING)
 
 
 class KeptDicomWeb(FakeDicomWeb):
@@ -40,11 +51,12 @@ class KeptDicomWeb(FakeDicomWeb):
 
     def store_instances(self, documents: Sequence[Dataset]) -> Dataset:
         for document in documents:
-            document.save_as(self.folder / f"{document.SOPInstanceUID}.dcm", write_like_original=False)
+            if str(document.SOPInstanceUID) not in self.held:
+                document.save_as(self.folder / f"{document.SOPInstanceUID}.dcm", write_like_original=False)
         return super().store_instances(documents)
 
-    def forget_segmentations(self) -> None:
-        self.held = {uid: one for uid, one in self.held.items() if one.Modality != "SEG"}
+    def forget_objects(self) -> None:
+        self.held = {uid: one for uid, one in self.held.items() if one.Modality not in ("SEG", "SR")}
         for file in self.folder.glob("*.dcm"):
             file.unlink()
 
@@ -54,52 +66,71 @@ class KeptDicomWeb(FakeDicomWeb):
             self.put(pydicom.dcmread(file))
 
 
-def submit_traced(store: GuardedDicomWebStore, image: str, folder: Path, lines: Lines) -> None:
+def traced(submit_one: Callable[[GuardedDicomWebStore], object], store: GuardedDicomWebStore, lines: Lines) -> None:
+    """Submit with every thread traced that begins meanwhile: objects are sent in one of their own."""
+    threading.settrace(lines)
     sys.settrace(lines)
     try:
-        submit(store, image, folder)
+        submit_one(store)
     finally:
         sys.settrace(None)
+        threading.settrace(None)
+
+
+def submit_text(store: GuardedDicomWebStore, image: str) -> Attempt:
+    """As ``POST /medvl/texts``."""
+    versions = TextVersions(store.folder)
+    return publish_text(store, versions, image, versions.save(image, TextVersion("report", "Normal.", "ann", "1")))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_version_has_its_segmentation_once_whenever_the_server_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "duplicates"), [("SEG", "refused"), ("SEG", "409"), ("SR", "409")])
+def test_every_version_has_its_object_once_whenever_the_server_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, duplicates: Any
 ) -> None:
     monkeypatch.setattr(version_files, "STALE_S", 0.0)  # nobody else writes here
     server = KeptDicomWeb(tmp_path / "server")
+    server.duplicates = duplicates
     open_store = store_opener(server, tmp_path)
-    image = add(server, tmp_path / "s")
-    store, lines = open_store(cache="count"), Lines(0, lambda: None, _FILES)
+    image, files = add(server, tmp_path / "s"), _LABELS if kind == "SEG" else _TEXTS
+
+    def submit_one(store: GuardedDicomWebStore) -> object:
+        return submit(store, image, tmp_path) if kind == "SEG" else submit_text(store, image)
+
+    def notes(store: GuardedDicomWebStore) -> list[Mapping[str, str] | None]:
+        if kind == "SEG":
+            return [record.info.get("dicom_seg") for record in store.versions(image)]
+        return [text.sr for text in TextVersions(store.folder).of(image)]
+
+    store, lines = open_store(cache="count"), Lines(0, lambda: None, files)
     store.get_image_uri(image)
-    submit_traced(store, image, tmp_path, lines)
+    traced(submit_one, store, lines)
     kept = forgotten = sent = 0
     for line in tqdm(np.unique(np.linspace(1, lines.count, 30).astype(int)), unit="kill"):
-        server.forget_segmentations()
+        server.forget_objects()
         store = open_store(cache=str(line))
         store.get_image_uri(image)
         child = os.fork()
         if child == 0:
             try:
                 store._process_lock = None  # filelock wants one made in this process
-                kill = Lines(int(line), lambda: os.kill(os.getpid(), signal.SIGKILL), _FILES)
-                submit_traced(store, image, tmp_path, kill)
+                traced(submit_one, store, Lines(int(line), lambda: os.kill(os.getpid(), signal.SIGKILL), files))
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
         server.look()
         store = open_store(cache=str(line))
-        versions = store.versions(image)
-        unnoted = [record for record in versions if "dicom_seg" not in record.info]
-        kept, forgotten = kept + len(versions), forgotten + len(unnoted)
-        sent += len(unnoted) if server.series("SEG") else 0
+        before = notes(store)
+        kept, forgotten = kept + len(before), forgotten + before.count(None)
+        sent += before.count(None) if server.series(kind) else 0
         store.publish_forgotten()
         assert store._outbox.retry() == 0
-        noted = [record.info["dicom_seg"]["SOPInstanceUID"] for record in store.versions(image)]
-        assert noted == [str(seg.SOPInstanceUID) for seg in server.series("SEG")], f"line {line} of {lines.count}"
+        noted = [note and note["SOPInstanceUID"] for note in notes(store)]
+        assert noted == [str(one.SOPInstanceUID) for one in server.series(kind)], f"line {line} of {lines.count}"
     print(f"{lines.count} lines a submit; {kept} versions kept, {forgotten} without a note, {sent} of them sent")
     assert kept > forgotten > sent > 0
+    assert len(server.turned_away) >= sent
 
 
 def test_a_version_without_segmentation_gets_it_after_the_next_start(
@@ -136,3 +167,83 @@ def test_a_draft_is_made_when_it_is_submitted(tmp_path: Path, server: FakeDicomW
     time.sleep(0.01)  # times of versions are whole milliseconds
     store.update_label_info(image, "version_1", {"segmentationMeta": {"status": "approved"}})
     assert store.dicom_note(image)["made"] > between
+
+
+def test_a_text_without_report_gets_it_after_the_next_start(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open
+) -> None:
+    """Killed between the text and its SR, with its predecessor named; what cannot become one is not tried again."""
+    image = add(server, tmp_path / "s")
+    store, texts = open_store(), TextVersions(open_store().folder)
+    submit_text(store, image)
+    texts.save(image, TextVersion("report", "Better.", "ann", "1"))
+    texts.save("1.2.3", TextVersion("report", "Of a series that is gone.", "ann", "1"))
+    again = open_store()
+    wait_for(lambda: again.status()["total"] == 1)
+    first, second = (text.sr for text in texts.of(image))
+    document = server.held[second["SOPInstanceUID"]]
+    assert report_text(document) == "Better."
+    predecessor = document.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert predecessor.ReferencedSOPInstanceUID == first["SOPInstanceUID"]
+    assert "is not on the DICOMweb server" in texts.of("1.2.3")[0].sr["refused"]
+    assert list(texts.without_sr()) == []
+    assert len(server.series("SR")) == 2
+
+
+@pytest.mark.parametrize("broken", [requests.ConnectionError("not now"), OSError("no space left on device")])
+def test_a_failure_that_passes_is_not_for_good(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch, broken: Exception
+) -> None:
+    """Nothing is noted, it is tried again, and what waits in the outbox does not wait for it."""
+    image, other = add(server, tmp_path / "s"), add(server, tmp_path / "t")
+    store = open_store()
+    server.refuses = True
+    submit(store, other, tmp_path)
+    submit(store, image, tmp_path)
+    server.refuses = False
+    forget(store, image)
+    fetch = server.iter_series
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise broken
+
+    monkeypatch.setattr(server, "iter_series", fails)
+    again = open_store()
+    wait_for(lambda: again.status()["completed"] == 2 and again._outbox.waiting() == {})
+    assert str(broken) in again.dicom_note(image)["waiting"]
+    assert "dicom_seg" not in again.versions(image)[0].info
+    assert submit_text(again, image).failed
+    assert len(server.series("SR")) == 0
+    assert not again._looked_back
+    monkeypatch.setattr(server, "iter_series", fetch)
+    wait_for(lambda: again.status()["completed"] == 2 and len(server.series("SR")) == 1)
+    assert again.dicom_note(image)["SOPInstanceUID"] in server.held
+    wait_for(again._status_running.acquire)  # the look back is over
+    assert again._looked_back
+    assert len(server.series("SEG")) == 2
+
+
+def forget(store: GuardedDicomWebStore, image: str) -> None:
+    """As if the process had been killed before it sent the SEG of version 1, and the slices were gone since."""
+    record = store._files.read(image, 1)
+    store._outbox._file(record.info["dicom_seg"]["SOPInstanceUID"]).unlink()
+    store._files.write_record(replace(record, info={k: v for k, v in record.info.items() if k != "dicom_seg"}))
+    shutil.rmtree(store.folder / image)
+
+
+def test_a_look_back_that_fails_keeps_nothing_from_being_sent(
+    tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, store = add(server, tmp_path / "s"), open_store()
+    server.refuses = True
+    submit(store, image, tmp_path)
+    server.refuses = False
+
+    def fails(*_: Any) -> Any:
+        raise TimeoutError("the lock is held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "publish_forgotten", fails)
+        wait_for(lambda: store.status()["completed"] == 1 and store._outbox.waiting() == {})
+        assert not store._looked_back
+    wait_for(lambda: store.status()["completed"] == 1 and store._looked_back)

@@ -14,6 +14,7 @@ from monailabel.endpoints.user.auth import User
 
 from app.conftest import SHAPE, Running
 from app.test_infer import _nrrd
+from lib import text_reports
 from lib.api import texts
 from lib.dicom_sr import Report, StoredReport
 from lib.text_versions import TextVersion, TextVersions
@@ -117,7 +118,7 @@ def test_on_a_dicom_server_a_text_becomes_a_structured_report(
         reports.append(report)
         return StoredReport("1.1", "1.2", f"1.3.{len(reports)}", "the server is away" if len(reports) == 2 else None)
 
-    monkeypatch.setattr(texts, "store_report_sr", made)
+    monkeypatch.setattr(text_reports, "store_report_sr", made)
     first = store(running, draft="A draft.", structures=["liver"]).json()
     assert first["sr"] == {"StudyInstanceUID": "1.1", "SeriesInstanceUID": "1.2", "SOPInstanceUID": "1.3.1"}
     assert (reports[0].structures, reports[0].model_version, reports[0].replaces) == (("liver",), "shipped", None)
@@ -133,7 +134,7 @@ def test_on_a_dicom_server_a_text_becomes_a_structured_report(
     def fails(*_: Any) -> StoredReport:
         raise DataError("the images have no StudyInstanceUID")
 
-    monkeypatch.setattr(texts, "store_report_sr", fails)
+    monkeypatch.setattr(text_reports, "store_report_sr", fails)
     reply = store(running)
     assert (reply.status_code, reply.json()["version"]) == (200, 4)  # stored all the same
     assert "StudyInstanceUID" in reply.json()["sr_error"]

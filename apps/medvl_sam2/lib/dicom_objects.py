@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 
 from medvl_sam2.errors import DataError
 
@@ -39,6 +41,26 @@ def person_name(name: str) -> str:
 def long_string(text: str) -> str:
     """Text as a DICOM long string: one line, no backslash, at most 64 characters."""
     return " ".join(text.replace("\\", "/").split())[:LONG_STRING]
+
+
+def object_uid(kind: str, series: str, version: int | None, made: datetime | None, author: str) -> str:
+    """The UID of what was made of version ``version`` about an image series; a new one when ``made`` is unknown.
+
+    Whenever it is made from the same five, it is the same.
+    """
+    if made is None:
+        return str(generate_uid())
+    return str(generate_uid(entropy_srcs=[kind, series, str(version), made.isoformat(), author]))
+
+
+def dated(document: Dataset, made: datetime | None) -> Dataset:
+    """``document`` as of ``made``, with a time zone; highdicom writes the time at which it was built."""
+    if made is not None:
+        local = made.astimezone()
+        for kind in ("Content", "InstanceCreation"):
+            setattr(document, f"{kind}Date", local.strftime("%Y%m%d"))
+            setattr(document, f"{kind}Time", local.strftime("%H%M%S.%f"))
+    return document
 
 
 def stamped(document: Dataset) -> Dataset:

@@ -18,15 +18,25 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0
 """How long a new object waits for the one that is being sent; then it follows at the next retry."""
+_ANSWER_S = 5.0
+"""How long its sender waits for the server: an annotator does not wait for one that hangs."""
+_DUPLICATE = 0x0111
+"""Failure reason (PS3.4 table C.2-2): the server has an object of this UID."""
 
 
 class Outbox:
-    """A folder of objects to send. One thread sends at a time; sending an object twice does no harm."""
+    """A folder of objects to send. One thread sends at a time.
 
-    def __init__(self, folder: Path, store: Callable[[list[Dataset]], Dataset]) -> None:
-        """``store``: STOW-RS, the reply as a dataset; raises :class:`requests.RequestException`."""
+    Sending an object twice does no harm, also to a server that refuses duplicates: it has arrived, then.
+    """
+
+    def __init__(self, folder: Path, store: Callable[[list[Dataset]], Dataset], has: Callable[[Dataset], bool]) -> None:
+        """``store``: STOW-RS, the reply as a dataset; ``has``: whether the server holds an object.
+
+        Both raise :class:`requests.RequestException`.
+        """
         self._folder = folder
-        self._store = store
+        self._store, self._has = store, has
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
         self._reached = True  # by the last attempt
@@ -36,6 +46,13 @@ class Outbox:
         file = self._file(str(document.SOPInstanceUID))
         with atomic_writer(file) as stream:
             document.save_as(stream, write_like_original=False)
+        told: list[str | None] = []
+        sender = threading.Thread(target=lambda: told.append(self._send(file)), name="dicom-outbox", daemon=True)
+        sender.start()
+        sender.join(_PATIENCE_S + _ANSWER_S)
+        return told[0] if told else "the DICOMweb server has not answered yet; it is sent again if need be"
+
+    def _send(self, file: Path) -> str | None:
         if not self._lock.acquire(timeout=_PATIENCE_S):
             return "another object is being sent; this one follows"
         try:
@@ -84,19 +101,30 @@ class Outbox:
     def _refusal(self, file: Path) -> str | None:
         self._reached = True
         try:
-            reply = self._store([pydicom.dcmread(file)])
+            document = pydicom.dcmread(file)
         except FileNotFoundError:
             return None  # another process was quicker
+        try:
+            reply = self._store([document])
         except requests.RequestException as error:
             self._reached = not isinstance(error, requests.ConnectionError | requests.Timeout)
+            if error.response is not None and error.response.status_code == requests.codes.conflict:
+                # Why, servers say in many ways; whether it has the object is what counts.
+                return None if self._arrived(document) else f"the DICOMweb server refused it: {error}"
             return f"the DICOMweb server did not take it: {error}"
         except Exception as error:  # whatever a server answers, the label is kept and the object waits
             logger.exception("DICOM object %s cannot be sent", file.stem)
             return f"the DICOMweb server's answer was not understood: {type(error).__name__}: {error}"
-        failed = reply.get("FailedSOPSequence")
-        if failed:
-            return f"the DICOMweb server refused it with failure reason {failed[0].get('FailureReason', 'unknown')}"
-        return None
+        reasons = [item.get("FailureReason", "unknown") for item in reply.get("FailedSOPSequence") or ()]
+        refused = next((reason for reason in reasons if reason != _DUPLICATE), None)
+        return None if refused is None else f"the DICOMweb server refused it with failure reason {refused}"
+
+    def _arrived(self, document: Dataset) -> bool:
+        try:
+            return self._has(document)
+        except (requests.RequestException, LookupError, ValueError) as error:  # mostly that there is none: 404
+            logger.warning("Whether the server has DICOM object %s is not known: %s", document.SOPInstanceUID, error)
+            return False
 
     def _files(self) -> list[Path]:
         """What waits, the oldest first."""

@@ -19,7 +19,16 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from lib.dicom_codes import structure_code, structure_name
-from lib.dicom_objects import MANUFACTURER, MODEL_NAME, SERIAL_NUMBER, long_string, person_name, stamped
+from lib.dicom_objects import (
+    MANUFACTURER,
+    MODEL_NAME,
+    SERIAL_NUMBER,
+    dated,
+    long_string,
+    object_uid,
+    person_name,
+    stamped,
+)
 from medvl_sam2.errors import DataError, GeometryError
 
 _SERIES_NUMBER = 900
@@ -67,7 +76,7 @@ def build_segmentation(
     series = str(headers[0].SeriesInstanceUID)
     described = [_describe(number, names[value], series, origin) for number, value in enumerate(used, start=1)]
     try:
-        return stamped(_dated(_segmentation(headers, numbers[labels], described, origin), origin.made))
+        return stamped(dated(_segmentation(headers, numbers[labels], described, origin), origin.made))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"the images' headers do not allow a DICOM SEG ({reason}); export the series again") from error
@@ -76,7 +85,10 @@ def build_segmentation(
 def _segmentation(
     headers: Sequence[Dataset], numbered: np.ndarray, described: Sequence[SegmentDescription], origin: LabelOrigin
 ) -> Segmentation:
-    series_uid, instance_uid = (_uid(kind, headers[0], origin) for kind in ("series", "instance"))
+    series_uid, instance_uid = (
+        object_uid(kind, str(headers[0].SeriesInstanceUID), origin.version, origin.made, origin.author)
+        for kind in ("series", "instance")
+    )
     return Segmentation(
         source_images=headers,
         pixel_array=np.ascontiguousarray(numbered.transpose(2, 1, 0)),
@@ -96,23 +108,6 @@ def _segmentation(
         series_description=_description(origin, with_note=False),
         omit_empty_frames=True,
     )
-
-
-def _uid(kind: str, image: Dataset, origin: LabelOrigin) -> str:
-    if origin.made is None:
-        return str(generate_uid())
-    sources = [kind, str(image.SeriesInstanceUID), str(origin.version), origin.made.isoformat(), origin.author]
-    return str(generate_uid(entropy_srcs=sources))
-
-
-def _dated(document: Dataset, made: datetime | None) -> Dataset:
-    """``document`` as of ``made``; highdicom writes the time at which it was built."""
-    if made is not None:
-        local = made.astimezone()
-        for kind in ("Content", "InstanceCreation"):
-            setattr(document, f"{kind}Date", local.strftime("%Y%m%d"))
-            setattr(document, f"{kind}Time", local.strftime("%H%M%S.%f"))
-    return document
 
 
 def _describe(number: int, name: str, series: str, origin: LabelOrigin) -> SegmentDescription:

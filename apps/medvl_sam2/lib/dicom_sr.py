@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from highdicom.sr import (
@@ -28,7 +29,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import EnhancedSRStorage, generate_uid
 
 from lib.dicom_codes import segment_name, structure_name
-from lib.dicom_objects import MANUFACTURER, MODEL_NAME, long_string, person_name, stamped
+from lib.dicom_objects import MANUFACTURER, MODEL_NAME, dated, long_string, object_uid, person_name, stamped
 from medvl_sam2.errors import DataError
 
 _SERIES_NUMBER = 901
@@ -44,6 +45,7 @@ class Report:
     ``question``: what was asked, for an answer. ``structures``: names of the structures the text rests on; those that
     the newest stored DICOM SEG of the series has are referenced as its segments. ``verified``: the author stands for
     the text; ``organization`` is then stated too. ``replaces``: the report this one is the next version of.
+    ``made``, with a time zone: a report with it becomes an object with the same UIDs and times whenever it is built.
     """
 
     kind: Literal["report", "answer"]
@@ -56,6 +58,7 @@ class Report:
     organization: str | None = None
     version: int | None = None
     replaces: StoredReport | None = None
+    made: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,16 @@ def build_report_sr(headers: Sequence[Dataset], report: Report, segmentation: Da
     segments = _referenced_segments(segmentation, report.structures)
     evidence = [*headers, *([segmentation] if segmentation is not None and segments else [])]
     organization = report.organization or str(headers[0].get("InstitutionName") or "") or "not stated"
+    series_uid, instance_uid = (
+        object_uid(kind, str(headers[0].SeriesInstanceUID), report.version, report.made, report.author)
+        for kind in ("report series", "report")
+    )
     document = EnhancedSR(
         evidence=evidence,
         content=_content(report, segmentation, segments),
-        series_instance_uid=generate_uid(),
+        series_instance_uid=series_uid,
         series_number=_SERIES_NUMBER,
-        sop_instance_uid=generate_uid(),
+        sop_instance_uid=instance_uid,
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL_NAME,
@@ -119,7 +126,7 @@ def build_report_sr(headers: Sequence[Dataset], report: Report, segmentation: Da
         verifying_organization=organization if report.verified else None,
         previous_versions=[_predecessor(report.replaces)] if report.replaces else None,
     )
-    return stamped(document)
+    return stamped(dated(document, report.made))
 
 
 def report_text(document: Dataset) -> str:

@@ -2,7 +2,8 @@
 
 Labels are saved in the cache first, like those of a folder, and then stored on the server as DICOM SEG, by way of an
 outbox: what the server does not take at once is sent again later, and the reply says why. A version whose process was
-killed before its SEG was made gets it after the next start. The other way round, a SEG that somebody else stored
+killed before its SEG was made gets it after the next start, a text its SR (:mod:`lib.text_reports`); so does one whose
+SEG or SR failed for a reason that passes. The other way round, a SEG that somebody else stored
 becomes a label when it is newer than the one here; each is taken over once.
 
 MONAI Label's own way is not used: dcmqi, which names segments by position, and lists that stay old for two hours.
@@ -15,9 +16,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom.dataset import Dataset
 
 from lib.datastore import GeometryOf, KnownImage
+from lib.dicom_attempt import attempt
 from lib.dicom_objects import is_uid, source_headers
 from lib.dicom_outbox import Outbox
 from lib.dicom_seg import LabelOrigin, build_segmentation
@@ -41,6 +43,8 @@ from lib.dicomweb_images import SeriesStore, reachable
 from lib.label_names import stored_names
 from lib.label_versions import ADOPTED, LabelVersion, version_number
 from lib.result_writing import http_error
+from lib.text_reports import publish_text
+from lib.text_versions import TextVersions
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
 from medvl_sam2.volume_io import read_mask, write_mask
@@ -65,11 +69,13 @@ class GuardedDicomWebStore(SeriesStore):
         self._status_running = threading.Lock()
         self._unreadable: dict[str, str] = {}
         self._looked_back = False
+        self._failed: dict[tuple[str, int], str] = {}
+        """Why a version has no DICOM SEG yet, by image and number."""
         super().__init__(fresh_s=fresh_s, **kwargs)
 
     @cached_property
     def _outbox(self) -> Outbox:
-        return Outbox(self.folder / ".outbox", self._client.store_instances)
+        return Outbox(self.folder / ".outbox", self._client.store_instances, self._has)
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -108,9 +114,7 @@ class GuardedDicomWebStore(SeriesStore):
 
     def _refresh_status(self) -> None:
         try:
-            if not self._looked_back:
-                self.publish_forgotten()
-                self._looked_back = True
+            self._look_back()
             self._outbox.retry()
             images, labelled = self.list_images(), self.get_labeled_images()
             with self._thread_lock:  # never while the server is asked
@@ -129,23 +133,49 @@ class GuardedDicomWebStore(SeriesStore):
         """Make a DICOM SEG of a new version and send it; whatever fails, the version is kept and its info says why."""
         if record.source == _FROM_SERVER and "dicom_seg" in record.info:
             return {}  # it is one already
+        outcome = attempt(f"{record.tag} of {record.image}", "SEG", lambda: self._sent(record, path))
+        if outcome.failed:
+            self._failed[record.image, record.version] = outcome.failed
+            self.look_back_again()
+            return {}
+        self._failed.pop((record.image, record.version), None)
+        return {"dicom_seg": dict(outcome.note)}
+
+    def _sent(self, record: LabelVersion, path: Path) -> dict[str, str]:
+        document = self._segmentation(record, path)
+        self._remember(record.image, str(document.SOPInstanceUID))
+        waiting = self.send(document)
+        return {**_note(document), **({"waiting": waiting} if waiting else {})}
+
+    def look_back_again(self) -> None:
+        """Make what has no DICOM object yet with the next look at the server: it failed for a reason that passes."""
+        self._looked_back = False
+
+    def _look_back(self) -> None:
+        if self._looked_back:
+            return
+        self._looked_back = True  # unless something fails from here on
         try:
-            document = self._segmentation(record, path)
-            self._remember(record.image, str(document.SOPInstanceUID))
-            waiting = self.send(document)
-        except (MedVLError, HTTPException) as error:
-            return _refused(error.detail if isinstance(error, HTTPException) else str(error))
-        except Exception as error:  # a label that is kept is acknowledged
-            logger.exception("%s of %s is kept, but not stored as DICOM SEG", record.tag, record.image)
-            return _refused(f"{type(error).__name__}: {error}; see the server's log")
-        return {"dicom_seg": {**_note(document), **({"waiting": waiting} if waiting else {})}}
+            self.publish_forgotten()
+        except Exception:
+            self.look_back_again()
+            logger.exception("Not all that is kept here is known to have its DICOM object; looked at again later")
 
     def publish_forgotten(self) -> None:
-        """Make the DICOM SEG of versions whose process was killed before it could note one.
+        """Make the DICOM SEG of versions, and the SR of texts, whose process was killed before it could note one.
 
-        It may have sent it already: a version built again is the same object, which a server has once. What lay in the
+        It may have sent it already: what is built again is the same object, which a server has once. What lay in the
         store without a request is nobody's submit and stays here.
         """
+        for what, publish in [*self._forgotten_labels(), *self._forgotten_texts()]:
+            logger.warning("%s has no DICOM object yet; it is made now", what)
+            try:
+                publish()
+            except Exception:  # the next one may do better
+                self.look_back_again()
+                logger.exception("%s has no DICOM object yet", what)
+
+    def _forgotten_labels(self) -> Iterator[tuple[str, Callable[[], object]]]:
         with self._thread_lock:
             unnoted = {
                 (image, number)
@@ -159,8 +189,12 @@ class GuardedDicomWebStore(SeriesStore):
             record = self._files.read(image, number)
             if record is None or record.draft or record.withdrawn or "dicom_seg" in record.info:
                 continue
-            logger.warning("%s of %s has no DICOM SEG yet; it is made now", record.tag, image)
-            self._publish(record, self._files.mask_path(record))
+            yield f"{record.tag} of {image}", partial(self._publish, record, self._files.mask_path(record))
+
+    def _forgotten_texts(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        versions = TextVersions(self.folder)
+        for image, text in versions.without_sr():
+            yield f"Text {text.version} of {image}", partial(publish_text, self, versions, image, text)
 
     def _segmentation(self, record: LabelVersion, path: Path) -> Dataset:
         grid = self._grid(record.image)
@@ -171,7 +205,11 @@ class GuardedDicomWebStore(SeriesStore):
 
     def dicom_note(self, image_id: str, tag: str = FINAL) -> dict[str, Any]:
         """What became of a label as DICOM SEG: its UIDs, and ``waiting`` or ``refused`` with the reason."""
-        note = dict(self.get_label_info(image_id, tag).get("dicom_seg") or {})
+        info = self.get_label_info(image_id, tag)
+        note = dict(info.get("dicom_seg") or {})
+        if not note:
+            failed = self._failed.get((image_id, info.get("version", 0)))
+            return {"waiting": failed} if failed else {}
         note.pop("waiting", None)  # as it was when the label was saved
         reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
         return {**note, "waiting": reason} if reason else note
@@ -182,6 +220,11 @@ class GuardedDicomWebStore(SeriesStore):
         self._catalog.forget()
         self._status_at = float("-inf")
         return reason
+
+    def _has(self, document: Dataset) -> bool:
+        """Whether the server holds an object."""
+        uids = (document.StudyInstanceUID, document.SeriesInstanceUID, document.SOPInstanceUID)
+        return bool(self._client.retrieve_instance_metadata(*map(str, uids)))
 
     def stored_segmentation(self, image_id: str) -> Dataset | None:
         """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one."""
@@ -326,10 +369,6 @@ class _TimedSession(requests.Session):
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
         return super().request(method, url, *args, **{"timeout": _TIMEOUT_S, **kwargs})
-
-
-def _refused(reason: str) -> dict[str, Any]:
-    return {"dicom_seg": {"refused": f"kept on this server, but not stored as DICOM SEG: {reason}"}}
 
 
 def _origin(record: LabelVersion) -> LabelOrigin:

@@ -8,7 +8,8 @@ with ``scripts/make_manifest.py store`` (:mod:`medvl_sam2.training.store_manifes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from medvl_sam2.datasets.stored_texts import TEXTS_FOLDER, image_folder, read_ve
 from medvl_sam2.errors import DataError, PromptError
 from medvl_sam2.files import write_json_atomically
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["report", "answer"]
 MAX_CHARACTERS = 20_000
 _SIDECAR = ".sr.json"
@@ -30,7 +33,8 @@ class TextVersion:
     """One text. ``draft`` is what the model of ``model_version`` wrote, empty where there was none; ``time`` ISO, UTC.
 
     ``version`` is 0 until it is stored; ``checksum`` the SHA-256 of ``text`` in UTF-8; ``question`` only of answers.
-    ``sr``: where its DICOM SR lies (``SOPInstanceUID``, ``SeriesInstanceUID``), None where there is none.
+    ``structures``: names of what the text rests on. ``sr``: where its DICOM SR lies (``SOPInstanceUID``,
+    ``SeriesInstanceUID``), or why there cannot be one (``refused``); None where none was made.
     """
 
     kind: Kind
@@ -40,6 +44,7 @@ class TextVersion:
     draft: str = ""
     question: str = ""
     note: str = ""
+    structures: tuple[str, ...] = ()
     version: int = 0
     time: str = ""
     checksum: str = ""
@@ -75,8 +80,19 @@ class TextVersions:
         return stored
 
     def add_sr(self, image: str, version: int, sr: Mapping[str, str]) -> None:
-        """Note where the DICOM SR of a version lies, in a file beside it: the version itself stays as it is."""
+        """Note what became of a version as DICOM SR, in a file beside it: the version itself stays as it is."""
         write_json_atomically(image_folder(self._root.parent, image) / f"version_{version}{_SIDECAR}", dict(sr))
+
+    def without_sr(self) -> Iterator[tuple[str, TextVersion]]:
+        """Images and versions of which nobody noted what became of them as DICOM SR; damaged ones are left out."""
+        for folder in sorted(self._root.iterdir()) if self._root.is_dir() else ():
+            for _, path in sorted(version_files(folder).items()):
+                if _sidecar(path).exists():
+                    continue
+                try:
+                    yield str(read_version(path)["image"]), _read(path)
+                except (DataError, KeyError) as error:
+                    logger.warning("No DICOM SR can be made of it: %s", error)
 
     def of(self, image: str) -> list[TextVersion]:
         """Every version of an image, oldest first.
@@ -91,9 +107,14 @@ class TextVersions:
 def _read(path: Path) -> TextVersion:
     fields = read_version(path)
     fields.pop("image", None)
-    beside = path.with_name(f"{path.stem}{_SIDECAR}")
+    beside = _sidecar(path)
     try:
+        fields["structures"] = tuple(fields.get("structures", ()))  # earlier releases kept none
         sr = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
         return TextVersion(**fields, sr=sr)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is no stored text ({error}); take it from a backup") from error
+
+
+def _sidecar(version: Path) -> Path:
+    return version.with_name(f"{version.stem}{_SIDECAR}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,12 @@ from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
 from lib.api.access import AsAnnotator, AsUser, author_of
-from lib.dicom_sr import Report, StoredReport, store_report_sr
 from lib.request_parsing import MAX_TEXT, Client
 from lib.result_writing import http_errors, write_label_map
+from lib.text_reports import publish_text
 from lib.text_versions import MAX_CHARACTERS, Kind, TextVersion, TextVersions
-from medvl_sam2.errors import MedVLError, PromptError
+from medvl_sam2.errors import PromptError
 from medvl_sam2.types import Answer, Evidence
-
-logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/medvl/texts", tags=["MedVL texts"])
 
@@ -103,7 +100,7 @@ class StoredText(BaseModel):
     checksum: str
     sr: dict[str, str] | None
     sr_error: str | None = None
-    """Why a DICOM SR could not be made although the text is stored."""
+    """Why the text has no DICOM SR although it is stored; one that fails for now is made later."""
 
 
 class TextRecord(StoredText):
@@ -179,7 +176,6 @@ def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredTex
     _image_path(app, image)
     versions = _versions(app)
     with http_errors(f"Storing a text of {image!r}"):
-        before = [known for known in versions.of(image) if (known.kind, known.question) == (body.kind, body.question)]
         stored = versions.save(
             image,
             TextVersion(
@@ -190,17 +186,16 @@ def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredTex
                 draft=body.draft,
                 question=body.question,
                 note=body.note,
+                structures=tuple(body.structures),
             ),
         )
-    reply = StoredText(version=stored.version, time=stored.time, checksum=stored.checksum, sr=None)
-    try:
-        reply.sr = _store_sr(app, image, stored, tuple(body.structures), before[-1].sr if before else None)
-        if reply.sr is not None:
-            versions.add_sr(image, stored.version, reply.sr)
-    except (MedVLError, HTTPException, OSError) as error:
-        logger.exception("Version %d of the texts of %s is stored, but not as DICOM SR", stored.version, image)
-        reply.sr_error = str(getattr(error, "detail", error))
-    return reply
+        outcome = publish_text(app.datastore(), versions, image, stored)
+    return StoredText(
+        version=stored.version,
+        time=stored.time,
+        checksum=stored.checksum,
+        **_shown_sr(outcome.note, outcome.failed),
+    )
 
 
 @router.get("")
@@ -209,7 +204,9 @@ def list_texts(image: ImageId, user: AsUser) -> TextList:
     app = app_instance()
     _image_path(app, image)
     with http_errors(f"Reading the texts of {image!r}"):
-        versions = [TextRecord(**vars(version)) for version in _versions(app).of(image)]
+        versions = [
+            TextRecord(**{**vars(version), **_shown_sr(version.sr or {})}) for version in _versions(app).of(image)
+        ]
     return TextList(image=image, versions=versions)
 
 
@@ -232,29 +229,7 @@ def _versions(app: Any) -> TextVersions:
     return TextVersions(Path(app.datastore().folder))
 
 
-def _store_sr(
-    app: Any, image: str, text: TextVersion, structures: tuple[str, ...], replaced: Mapping[str, str] | None
-) -> dict[str, str] | None:
-    """Identifiers of the DICOM SR of a stored text, ``waiting`` among them while the server does not take it."""
-    known = replaced and StoredReport(
-        replaced["StudyInstanceUID"], replaced["SeriesInstanceUID"], replaced["SOPInstanceUID"]
-    )
-    report = Report(
-        kind=text.kind,
-        text=text.text,
-        author=text.author,
-        model_version=text.model_version if text.draft else None,
-        question=text.question or None,
-        structures=structures,
-        version=text.version,
-        replaces=known or None,
-    )
-    stored = store_report_sr(app.datastore(), image, report)
-    if stored is None:
-        return None
-    sr = {
-        "StudyInstanceUID": stored.study,
-        "SeriesInstanceUID": stored.series,
-        "SOPInstanceUID": stored.instance,
-    }
-    return sr | ({"waiting": stored.waiting} if stored.waiting else {})
+def _shown_sr(note: Mapping[str, str], failed: str = "") -> dict[str, Any]:
+    """``sr`` and ``sr_error`` of what is noted of a text as DICOM SR."""
+    where = {key: value for key, value in note.items() if key != "refused"}
+    return {"sr": where or None, "sr_error": note.get("refused") or failed or None}

@@ -1,0 +1,47 @@
+"""One attempt to make a DICOM object of a label or text that is kept here, and what to note of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fastapi import HTTPException
+
+from medvl_sam2.errors import MedVLError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """``note`` is kept with the label or text: the object's UIDs, or ``refused`` with the reason, for good.
+
+    It is empty where no object is due. ``failed``: a reason that passes; nothing is noted, so that it is tried again.
+    """
+
+    note: Mapping[str, str] = field(default_factory=dict)
+    failed: str = ""
+
+
+def attempt(what: str, kind: str, make: Callable[[], Mapping[str, str]]) -> Attempt:
+    """Make an object of ``what``, which is kept whatever happens; ``make`` returns its note, ``kind`` is SEG or SR."""
+    try:
+        return Attempt(make())
+    except Exception as error:
+        if isinstance(error, HTTPException):
+            reason = str(error.detail)
+        else:
+            reason = str(error) if isinstance(error, MedVLError) else f"{type(error).__name__}: {error}"
+        if _passes(error):
+            logger.warning("%s becomes a DICOM %s later: %s", what, kind, reason)
+            return Attempt(failed=f"kept on this server, its DICOM {kind} is made later: {reason}")
+        logger.warning("%s is kept, but not stored as DICOM %s: %s", what, kind, reason, exc_info=error)
+        return Attempt({"refused": f"kept on this server, but not stored as DICOM {kind}: {reason}"})
+
+
+def _passes(error: Exception) -> bool:
+    """Whether it may go well later: a server, a disk or a lock failed, and not the object."""
+    if isinstance(error, HTTPException):
+        return error.status_code >= 500
+    return isinstance(error, OSError | MemoryError)
