@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from app.conftest import Running
 from app.test_label_versions import LIVER, blocks, final, index, listed, post, write
+from lib import version_files
 
 
 def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
@@ -82,12 +85,60 @@ def test_a_placed_file_cannot_use_the_numbers_up(running: Running, tmp_path: Pat
     folder = running.studies / "labels" / f"version_{number}"
     folder.mkdir()
     placed = write(folder / "case_a.nii.gz", blocks(v1=(2, 4)))
+    settle(placed)
     running.app.datastore().refresh()
     assert [(v["version"], v["source"]) for v in listed(running)["versions"]] == [(1, "api"), (2, "found")]
     assert (final(running) == blocks(v1=(2, 4))).all()
     assert not placed.exists()
     assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
     assert list(index(running)["case_a"]["labels"]) == ["final", "version_1", "version_2", "version_3"]
+
+
+@pytest.mark.parametrize("number", [3, 10_001])
+def test_a_placed_file_is_taken_over_once_it_is_whole(running: Running, tmp_path: Path, number: int) -> None:
+    """Half of it lies there when the store looks for the first time; the rest must not go to a file that is gone."""
+    whole = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    placed = running.studies / "labels" / f"version_{number}" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    with open(placed, "wb") as file:
+        file.write(whole[:50])
+        file.flush()
+        running.app.datastore().refresh()
+        assert [v["version"] for v in listed(running)["versions"]] == [1]
+        file.write(whole[50:])
+    settle(placed)
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "found"]
+    assert (final(running) == blocks(v1=(2, 4))).all()
+
+
+def test_a_placed_file_is_taken_over_once_and_kept(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server killed between taking it over and moving it away meets it again; nothing is ever deleted."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    placed = running.studies / "labels" / "version_10001" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    settle(write(placed, blocks(v1=(2, 4))))
+    content, store = placed.read_bytes(), running.app.datastore()
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(version_files.VersionFiles, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.versions("case_a")
+    assert [v["version"] for v in listed(running)["versions"]] == [1, 2]
+    assert not placed.exists()
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == content
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
+
+
+def settle(placed: Path) -> None:
+    """As if it had been written a minute ago."""
+    os.utime(placed, (time.time() - 60,) * 2)
 
 
 def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from app.conftest import Running
 from app.test_label_versions import LIVER, blocks, listed, post, write
+from lib import version_files
 
 
-def test_a_damaged_record_is_made_anew(running: Running, tmp_path: Path) -> None:
+def test_a_damaged_record_is_made_anew(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From MONAI Label's index; only the prompts are nowhere else."""
+    monkeypatch.setattr(version_files, "STALE_S", 0.0)  # nobody else writes here
     for end in (5, 6):
         post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, end))), author="ann", label_info=LIVER)
     before = listed(running)

@@ -254,7 +254,7 @@ class GuardedStore(VersionedStore):
     def remove_image(self, image_id: str) -> None:
         """Delete an image; its labels go to the trash, also those that the index does not know."""
         with self._writing():
-            self._adopt(image_id, thorough=True)
+            self._adopt(image_id, thorough=True, settled=False)
             obj = self._datastore.objects.get(image_id)
             for tag, label in list(obj.labels.items()) if obj else ():
                 path = Path(self._datastore.label_path(tag)) / self._filename(image_id, label.ext)

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 MASKS = (".nii.gz", ".nii", ".nrrd")
 """Extensions of label maps."""
 STALE_S = 5.0
-"""A hidden file younger than this may belong to a process that has not locked it yet."""
+"""A hidden file younger than this may belong to a process that has not locked it yet, a placed mask to one that writes
+it."""
 MAX_WANTED = 10_000
 """Highest number that somebody else may choose, a client or a program that puts a mask under a version's tag."""
 _LEFTOVER = re.compile(r"\..*(\.part|\.json\.\w{8})")
@@ -80,11 +81,16 @@ class VersionFiles:
         newer = self._newest_first(image)
         return next((record for record in newer if not record.draft and record.version != without), None)
 
-    def bare_mask(self, image: str, number: int) -> Path | None:
-        """A mask under a version's tag without a readable record: another program put it there."""
+    def bare_mask(self, image: str, number: int, settled: bool) -> Path | None:
+        """A mask under a version's tag without a readable record: another program put it there.
+
+        ``settled``: none that program may still be writing, as that would go to a file that nobody sees any more.
+        """
         paths = [self.labels / version_tag(number) / f"{image}{extension}" for extension in MASKS]
         found = next((path for path in paths if path.is_file()), None)
-        return found if found is not None and self.read(image, number) is None else None
+        if found is None or self.read(image, number) is not None:
+            return None
+        return None if settled and abs(time.time() - found.stat().st_mtime) < STALE_S else found
 
     def next_number(self, image: str, wanted: int | None = None) -> int:
         """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too.

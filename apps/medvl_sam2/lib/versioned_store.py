@@ -119,12 +119,13 @@ class VersionedStore(IndexedStore):
         labels.clear()
         labels.update(ordered)
 
-    def _adopt(self, image_id: str, thorough: bool = False) -> bool:
+    def _adopt(self, image_id: str, thorough: bool = False, settled: bool = True) -> bool:
         """Make versions of labels that are none yet, and let ``final`` follow; tell whether anything changed.
 
         These are copies earlier releases kept in ``.history``, files other programs put under a version's tag or into
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
-        record is read, so that damaged ones are made anew.
+        record is read, so that damaged ones are made anew. A mask far up is taken over under the next number, and its file
+        goes to the trash. ``settled``: what may still be written to has to wait for the next look.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
@@ -140,13 +141,17 @@ class VersionedStore(IndexedStore):
             changed = True
         behind = [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]
         for number in behind:
-            path = self._files.bare_mask(image_id, number)
+            path = self._files.bare_mask(image_id, number, settled)
             if path is not None:
                 label, saved = obj.labels.get(version_tag(number)), path.stat().st_mtime
-                placed = self._files.next_number(image_id) if number > MAX_WANTED else number
-                self._take_over(image_id, path, placed, label.info if label else {}, "found", saved)
-                if placed != number:
-                    path.unlink()
+                info = label.info if label else {}
+                if number <= MAX_WANTED:
+                    self._take_over(image_id, path, number, info, "found", saved)
+                else:
+                    checksum = file_sha256(path)  # taken over already, if a kill came before it was moved
+                    if all(version.checksum != checksum for version in self._files.versions(image_id)):
+                        self._take_over(image_id, path, self._files.next_number(image_id), info, "found", saved)
+                    self._files.discard(image_id, f"placed_{number}", path)
                     obj.labels.pop(version_tag(number), None)
                 changed = True
         newest, label = self._files.newest(image_id), obj.labels.get(FINAL)
