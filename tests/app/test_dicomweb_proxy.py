@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from monailabel.config import settings
+from starlette.requests import ClientDisconnect
 
 import lib.server
 from app.conftest import AFFINE, SHAPE, Running
+from lib.api import dicomweb_server
 from lib.api.dicomweb_server import Watch, resource_url
 
 _FRAMES = bytes(range(256)) * 20_000
@@ -33,6 +37,7 @@ class _Slow:
         self.go_on = threading.Event()
         self.halves: list[str] = []
         self.silent: list[str] = []
+        self.left = threading.Event()
 
 
 class _DicomServer(BaseHTTPRequestHandler):
@@ -52,6 +57,13 @@ class _DicomServer(BaseHTTPRequestHandler):
             self._answer(200, "text/plain", b"half", {"Content-Length": "8"})
             assert self.slow.go_on.wait(60)
             self.wfile.write(b"late")
+        elif path.endswith("/left"):
+            self._answer(200, "text/plain", b"half", {"Content-Length": "8"})
+            self.connection.settimeout(30)
+            with suppress(ConnectionResetError):
+                assert self.connection.recv(1) == b""
+            self.slow.left.set()
+            self.close_connection = True
         elif self.headers.get("Accept") == "image/unknown":
             self._answer(406, "text/plain", b"not offered")
         elif path.endswith("/empty"):
@@ -235,6 +247,67 @@ def test_a_viewer_waiting_for_600_frames_keeps_no_label_from_being_saved(
     assert saved.status_code == 200, saved.text
     assert frames == ["halflate"] * 100 + ["late"] * 500
     assert len(slow.silent) == 500
+
+
+def test_requests_that_hang_leave_threads_to_others(running: Running, dicom_server: str, monkeypatch: Any) -> None:
+    """Half of them before the answer begins, half amid it: a study that a server fetches from its archive."""
+    monkeypatch.setattr("lib.api.dicomweb_server.server_root", lambda: dicom_server)
+    slow = _DicomServer.slow
+
+    async def load() -> str:
+        transport = httpx.ASGITransport(app=lib.server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver", timeout=120) as viewer:
+            paths = [f"/proxy/dicom/wado/{n}/{kind}" for n in range(100) for kind in ("half", "silent")]
+            hanging = [asyncio.create_task(viewer.get(path)) for path in paths]
+            await asyncio.to_thread(_until, lambda: (len(slow.halves), len(slow.silent)) == (100, 100))
+            answer = await asyncio.wait_for(viewer.get("/proxy/dicom/wado/studies/1/frames"), 30)
+            assert not any(one.done() for one in hanging)
+            slow.go_on.set()
+            await asyncio.gather(*hanging)
+            return hashlib.sha256(answer.content).hexdigest()
+
+    assert asyncio.run(load()) == hashlib.sha256(_FRAMES).hexdigest()
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before its first piece", "amid its pieces"])
+def test_the_request_ends_when_its_client_leaves(
+    running: Running, dicom_server: str, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Not only when the server gives up."""
+    monkeypatch.setattr("lib.api.dicomweb_server.server_root", lambda: dicom_server)
+    answers, ask = [], dicomweb_server.send
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        answers.append(ask(*args, **kwargs))  # else collecting garbage would close it
+        return answers[-1]
+
+    monkeypatch.setattr(dicomweb_server, "send", kept)
+
+    async def leave() -> None:
+        gone, path = asyncio.Event(), "/proxy/dicom/wado/studies/left"
+        asgi = {"version": "3.0", "spec_version": "2.3" if begun else "2.4"}
+        scope = {"type": "http", "asgi": asgi, "method": "GET", "path": path, "query_string": b"", "headers": []}
+        asked = False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if not begun:
+                raise OSError("the client is gone")
+            asyncio.get_running_loop().call_later(0.2, gone.set)
+
+        with suppress(ClientDisconnect, OSError):
+            await lib.server.app({**scope, "http_version": "1.1", "scheme": "http"}, receive, send)
+
+    asyncio.run(leave())
+    assert len(answers) == 1
+    assert _DicomServer.slow.left.wait(20)
 
 
 def test_a_folder_has_no_proxy(running: Running) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
+import lib.server
 from app.conftest import Running
 from app.fake_dicomweb import FakeDicomWeb, Open
 from app.phantom import phantom
-from app.test_dicomweb_store import INFO, add, submit
+from app.test_dicomweb_store import INFO, add, submit, wait_for
+from lib import dicom_outbox
 from lib.dicom_sr import report_text
 from lib.text_reports import publish_text
 from lib.text_versions import TextVersion, TextVersions
@@ -77,3 +83,42 @@ def test_two_series_of_a_study_keep_their_labels_and_texts_apart(
         pairs = {Path(pair["image"]).name: pair["label"] for pair in opened.datalist()}
         for series, mask in masks.items():
             assert np.array_equal(read_mask(pairs[f"{series}.nii.gz"])[0], mask)
+
+
+def test_a_server_that_hangs_keeps_no_label_from_being_saved(
+    running: Running, tmp_path: Path, server: FakeDicomWeb, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists, downloads and next samples wait for it, more than there are threads; a save waits a moment for its SEG."""
+    image, other = add(server, tmp_path / "s"), add(server, tmp_path / "t")
+    store = open_store()
+    monkeypatch.setattr(running.app, "_datastore", store)
+    submit(store, image, tmp_path)
+    monkeypatch.setattr(dicom_outbox, "_ANSWER_S", 0.1)
+    label = (tmp_path / "label.nii.gz").read_bytes()
+    server.stalled = threading.Event()
+    asked = [
+        ("GET", "/medvl/cases", {}),
+        ("GET", "/datastore/image", {"params": {"image": other}}),
+        ("GET", "/datastore/label", {"params": {"label": other, "tag": "final"}}),
+        ("GET", "/datastore/", {"params": {"output": "train"}}),
+        ("POST", "/activelearning/first", {"json": {}}),
+    ] * 20
+
+    async def save() -> tuple[httpx.Response, int]:
+        transport = httpx.ASGITransport(app=lib.server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver", timeout=120) as client:
+            hanging = [asyncio.create_task(client.request(method, url, **more)) for method, url, more in asked]
+            await asyncio.sleep(0.5)
+            sent = {"files": {"label": ("label.nii.gz", label)}, "data": {"params": json.dumps(INFO)}}
+            saved = await asyncio.wait_for(client.put("/datastore/label", params={"image": image}, **sent), 30)
+            listed = await asyncio.wait_for(client.get("/medvl/labels", params={"image": image}), 30)
+            assert not any(one.done() for one in hanging)
+            server.stalled.set()
+            await asyncio.gather(*hanging)
+            return saved, len(listed.json()["versions"])
+
+    saved, versions = asyncio.run(save())
+    assert (saved.status_code, versions) == (200, 2), saved.text
+    assert "has not answered yet" in saved.json()["dicom_seg"]["waiting"]
+    wait_for(lambda: store._outbox.retry() == 0)
+    assert len(server.series("SEG")) == 2

@@ -50,7 +50,10 @@ class Outbox:
         sender = threading.Thread(target=lambda: told.append(self._send(file)), name="dicom-outbox", daemon=True)
         sender.start()
         sender.join(_PATIENCE_S + _ANSWER_S)
-        return told[0] if told else "the DICOMweb server has not answered yet; it is sent again if need be"
+        if told:
+            return told[0]
+        reason = "the DICOMweb server has not answered yet; it is sent again if need be"
+        return self._reasons.setdefault(file.stem, reason)
 
     def _send(self, file: Path) -> str | None:
         if not self._lock.acquire(timeout=_PATIENCE_S):

@@ -124,8 +124,8 @@ class VersionedStore(IndexedStore):
 
         These are copies earlier releases kept in ``.history``, files other programs put under a version's tag or into
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
-        record is read, so that damaged ones are made anew. A mask far up is taken over under the next number, and its file
-        goes to the trash. ``settled``: what may still be written to has to wait for the next look.
+        record is read, so that damaged ones are made anew. A mask far up is taken over under the next number, and its
+        file goes to the trash. ``settled``: what may still be written to has to wait for the next look.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:

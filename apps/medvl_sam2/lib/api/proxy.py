@@ -3,28 +3,34 @@
 MONAI Label's own drops query strings (so a study filter finds everything), reads answers into memory and blocks
 everybody meanwhile.
 
-Concurrency: a slow DICOM server takes no thread from anybody else. Questions wait in one pool of threads
+Concurrency: a slow DICOM server takes no thread from anything but this proxy. Questions wait in one pool of threads
 (:data:`lib.api.worker_threads.DICOM`) and the pieces of answers in another, so that answers come to an end while others
-still wait for theirs. The framework's own threads, which uploads need, are not used.
+still wait for theirs. Each pool has :data:`lib.api.worker_threads.DICOM_THREADS` threads, started as they are needed:
+so many requests may hang, each for at most :data:`lib.api.dicomweb_server.READ_S` of silence, before the next one
+waits. When a client leaves amid an answer, the DICOM server's is ended. The framework's own threads, which uploads
+need, are not used.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import IO
 
 import requests
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import MutableHeaders
+from starlette.types import Receive, Scope, Send
 
 from lib.api import dicomweb_server
 from lib.api.access import AsAnnotator, AsUser
 from lib.api.plain_names import check_plain_path
-from lib.api.worker_threads import DICOM
+from lib.api.worker_threads import DICOM, DICOM_THREADS
 
 router = APIRouter(prefix="/proxy/dicom", include_in_schema=False)
 
@@ -37,7 +43,7 @@ _KEPT_BACK = frozenset(
 _REFUSALS = (400, 406, 415)
 _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
-_ANSWERS = ThreadPoolExecutor(16, "dicom-answers")
+_ANSWERS = ThreadPoolExecutor(DICOM_THREADS, "dicom-answers")
 
 
 @router.get("/{path:path}")  # the lowest is offered a request first
@@ -94,7 +100,7 @@ def _service(request: Request) -> str:
 
 
 def _streamed(answer: requests.Response) -> StreamingResponse:
-    response = StreamingResponse(_chunks(answer), status_code=answer.status_code)
+    response = _PassedOn(answer)
     passed = MutableHeaders()
     for name, value in answer.headers.items():
         if name.lower() not in _KEPT_BACK and not name.lower().startswith("access-control-"):
@@ -103,11 +109,31 @@ def _streamed(answer: requests.Response) -> StreamingResponse:
     return response
 
 
+class _PassedOn(StreamingResponse):
+    """An answer of the DICOM server, which is closed however this ends, also before its first piece was asked for."""
+
+    def __init__(self, answer: requests.Response) -> None:
+        super().__init__(_chunks(answer), status_code=answer.status_code)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _ANSWERS.submit(_close, self._answer)
+
+
 async def _chunks(answer: requests.Response) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
     pieces = answer.raw.stream(_CHUNK_BYTES, decode_content=False)
-    try:
-        while piece := await loop.run_in_executor(_ANSWERS, next, pieces, b""):
-            yield piece
-    finally:
-        _ANSWERS.submit(answer.close)  # which waits for a read that goes on after its client went away
+    while piece := await loop.run_in_executor(_ANSWERS, next, pieces, b""):
+        yield piece
+
+
+def _close(answer: requests.Response) -> None:
+    # None once it was read to its end: then its connection serves others.
+    unread = getattr(answer.raw.connection, "sock", None)
+    if unread is not None:
+        with suppress(OSError):  # it ends a read that still waits in another thread, and tells the DICOM server
+            unread.shutdown(socket.SHUT_RDWR)
+    answer.close()

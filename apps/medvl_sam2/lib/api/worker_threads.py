@@ -4,10 +4,11 @@ MONAI Label declares its handlers ``async`` and blocks inside: a download from a
 conversion would keep every other request waiting. :func:`in_worker_threads` copies a router with each handler moved to
 a thread; path, parameters, access, responses and documentation stay.
 
-Concurrency: four pools, so that slow work of one kind takes no thread from the others. Inference requests wait in
-their thread for their turn (:mod:`lib.turns`); what only reads memory (``QUICK``) never waits behind a download; a
-viewer that loads hundreds of frames from a slow DICOM server keeps no label from being saved. Requests beyond a pool's
-size queue without a thread. Threads that infer have a lower priority on the processor (:mod:`lib.priority`).
+Concurrency: five pools, so that slow work of one kind takes no thread from the others. Inference requests wait in
+their thread for their turn (:mod:`lib.turns`); what only reads memory (``QUICK``) never waits behind a download;
+neither a viewer that loads hundreds of frames from a slow DICOM server nor requests that list or fetch what it holds
+(``FETCHING``) keep a label from being saved. Requests beyond a pool's size queue without a thread. Threads that infer
+have a lower priority on the processor (:mod:`lib.priority`).
 """
 
 from __future__ import annotations
@@ -31,14 +32,23 @@ from lib.priority import INFERENCE, give_way
 
 _INFERENCE = ThreadPoolExecutor(64, "inference", give_way, (INFERENCE,))
 _QUICK = ThreadPoolExecutor(8, "quick")
-DICOM = ThreadPoolExecutor(16, "dicom-proxy")
+DICOM_THREADS = 512
+"""More than viewers ask at a time; a thread that waits costs little memory and no processor."""
+DICOM = ThreadPoolExecutor(DICOM_THREADS, "dicom-proxy")
 """Asks the DICOM server; :mod:`lib.api.proxy` has another pool to pass its answers on."""
+_FETCHING = ThreadPoolExecutor(16, "fetching")
 _WORK = ThreadPoolExecutor(32, "work")
 _POOLS = (
     (("/infer/", "/medvl/texts/ask", "/medvl/texts/report", "/medvl/texts/mask"), _INFERENCE),
     (("/info/", "/medvl/health", "/medvl/jobs", "/auth"), _QUICK),
     (("/proxy/dicom/",), DICOM),
 )
+_FETCHED = frozenset(
+    f"{path}{end}"
+    for path in ("/datastore", "/datastore/image", "/datastore/label", "/datastore/dataset", "/medvl/cases")
+    for end in ("", "/")
+)
+"""Reading these, and asking for the next sample, may wait for a DICOM server to list or send what it holds."""
 
 
 def in_worker_threads(router: APIRouter, blocking_async: bool = False) -> APIRouter:
@@ -58,7 +68,7 @@ def in_worker_threads(router: APIRouter, blocking_async: bool = False) -> APIRou
 
 def _threaded(route: APIRoute) -> Callable[..., Any]:
     endpoint, modelled = route.endpoint, route.response_model is not None
-    pool = next((pool for prefixes, pool in _POOLS if route.path.startswith(prefixes)), _WORK)
+    pool = _pool(route)
     # An inference may name an image by its path; lib.sessions.may_be_image judges those.
     names = NAMES - {"image"} if route.path.startswith("/infer/") else NAMES
 
@@ -79,6 +89,13 @@ def _threaded(route: APIRoute) -> Callable[..., Any]:
         return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, call, values)
 
     return run
+
+
+def _pool(route: APIRoute) -> ThreadPoolExecutor:
+    reads = route.methods is not None and route.methods <= {"GET", "HEAD"}
+    if (reads and route.path in _FETCHED) or route.path.startswith("/activelearning/"):
+        return _FETCHING
+    return next((pool for prefixes, pool in _POOLS if route.path.startswith(prefixes)), _WORK)
 
 
 async def _awaited(coroutine: Any) -> Any:
