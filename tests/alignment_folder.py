@@ -2,7 +2,9 @@
 
 As a program it trains on such a folder::
 
-    alignment_folder.py MANIFEST OUT STEPS [ddp|fsdp]
+    alignment_folder.py MANIFEST OUT STEPS [ddp|fsdp ...]
+
+Two ways of sharing take half of the steps each, the second from the state that the first left.
 """
 
 from __future__ import annotations
@@ -63,9 +65,9 @@ def stage_on(path: Path, config: AlignmentStageConfig, out: Path | None = None, 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place, out, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    parallel = "fsdp" if "fsdp" in sys.argv else "ddp"
-    ranks = Ranks.join()
-    loop = replace(SETTINGS.trainer, steps=steps, parallel=parallel)
-    settings = replace(SETTINGS, batch=SETTINGS.batch // ranks.world, trainer=loop)
-    stage = stage_on(place, settings, out, ranks.world)
-    Trainer(stage, loop, out).run()
+    parallels, ranks = sys.argv[4:] or ["ddp"], Ranks.join()
+    for number, parallel in enumerate(parallels, start=1):
+        loop = replace(SETTINGS.trainer, steps=steps * number // len(parallels), parallel=parallel)
+        settings = replace(SETTINGS, batch=SETTINGS.batch // ranks.world, trainer=loop)
+        stage = stage_on(place, settings, out, ranks.world)
+        Trainer(stage, loop, out).run()

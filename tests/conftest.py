@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Before torch is imported, and for the programs that tests start: sums in the same order on every machine, and no fight
+# over the cores of a small one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    """Sums in the same order on every machine, and no fight over the cores of a small one."""
-    torch.set_num_threads(1)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files to each process, whatever ``--dist`` says."""
+    from processes import WholeFiles
+
+    return WholeFiles(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """One of several processes takes the long files first; a single one keeps the order."""
+    if hasattr(config, "workerinput"):
+        from processes import longest_first
+
+        longest_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 As a program it trains the joint stage of the tests' small model on such a folder::
 
-    taught_folder.py MANIFEST OUT STEPS [ddp|fsdp]
+    taught_folder.py MANIFEST OUT STEPS [ddp|fsdp ...]
+
+Two ways of sharing take half of the steps each, the second from the state that the first left.
 """
 
 from __future__ import annotations
@@ -109,8 +111,9 @@ def stage_on(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place, out, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    parallel = "fsdp" if "fsdp" in sys.argv else "ddp"
-    ranks = Ranks.join()
-    loop = replace(SETTINGS.trainer, steps=steps, accumulate=2 // ranks.world, parallel=parallel)
-    settings = replace(SETTINGS, trainer=loop)
-    Trainer(stage_on(place, settings, SCENELESS, out, world=ranks.world), loop, out).run()
+    parallels, ranks = sys.argv[4:] or ["ddp"], Ranks.join()
+    for number, parallel in enumerate(parallels, start=1):
+        share = steps * number // len(parallels)
+        loop = replace(SETTINGS.trainer, steps=share, accumulate=2 // ranks.world, parallel=parallel)
+        settings = replace(SETTINGS, trainer=loop)
+        Trainer(stage_on(place, settings, SCENELESS, out, world=ranks.world), loop, out).run()

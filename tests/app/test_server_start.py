@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import requests
 
 from app.conftest import write_phantom
+from orthanc import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,9 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "studies").mkdir()
     write_phantom(folder / "studies" / "case_a.nii.gz", 100)
     write_phantom(folder / "studies" / "case_b.nii.gz", 300)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     repository = Path(__file__).resolve().parents[2]
     command = [sys.executable, "scripts/serve.py", "--studies", str(folder / "studies"), "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MONAI_LABEL")}
