@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-labels", action="store_true", default=None, help="publish although the labels look implausible"
     )
-    parser.add_argument("--device", help="such as cuda")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with all figures")
     return parser.parse_args(arguments)
@@ -75,11 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = settings(options)
         samples = samples_from_folder(options.folder)
-        result = run_finetune(config, samples, options.base, options.store, _show, stop.is_set, default_backend())
+        result = run_finetune(
+            config, samples, options.base, options.store, _show, stop.is_set, default_backend(config.device)
+        )
     except (MedVLError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not Ranks.join(config.device).first:
+    if not Ranks.join(config.place).first:
         return 130 if result.stopped else 0
     for line in result.skipped:
         print(f"left out: {line}")

@@ -103,7 +103,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
     predictors: list[FakePredictor] = []
 
-    def load(path: Path | None) -> FakePredictor:
+    def load(path: Path | None, **_: str) -> FakePredictor:
         predictors.append(FakePredictor.load(path))
         return predictors[-1]
 

@@ -59,7 +59,7 @@ class FakePredictor:
         self.broken = False
 
     @classmethod
-    def load(cls, path: Path | None) -> FakePredictor:
+    def load(cls, path: Path | None, **_: str) -> FakePredictor:
         return cls(path.name if path else "shipped-1")
 
     def close(self) -> None:

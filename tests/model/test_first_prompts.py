@@ -15,6 +15,7 @@ from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceOutput, Slic
 from medvl_sam2.predictor.edits import CanonicalClick
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
 from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.places import MatchRule, elements_at
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Modality
@@ -35,7 +36,7 @@ def intensity(image: np.ndarray) -> SliceIntensity:
 
 @pytest.fixture(scope="module")
 def first() -> FirstPrompts:
-    return FirstPrompts(small_model().segmenter, InteractiveConfig())
+    return FirstPrompts(PlacedSegmenter(small_model().segmenter), InteractiveConfig())
 
 
 @pytest.fixture

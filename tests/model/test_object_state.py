@@ -10,6 +10,7 @@ from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.predictor.edits import CanonicalClick
 from medvl_sam2.predictor.objects import ObjectState
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.types import Modality
 from small_model import small_model
@@ -36,7 +37,7 @@ def thin() -> np.ndarray:
 @pytest.fixture
 def state(thin: np.ndarray) -> ObjectState:
     """The rod taken over in a tight window, with the logits that its cells give."""
-    segmenter = small_model().segmenter
+    segmenter = PlacedSegmenter(small_model().segmenter)
     image = np.zeros(SHAPE, dtype=np.int16)
     crop = window(32.0, segmenter.config.image_size)
     stack = SliceStack(segmenter, image, SliceIntensity.of(image, Modality.CT), crop)

@@ -14,6 +14,7 @@ from torch import Tensor
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.propagation import MemoryRule, ObjectMemory, propagate, recall
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.strokes import Stroke, StrokeKind
@@ -171,7 +172,7 @@ def test_a_small_lesion_costs_the_same_in_a_small_and_in_a_large_study(monkeypat
 @torch.inference_mode()
 def test_the_start_of_a_box_on_a_slice_ends_where_the_object_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder here shows the object on the slices 14 to 26 alone."""
-    segmenter = small_model().segmenter
+    segmenter = PlacedSegmenter(small_model().segmenter)
     volume = lesion_study((64, 64, 120), (26, 26, 14))
     image = np.ascontiguousarray(volume.array.transpose(2, 1, 0))
     stacks: list[SliceStack] = []

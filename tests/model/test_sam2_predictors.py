@@ -44,6 +44,7 @@ from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SliceP
 from medvl_sam2.predictor.edits import CanonicalClick
 from medvl_sam2.predictor.first_prompts import InteractiveConfig, box_points, click_points
 from medvl_sam2.predictor.interactive import InteractiveEngine
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.propagation import MemoryRule, ObjectMemory, propagate
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.presets import SLICE_PRESETS
@@ -85,7 +86,7 @@ class Pair:
         """The slices, each in a window that is just the slice."""
         size = self.volume.shape[1]
         crop = SliceCrop.whole((size, size), (1.0, 1.0), self.ours.config.image_size)
-        return SliceStack(self.ours, self.volume, GREY, crop)
+        return SliceStack(PlacedSegmenter(self.ours, "float32"), self.volume, GREY, crop)
 
     def our_pass(self, prompts: Mapping[int, Prompt]) -> dict[int, SliceOutput]:
         """Every slice that ``propagate`` reaches from the prompted ones, and these."""
@@ -323,7 +324,7 @@ def test_between_two_prompted_slices(pair: Pair, rounded: None) -> None:
 def test_the_engine_from_box_to_mask(pair: Pair) -> None:
     """As served, but without the intensities' help and in a window that is the slice."""
     settings = InteractiveConfig(assist=False, window_factor=2.0, slice_step_mm=1.0, memory=EVERY)
-    engine = InteractiveEngine(pair.ours, settings)
+    engine = InteractiveEngine(PlacedSegmenter(pair.ours, "float32"), settings)
     state = engine.first.from_box(pair.volume, (1.0, 1.0, 1.0), GREY, BOX)
     assert state.stack.crop == pair.stack.crop
     up, down = (pair.their_passes({state.start: box()}, way, start=state.start) for way in (False, True))

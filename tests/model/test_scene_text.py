@@ -260,9 +260,8 @@ def test_kept_scenes_are_looked_at_once(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(predictor, "measured_scene", None)
     again = KeptScenes(predictor, tmp_path).pair(FIRST_SEED)
     assert np.array_equal(again.volume_embedding, first.volume_embedding)
-    predictor.image_text = None
     with pytest.raises(DataError, match="leave --scenes out"):
-        KeptScenes(predictor, tmp_path)
+        KeptScenes(Predictor(predictor.model, predictor.meta), tmp_path)
 
 
 def test_a_scene_is_measured_as_the_predictor_does(folder: Path) -> None:

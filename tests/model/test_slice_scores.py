@@ -15,6 +15,7 @@ from medvl_sam2.modeling.slice_scorer import SliceScorer, slice_score_loss
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.modeling.unified import Grounding
 from medvl_sam2.predictor.named import Located, NamedEngine
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.stack import SliceStack
 from medvl_sam2.training.samples import LabelledVolume, from_masks
 from medvl_sam2.training.slice_batches import TRUTH_SIZE, SliceSampler
@@ -86,7 +87,8 @@ def test_slices_are_scored_on_their_coarse_features_alone(monkeypatch: pytest.Mo
     assert segmenter.scorer is not None
     image = np.random.default_rng(0).normal(0, 99, (7, 40, 30)).astype(np.int16)
     crop = SliceCrop.whole((40, 30), (2.0, 3.0), SMALL_SLICES.image_size, 3.0)
-    stack = SliceStack(segmenter, image, SliceIntensity.of(image, Modality.CT), crop)
+    placed = PlacedSegmenter(segmenter)
+    stack = SliceStack(placed, image, SliceIntensity.of(image, Modality.CT), crop)
     tokens, searched = torch.randn(3, SMALL_SLICES.d_model), [0, 2, 4, 6]
     with torch.inference_mode():
         whole = torch.softmax(segmenter.scorer(tokens, stack.features(searched).coarse), dim=1)
@@ -95,7 +97,7 @@ def test_slices_are_scored_on_their_coarse_features_alone(monkeypatch: pytest.Mo
             raise AssertionError("fine and middle features of every slice at once")
 
         monkeypatch.setattr(SliceStack, "features", refuse)
-        found = NamedEngine(segmenter)._chances(stack, searched, tokens)
+        found = NamedEngine(placed)._chances(stack, searched, tokens)
     assert found is not None
     assert torch.equal(found, whole)
 
@@ -122,7 +124,8 @@ def test_the_score_chooses_where_the_predictor_begins(
     segmenter = SliceSegmenter(replace(SMALL_SLICES, slice_scores=best is not None)).eval()
     if best is not None:
         segmenter.scorer = Chosen(best)
-    engine = NamedEngine(segmenter)
+    placed = PlacedSegmenter(segmenter)
+    engine = NamedEngine(placed)
     decoded = torch.full((1, 10, 16, 16), -4.0)
     decoded[0, 2, 2:6, 2:6] = 4.0
     decoded[0, 6:9, 8:13, 8:13] = 4.0
@@ -132,7 +135,7 @@ def test_the_score_chooses_where_the_predictor_begins(
     begun: list[int] = []
     image = np.zeros((10, 48, 48), dtype=np.int16)
     crop = SliceCrop.whole((48, 48), (2.0, 2.0), SMALL_SLICES.image_size, 3.0)
-    stack = SliceStack(segmenter, image, SliceIntensity.of(image, Modality.CT), crop)
+    stack = SliceStack(placed, image, SliceIntensity.of(image, Modality.CT), crop)
     with torch.inference_mode():
         located = engine.locate(stack, (3.0, 2.0, 2.0), Grounding(torch.zeros(1, SMALL_SLICES.d_model), None))
         assert located.searched == list(range(10))

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medvl_sam2.errors import CheckpointError, ConfigError, TrainingError
+from medvl_sam2.modeling.compute import autocast, has_bfloat16_units
 from medvl_sam2.modeling.dcformer import DCFormer
 from medvl_sam2.modeling.language import build_language_model
-from medvl_sam2.training.precision import autocast, has_bfloat16_units
 from medvl_sam2.training.schedule import rate_factor
 from medvl_sam2.training.stage import Draw, ParameterGroup, Run
 from medvl_sam2.training.trainer import Trainer, TrainerConfig

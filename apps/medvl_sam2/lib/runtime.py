@@ -34,6 +34,7 @@ from lib.preparation import Preparation
 from lib.request_parsing import Client
 from lib.turns import Turns, Waiting
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
+from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Prompt, Volume
 from medvl_sam2.volume_io import read_geometry, read_volume
@@ -94,7 +95,7 @@ class Runtime:
 
     def __init__(self, config: AppConfig, load: Loader | None = None) -> None:
         self._config = config
-        self._load = load or load_predictor
+        self._load = load or partial(load_predictor, device=config.device, precision=config.precision)
         self._turns = Turns()
         self._preparation = Preparation(self._turns, self._prepare) if config.prepare else None
         self._ahead: OrderedDict[tuple[Path, int], Session] = OrderedDict()
@@ -330,8 +331,8 @@ def _shown(name: str, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def load_predictor(path: Path | None) -> Predictor:
+def load_predictor(path: Path | None, device: str = "auto", precision: Precision = "auto") -> Predictor:
     """Load published weights, or the shipped ones for None."""
     from medvl_sam2.predictor import Predictor  # torch and all: not before somebody asks
 
-    return Predictor.load(path)
+    return Predictor.load(path, device, precision)

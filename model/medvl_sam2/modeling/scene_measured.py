@@ -25,6 +25,10 @@ class MeasuredScene(NamedTuple):
     lesions: Tensor
     extent_mm: Tensor
 
+    def to(self, device: torch.device | str) -> MeasuredScene:
+        """The same on ``device``."""
+        return MeasuredScene(*(part.to(device) for part in self))
+
 
 @torch.no_grad()
 def measured_scene(language: VisionLanguage, views: Tensor, extent_mm: Tensor) -> MeasuredScene:

@@ -68,6 +68,11 @@ class GlobalLook:
     elements: SceneElements | None
     scene: MeasuredScene | None = None
 
+    def readable(self) -> GlobalLook:
+        """The same with what is read without the network, the maps and measurements, on the CPU."""
+        elements = None if self.elements is None else replace(self.elements, maps=self.elements.maps.cpu())
+        return replace(self, elements=elements, scene=None if self.scene is None else self.scene.to("cpu"))
+
 
 @dataclass(frozen=True)
 class Grounding:
@@ -130,7 +135,7 @@ class UnifiedModel(nn.Module):
             return Grounding(vectors, None)
         if names:
             return Grounding(vectors, self._class_places(look.elements, names))
-        scores = self.language.pointer(states, look.elements.tokens)
+        scores = self.language.pointer(states, look.elements.tokens).to(look.elements.maps.device)
         organs = self.config.scene_organs
         hosts = {organs.index(name) for name in within if name in organs}
         if hosts:

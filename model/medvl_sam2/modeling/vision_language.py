@@ -113,7 +113,7 @@ class VisionLanguage(nn.Module):
 
     def word_embedding(self, text: str) -> Tensor:
         """Mean input embedding (hidden,) of a text as it stands within a sentence."""
-        ids = torch.tensor(self.tokenizer.encode(" " + text), device=self.lm.device)
+        ids = torch.tensor(self.tokenizer.encode(" " + text)).to(self.lm.device)
         return cast(Tensor, self.lm.get_input_embeddings()(ids).mean(dim=0))
 
     def embed(self, image_tokens: Tensor, input_ids: Tensor) -> Tensor:
@@ -213,15 +213,17 @@ class VisionLanguage(nn.Module):
                 use_cache=True,
             )
             logits = self.lm.lm_head(output.last_hidden_state[:, -1])
-            logits[:, [self.tokenizer.pad_id, self.tokenizer.image_id]] = -torch.inf
+            logits[:, self.tokenizer.pad_id] = -torch.inf
+            logits[:, self.tokenizer.image_id] = -torch.inf
             logits[:, len(self.tokenizer) :] = -torch.inf
             chosen = logits.argmax(dim=-1)
             finished |= chosen == self.tokenizer.eos_id
-            if bool(finished.all()):
+            over = finished.tolist()
+            if all(over):
                 break
-            for row in range(len(prompts)):
-                if not finished[row]:
-                    replies[row].append(int(chosen[row]))
+            for reply, done, token in zip(replies, over, chosen.tolist(), strict=True):
+                if not done:
+                    reply.append(token)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             attention, positions = mask[:, None, :], positions[:, -1:] + 1
             step = self.lm.get_input_embeddings()(chosen[:, None])
@@ -233,11 +235,11 @@ class VisionLanguage(nn.Module):
     def _pad(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Equal-length ids (B, L) and the bool mask (B, L) of real positions."""
         length = max(len(row) for row in rows)
-        device = self.lm.device
-        ids = torch.full((len(rows), length), self.tokenizer.pad_id, device=device)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_id)
         for index, row in enumerate(rows):
             place = slice(length - len(row), length) if left else slice(0, len(row))
-            ids[index, place] = torch.tensor(row, device=device)
+            ids[index, place] = torch.tensor(row)
+        ids = ids.to(self.lm.device)
         return ids, ids != self.tokenizer.pad_id
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
 from medvl_sam2.modeling.scene_pointer import SceneElements
-from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
+from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.predictor.edits import CanonicalClick, Edit
 from medvl_sam2.predictor.feature_cache import FeatureCache
 from medvl_sam2.predictor.objects import OUTSIDE, ObjectState
 from medvl_sam2.predictor.painting import Painted, grown_round_box, grown_round_click
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.places import (
     MatchRule,
     Part,
@@ -71,7 +72,9 @@ class InteractiveConfig:
 class FirstPrompts:
     """Stateless over volumes: what it makes lies in :class:`ObjectState`."""
 
-    def __init__(self, segmenter: SliceSegmenter, config: InteractiveConfig, cache: FeatureCache | None = None) -> None:
+    def __init__(
+        self, segmenter: PlacedSegmenter, config: InteractiveConfig, cache: FeatureCache | None = None
+    ) -> None:
         self.segmenter, self.cache = segmenter, cache or FeatureCache()
         self.config = config
 

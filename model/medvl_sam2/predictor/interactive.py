@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt, SliceSegmenter
+from medvl_sam2.modeling.slice_segmenter import SliceMemory, SliceOutput, SlicePrompt
 from medvl_sam2.predictor.edits import CanonicalStroke, Edit
 from medvl_sam2.predictor.feature_cache import FeatureCache
 from medvl_sam2.predictor.first_prompts import FirstPrompts, InteractiveConfig
@@ -25,6 +25,7 @@ from medvl_sam2.predictor.full_propagation import FullPropagation
 from medvl_sam2.predictor.locality import EditRegion, opened, restrict
 from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.painting import Painted, paint
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.propagation import recall
 from medvl_sam2.predictor.slice_points import click_points
 
@@ -35,7 +36,7 @@ class InteractiveEngine:
     """Stateless over volumes: all state lies in :class:`ObjectState`."""
 
     def __init__(
-        self, segmenter: SliceSegmenter, config: InteractiveConfig | None = None, cache: FeatureCache | None = None
+        self, segmenter: PlacedSegmenter, config: InteractiveConfig | None = None, cache: FeatureCache | None = None
     ) -> None:
         self.segmenter = segmenter
         self.config = config or InteractiveConfig()

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.modeling.slice_segmenter import SlicePrompt, SliceSegmenter
+from medvl_sam2.modeling.slice_segmenter import SlicePrompt
 from medvl_sam2.modeling.unified import Grounding
 from medvl_sam2.predictor.feature_cache import FeatureCache
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.places import place_on_slices
 from medvl_sam2.predictor.stack import SliceStack, interpolate_logits, planned_slices
 
@@ -88,7 +89,7 @@ class NamedEngine:
     """Finds and delineates objects given what the language side says of them."""
 
     def __init__(
-        self, segmenter: SliceSegmenter, config: NamedConfig | None = None, cache: FeatureCache | None = None
+        self, segmenter: PlacedSegmenter, config: NamedConfig | None = None, cache: FeatureCache | None = None
     ) -> None:
         self.segmenter, self.cache = segmenter, cache or FeatureCache()
         self.config = config or NamedConfig()
@@ -113,14 +114,12 @@ class NamedEngine:
             return Located(stack, searched, grounding, None)
         decoded = self._decode_all(stack, searched, grounding.language)
         if self.config.smooth_slices and len(searched) > 2:
-            smooth = ndimage.gaussian_filter1d(decoded.cpu().numpy(), self.config.smooth_slices, axis=1, mode="nearest")
+            smooth = ndimage.gaussian_filter1d(decoded.numpy(), self.config.smooth_slices, axis=1, mode="nearest")
             decoded = torch.from_numpy(smooth)
         return Located(stack, searched, grounding, decoded, self._chances(stack, searched, grounding.language))
 
     def _chances(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor | None:
-        if self.segmenter.scorer is None:
-            return None
-        return torch.softmax(self.segmenter.scorer(tokens, stack.coarse(searched)), dim=1).cpu()
+        return self.segmenter.chances(tokens, stack.coarse(searched)) if self.segmenter.scores_slices else None
 
     def _decode_all(self, stack: SliceStack, searched: list[int], tokens: Tensor) -> Tensor:
         """The decoder's logits (K, n, h, h) for language tokens (K, C) on every searched slice."""

@@ -23,6 +23,7 @@ import torch
 from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, CheckpointMeta, load_checkpoint, load_into, shipped_checkpoint
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.errors import CheckpointError, PromptError
+from medvl_sam2.modeling.compute import Precision, compute_device
 from medvl_sam2.modeling.prompts import segment_prompt, segment_reply
 from medvl_sam2.modeling.scene_measured import MeasuredScene
 from medvl_sam2.modeling.scene_text import SceneTextModel
@@ -30,6 +31,7 @@ from medvl_sam2.modeling.siglip import ImageTextModel
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import GlobalLook, Grounding, UnifiedModel, language_view
 from medvl_sam2.partial_weights import load_image_text_beside
+from medvl_sam2.predictor.embeddings import Embeddings
 from medvl_sam2.predictor.evidence import NOT_FOUND, EvidenceMap, ground_answer, ground_report
 from medvl_sam2.predictor.feature_cache import CacheConfig, FeatureCache
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
@@ -46,6 +48,7 @@ from medvl_sam2.predictor.phrases import (
     spoken_request,
     vocabulary_matches,
 )
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 from medvl_sam2.predictor.session import Session, SessionConfig
 from medvl_sam2.predictor.shared_volume import SharedVolume
 from medvl_sam2.types import Answer, Prompt, Segmentation, Sentence, Volume
@@ -72,37 +75,55 @@ class Predictor:
         image_text: ImageTextModel | SceneTextModel | None = None,
         sessions: SessionConfig | None = None,
         cache: CacheConfig | None = None,
+        precision: Precision = "auto",
     ) -> None:
+        """Serve ``model`` where it is; ``precision`` of the slices is that of :class:`PlacedSegmenter`."""
         self.sessions = sessions or SessionConfig()
         self.cache = FeatureCache(cache)
         self._shared: weakref.WeakValueDictionary[int, SharedVolume] = weakref.WeakValueDictionary()
-        self.image_text = None if image_text is None else image_text.eval()
         self.model = model.eval()
+        self._embeddings = Embeddings(image_text, self._device)
         self.meta = meta
-        self.interactive = InteractiveEngine(model.segmenter, interactive, self.cache)
-        self.named = NamedEngine(model.segmenter, named, self.cache)
+        segmenter = PlacedSegmenter(model.segmenter, precision)
+        self.interactive = InteractiveEngine(segmenter, interactive, self.cache)
+        self.named = NamedEngine(segmenter, named, self.cache)
         history = int(self.sessions.history_megabytes * 1e6)
         self._editor = ObjectEditor(self.interactive, self._look, self.segment_text, history)
         self._lock = threading.RLock()
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def device(self) -> str:
         """Where the model computes, as torch names it."""
-        return str(next(self.model.parameters()).device)
+        return str(self._device)
+
+    @property
+    def precision(self) -> Precision:
+        """Number format the slices are computed in: ``bfloat16`` or ``float32``."""
+        return self.interactive.segmenter.precision
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Predictor:
+    def load(cls, path: Path | None = None, device: str = "auto", precision: Precision = "auto") -> Predictor:
         """Load a checkpoint directory; None takes the demo weights shipped with the package.
 
-        An image-text model in its folder ``alignment`` is loaded, too.
+        An image-text model in its folder ``alignment`` is loaded, too. ``device``: see :func:`compute_device`, by
+        default a CUDA GPU where there is one.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or not one.
+            ConfigError: this machine has no such device.
         """
+        place = compute_device(device)
         path = path or shipped_checkpoint()
         checkpoint = load_checkpoint(path)
         model = UnifiedModel(checkpoint.config, Tokenizer.load(checkpoint.tokenizer_path))
         load_into(model, checkpoint.state)
         beside = path / ALIGNMENT_FOLDER
         image_text = load_image_text_beside(beside, model.language) if beside.is_dir() else None
-        return cls(model, checkpoint.meta, image_text=image_text)
+        return cls(model.to(place), checkpoint.meta, image_text=image_text, precision=precision)
 
     @property
     def config(self) -> ModelConfig:
@@ -290,7 +311,7 @@ class Predictor:
     def _point(self, session: Session, words: str) -> torch.Tensor:
         """Scores (E,) of the elements of the scene for words that mean one of them."""
         scores = self.model.point(self._look(session), [segment_prompt([words])], [segment_reply([words], [True])])
-        return scores[0]
+        return scores[0].cpu()
 
     @torch.inference_mode()
     def uncertainty(self, session: Session) -> float:
@@ -315,7 +336,12 @@ class Predictor:
     @property
     def embeds(self) -> bool:
         """Whether the checkpoint has an image-text model, which :meth:`embed_volume` and :meth:`embed_text` need."""
-        return self.image_text is not None
+        return self._embeddings.available
+
+    @property
+    def reads(self) -> str | None:
+        """Digest of the weights whose scene the image-text model reads; None where it has an encoder of its own."""
+        return self._embeddings.reads
 
     @torch.inference_mode()
     def embed_volume(self, volume: Volume | Session) -> np.ndarray:
@@ -328,14 +354,13 @@ class Predictor:
         Raises:
             CheckpointError: the checkpoint has no image-text model.
         """
-        model = self._image_text()
+        size = self._embeddings.view_size
         session = volume if isinstance(volume, Session) else self.open(volume)
-        if isinstance(model, SceneTextModel):
+        if size is None:
             return self.embed_scene(self.measured_scene(session))
-        size = model.config.vision.input_size
         with self._lock:
             view, _ = language_view(session.image, session.spacing, session.volume.modality, size)
-            return model.embed_views(view)[0].numpy()
+            return self._embeddings.of_view(view)
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> np.ndarray:
@@ -345,16 +370,8 @@ class Predictor:
             CheckpointError: the checkpoint has no image-text model.
             PromptError: the text is empty.
         """
-        model = self._image_text()
-        if not text.strip():
-            raise PromptError("the text to embed is empty; write what the volume should show")
         with self._lock:
-            return model.embed_texts([text.strip()])[0].numpy()
-
-    @property
-    def reads(self) -> str | None:
-        """Digest of the weights whose scene the image-text model reads; None where it has an encoder of its own."""
-        return self.image_text.reads if isinstance(self.image_text, SceneTextModel) else None
+            return self._embeddings.of_text(text)
 
     @torch.inference_mode()
     def measured_scene(self, session: Session) -> MeasuredScene:
@@ -376,19 +393,8 @@ class Predictor:
         Raises:
             CheckpointError: the checkpoint has no image-text model that reads scenes.
         """
-        model = self._image_text()
-        if not isinstance(model, SceneTextModel):
-            raise CheckpointError("this checkpoint's image-text model has an encoder of its own; embed the volume")
         with self._lock:
-            return model.embed_scenes(scene)[0].numpy()
-
-    def _image_text(self) -> ImageTextModel | SceneTextModel:
-        if self.image_text is None:
-            raise CheckpointError(
-                f"this checkpoint has no image-text model; copy the folder {ALIGNMENT_FOLDER!r} of an alignment stage "
-                "into the checkpoint folder and load it again"
-            )
-        return self.image_text
+            return self._embeddings.of_scene(scene)
 
     # --- shared ---------------------------------------------------------------------------------------------------
 
@@ -396,7 +402,8 @@ class Predictor:
         shared = session.shared
         if shared.look is None:
             size = self.config.vision.input_size
-            shared.look = self.model.look(*language_view(session.image, session.spacing, session.volume.modality, size))
+            view, extent = language_view(session.image, session.spacing, session.volume.modality, size)
+            shared.look = self.model.look(view.to(self._device), extent.to(self._device)).readable()
         return shared.look
 
     def _class_grounding(self, session: Session, names: Sequence[str]) -> Grounding:

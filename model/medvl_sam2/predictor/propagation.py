@@ -121,7 +121,7 @@ def _run(
     for z in run:
         here = stack.features([z])
         fused = recall(stack, here, z, memory.conditioning, tracked, extent, spacing, rule, reverse)
-        prompt = SlicePrompt.empty(1, fused.device)
+        prompt = SlicePrompt.empty(1)
         if z in known:
             prompt = replace(prompt, mask_logits=known[z][None, None], mask_present=torch.ones(1, dtype=torch.bool))
         output = stack.segmenter.decode(here, prompt, fused)

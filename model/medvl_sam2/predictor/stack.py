@@ -13,8 +13,9 @@ from torch import Tensor
 
 from medvl_sam2.geometry import SliceCrop
 from medvl_sam2.intensity import SliceIntensity
-from medvl_sam2.modeling.slice_segmenter import SliceFeatures, SliceSegmenter
+from medvl_sam2.modeling.slice_segmenter import SliceFeatures
 from medvl_sam2.predictor.feature_cache import FeatureCache
+from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
 
 ENCODE_BATCH = {"cpu": 1, "cuda": 4}
 """Slices encoded at once, always so many: sums of another batch size differ in the last bits, and a slice that is
@@ -27,7 +28,7 @@ class SliceStack:
 
     def __init__(
         self,
-        segmenter: SliceSegmenter,
+        segmenter: PlacedSegmenter,
         image: np.ndarray,
         intensity: SliceIntensity,
         crop: SliceCrop,
@@ -41,7 +42,7 @@ class SliceStack:
         known = {z: self.cache.get(self.image, self.crop, z) for z in dict.fromkeys(int(z) for z in slices)}
         found = {z: features for z, features in known.items() if features is not None}
         missing = [z for z in known if z not in found]
-        size = ENCODE_BATCH.get(next(self.segmenter.parameters()).device.type, 1)
+        size = ENCODE_BATCH.get(self.segmenter.device.type, 1)
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
             features = self.segmenter.encode(self.pixels([*part, *[part[-1]] * (size - len(part))]))
@@ -51,10 +52,9 @@ class SliceStack:
         return found
 
     def pixels(self, slices: list[int]) -> Tensor:
-        """Model input (N, 3, S, S) of canonical slices."""
+        """Model input (N, 3, S, S) of canonical slices, on the CPU."""
         raw = torch.from_numpy(self.image[slices].astype(np.float32))
-        device = next(self.segmenter.parameters()).device
-        return self.intensity.channels(self.crop.sample(raw, pad=self.intensity.pad)[:, 0]).to(device)
+        return self.intensity.channels(self.crop.sample(raw, pad=self.intensity.pad)[:, 0])
 
     def features(self, slices: list[int]) -> SliceFeatures:
         """Features of ``slices`` as rows (a slice may repeat)."""

@@ -131,11 +131,12 @@ def run_finetune(
     Raises:
         DataError: no label can be used, or another finetuning runs in this store.
         CheckpointError: the checkpoint is damaged, or the run to go on with was begun otherwise.
+        ConfigError: this machine has no such device.
         TrainingError: the loss is not finite.
     """
     store = Path(store)
     store.mkdir(parents=True, exist_ok=True)
-    with _alone(store, Ranks.join(config.device)):
+    with _alone(store, Ranks.join(config.place)):
         return _Finetuning(config, samples, base, store, progress, should_stop, backend).run()
 
 
@@ -170,7 +171,7 @@ class _Finetuning:
         self.config, self.store, self.backend = config, store, backend
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
-        self.ranks = Ranks.join(config.device)
+        self.ranks = Ranks.join(config.place)
         published = read_published(store)  # what the candidate is measured against, and nothing else, may be replaced
         self.version = SHIPPED_VERSION if published is None else int(published.name)
         self.served = published or backend.shipped()
@@ -299,7 +300,7 @@ class _Finetuning:
             steps=config.epochs * config.steps_per_epoch, minutes=config.minutes, schedule="constant", warmup=_WARMUP,
             accumulate=config.accumulate, betas=(0.9, 0.999), precision=config.precision,
             checkpointing=config.checkpointing, save_steps=config.steps_per_epoch, log_steps=config.steps_per_epoch,
-            validate_steps=config.steps_per_epoch, most_skips=1, parallel=config.parallel, device=config.device,
+            validate_steps=config.steps_per_epoch, most_skips=1, parallel=config.parallel, device=str(config.place),
             seed=config.seed, tensorboard=config.tensorboard, mlflow=config.mlflow,
         )  # fmt: skip
         self.trainer = Trainer(stage, loop, self.run_folder.path, self._watch, log=self.run_folder.METRICS)

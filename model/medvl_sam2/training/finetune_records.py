@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from medvl_sam2.errors import ConfigError
-from medvl_sam2.training.precision import Precision
+from medvl_sam2.modeling.compute import Precision, compute_device
 from medvl_sam2.training.ranks import Parallel
 
 FREE_SETTINGS = ("accumulate", "checkpointing", "parallel", "device", "tensorboard", "mlflow")
@@ -35,7 +37,8 @@ class FinetuneConfig:
     checkpointing: bool = False
     """Compute the language model's activations again in the backward pass: less memory, more time."""
     parallel: Parallel = "ddp"
-    device: str = "cpu"
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a CUDA GPU where there is one."""
     tensorboard: bool = False
     mlflow: str = ""
     """Tracking URI, such as ``sqlite:///mlflow.db``; empty: none."""
@@ -59,6 +62,11 @@ class FinetuneConfig:
     trust_labels: bool = False
     """Publish although the labels look implausible: for structures that are faint by nature, after a look at them."""
     seed: int = 0
+
+    @property
+    def place(self) -> torch.device:
+        """The device that ``device`` means on this machine; raises :class:`ConfigError` where there is none."""
+        return compute_device(self.device)
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict themselves."""

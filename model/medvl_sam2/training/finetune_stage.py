@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +129,9 @@ class UnifiedStage(FinetuneStage):
         """Load ``base``, freeze what does not move, and look at every volume once."""
         super().__init__(config, data)
         self._base, self._size = base, size or StepSize()
-        self.model = self._adapted().to(config.device)
+        self.model = self._adapted().to(config.place)
         self._rng = np.random.default_rng(config.seed)
-        self._tokens = LanguageTokens(self.model, self._rng).to(config.device)
+        self._tokens = LanguageTokens(self.model, self._rng).to(config.place)
         self._module = nn.ModuleDict({"model": self.model, "tokens": self._tokens})
         learner = SegmentationLearner(self.model.segmenter)
         learner.concept_tokens = self._tokens  # type: ignore[assignment]
@@ -220,13 +221,13 @@ class UnifiedStage(FinetuneStage):
     @torch.no_grad()
     def _rows(self, volumes: Sequence[LabelledVolume], weights: Sequence[float]) -> _Rows:
         """Views are the global view's image tokens, as the predictor computes them."""
-        config, views = self.model.config, []
+        config, place, views = self.model.config, self.config.place, []
         for one in volumes:
             view, extent = language_view(one.image, one.spacing, one.modality, config.vision.input_size)
-            views.append(self.model.language.encode_image(view.to(self.config.device), extent.to(self.config.device)))
+            views.append(self.model.language.encode_image(view.to(place), extent.to(place)))
         return _Rows(volumes, weights, views, config.slices.image_size)
 
 
-def default_backend() -> FinetuneBackend:
-    """The shipped model code: the unified model's stage, the served predictor, the generator."""
-    return FinetuneBackend(UnifiedStage, Predictor.load, generate_case, from_case)
+def default_backend(device: str = "auto") -> FinetuneBackend:
+    """The shipped model code: the unified model's stage, the served predictor on ``device``, the generator."""
+    return FinetuneBackend(UnifiedStage, partial(Predictor.load, device=device), generate_case, from_case)

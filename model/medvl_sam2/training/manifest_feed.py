@@ -16,9 +16,9 @@ from medvl_sam2.datasets.case_cache import CaseCache
 from medvl_sam2.datasets.json_records import to_plain
 from medvl_sam2.datasets.manifest import CaseRecord, Manifest, Split
 from medvl_sam2.datasets.volumes import LoadedCase, read_case
+from medvl_sam2.modeling.compute import autocast
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.training.case_feed import CaseFeed
-from medvl_sam2.training.precision import autocast
 from medvl_sam2.training.stage import Draw, Stage
 from medvl_sam2.training.taught_texts import corpus_of
 from medvl_sam2.training.trainer import TrainerConfig

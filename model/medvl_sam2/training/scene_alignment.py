@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from medvl_sam2.config import AlignmentConfig, SceneSideConfig
 from medvl_sam2.errors import ConfigError, DataError
-from medvl_sam2.modeling.scene_measured import MeasuredScene
 from medvl_sam2.modeling.scene_text import SceneTextModel
 from medvl_sam2.modeling.text_tower import text_batch
 from medvl_sam2.training.alignment_learner import AlignmentData
@@ -107,7 +106,7 @@ class SceneAlignmentStage(Stage):
         texts = [str(rng.choice(np.array(record.reports))) if record.reports else "" for record in records]
         valid = torch.tensor([bool(record.reports) for record in records])
         device, head = self.config.trainer.device, self._model.alignment
-        scenes = MeasuredScene(*(part.to(device) for part in stack_scenes(records)))
+        scenes = stack_scenes(records).to(device)
         rows = [self._ids(text) for text in texts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._words.pad_id).to(device)
         own = Pairs(head.embed_texts(ids), text_keys(texts).to(device), valid.to(device))
@@ -129,7 +128,7 @@ def scene_retrieval(model: SceneTextModel, records: list[SceneRecord]) -> dict[s
         raise DataError("no held-out record has a report; hold out some that do")
     model.eval()
     device = model.alignment.t_prime.device
-    images = model.embed_scenes(MeasuredScene(*(part.to(device) for part in stack_scenes(told))))
+    images = model.embed_scenes(stack_scenes(told).to(device))
     reports = [record.reports[0] for record in told]
     cosines = (images @ model.embed_texts(reports).T).cpu().numpy()
     right = equal_texts(reports)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from medvl_sam2.config import ModelConfig
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.modeling.compute import has_bfloat16_units
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
-from medvl_sam2.training.precision import has_bfloat16_units
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest

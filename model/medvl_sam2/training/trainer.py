@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from medvl_sam2.errors import Cancelled, CheckpointError, ConfigError, TrainingError
-from medvl_sam2.training.precision import Precision, autocast
+from medvl_sam2.modeling.compute import Precision, autocast
 from medvl_sam2.training.ranks import Parallel, Ranks, whole
 from medvl_sam2.training.run_log import MlflowRun, RunLog
 from medvl_sam2.training.run_settings import frozen_digest, plain_settings

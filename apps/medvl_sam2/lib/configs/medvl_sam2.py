@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from medvl_sam2.errors import ConfigError
+from medvl_sam2.modeling.compute import Precision, compute_device
 from medvl_sam2.vocabulary import CLASSES
 
 APP_NAME = "MedVL-SAM2"
@@ -44,6 +46,10 @@ class AppConfig:
     """Read an image and look at it ahead of its first prompt, while no request waits."""
     max_upload_megabytes: int = 4096
     """Largest request; MB of 1,000,000 bytes."""
+    device: str = "auto"
+    """Where answers and trainings are computed: ``cpu``, ``cuda``, ``cuda:N``; ``auto``: a GPU where there is one."""
+    precision: Precision = "auto"
+    """Number format of slices; ``auto``: bfloat16 where the device multiplies it in hardware and that pays."""
     upstream_aliases: bool = False
     """Offer the tasks under the names of MONAI Label's radiology app as well."""
 
@@ -57,6 +63,8 @@ class AppConfig:
             journal_days=_positive(conf, "journal_days", cls.journal_days, least=0),
             prepare=_truth(conf, "prepare", cls.prepare),
             max_upload_megabytes=_positive(conf, "max_upload_megabytes", cls.max_upload_megabytes),
+            device=_device(conf),
+            precision=_precision(conf),
             upstream_aliases=_truth(conf, "upstream_aliases", cls.upstream_aliases),
         )
 
@@ -66,6 +74,23 @@ def _positive(conf: Mapping[str, str], name: str, default: int, least: int = 1) 
     if not text.isdigit() or int(text) < least:
         raise ConfigError(f"--conf {name} {text!r} must be a whole number from {least} on")
     return int(text)
+
+
+def _device(conf: Mapping[str, str]) -> str:
+    name = str(conf.get("device", "")).strip().lower() or AppConfig.device
+    try:
+        compute_device(name)
+    except ConfigError as error:
+        raise ConfigError(f"--conf device: {error}") from error
+    return name
+
+
+def _precision(conf: Mapping[str, str]) -> Precision:
+    text = str(conf.get("precision", "")).strip().lower() or AppConfig.precision
+    for known in get_args(Precision):
+        if text == known:
+            return cast(Precision, known)
+    raise ConfigError(f"--conf precision {text!r} must be one of {', '.join(get_args(Precision))}")
 
 
 def _truth(conf: Mapping[str, str], name: str, default: bool) -> bool:

@@ -53,7 +53,7 @@ class FinetuneTask(TrainTask):
         )
         self._store = config.store
         self._schedule = schedule
-        self._defaults = defaults
+        self._defaults = dataclasses.replace(defaults, device=config.device)
         self._stats_path = config.store / "train_stats.json"
 
     def config(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class FinetuneTask(TrainTask):
             # From here on the labels count as used; those that come later are the next training's.
             self._schedule.training_started()
             samples = datastore_samples(datastore)
-            result = run_finetune(config, samples, None, self._store, self._tell, lambda: False, load_backend())
+            result = run_finetune(config, samples, None, self._store, self._tell, lambda: False, load_backend(config))
         self._finish(result)
         logger.info("%s (%d epochs, %.0f s)", result.reason, result.epochs, result.seconds)
         return {
@@ -116,11 +116,11 @@ class FinetuneTask(TrainTask):
         write_json_atomically(self._stats_path, {**self.stats(), "total_time": total, "message": result.reason})
 
 
-def load_backend() -> FinetuneBackend:
+def load_backend(config: FinetuneConfig) -> FinetuneBackend:
     """The model code to train with."""
     from medvl_sam2.training.finetune_stage import default_backend  # loads the language model's library
 
-    return default_backend()
+    return default_backend(config.device)
 
 
 def finetune_config(request: Mapping[str, Any], defaults: FinetuneConfig = _DEFAULTS) -> FinetuneConfig:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from medvl_sam2.checkpoint import CheckpointMeta, shipped_checkpoint
 from medvl_sam2.config import ModelConfig, SceneConfig, SliceConfig
+from medvl_sam2.modeling.compute import has_bfloat16_units
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
 from medvl_sam2.modeling.tokenizer import Tokenizer
 from medvl_sam2.modeling.unified import UnifiedModel
 from medvl_sam2.predictor import Predictor
 from medvl_sam2.predictor.first_prompts import InteractiveConfig
 from medvl_sam2.training.batch_stream import BatchShape, RowBatch, batch_stream
-from medvl_sam2.training.precision import has_bfloat16_units
 from medvl_sam2.training.run_settings import plain_settings, weights_digest
 from medvl_sam2.training.samples import LabelledVolume, volumes_digest
 from medvl_sam2.training.segmentation_steps import SegmentationLearner, SegmentationSteps

@@ -1,4 +1,4 @@
-"""Which number format a training step computes in."""
+"""On which device and in which number format tensors are computed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ from typing import Any, Literal
 
 import torch
 
+from medvl_sam2.errors import ConfigError
+
 Precision = Literal["auto", "bfloat16", "float32"]
 
 _CPU_UNITS = frozenset({"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"})
 """Processor features, by PyTorch's names, that multiply bfloat16 in hardware (x86, then ARM)."""
+
+
+def compute_device(name: str = "auto") -> torch.device:
+    """The device called ``name`` (``cpu``, ``cuda``, ``cuda:1``); ``auto`` is a CUDA GPU where there is one.
+
+    Raises:
+        ConfigError: no such device, or this machine lacks it.
+    """
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= usable:
+        raise ConfigError(f"device {name!r} is not there: torch finds {usable} CUDA devices; use auto or cpu")
+    return device
 
 
 def has_bfloat16_units(device: torch.device | str, capabilities: Mapping[str, Any] | None = None) -> bool:
