@@ -71,6 +71,12 @@ def test_an_alias_trains_by_short_settings_and_the_requests(
     assert seen[1:] == [seen[0], FinetuneConfig(epochs=2)]
 
 
+def test_an_alias_publishes_by_the_gates_of_our_trainer() -> None:
+    ours, theirs = dataclasses.asdict(FinetuneConfig()), dataclasses.asdict(TRAIN_DEFAULTS)
+    changed = {name for name, value in theirs.items() if value != ours[name]}
+    assert changed == {"epochs", "steps_per_epoch", "minutes", "replay_cases"}  # how long it trains, and no more
+
+
 @pytest.mark.parametrize("alias", ["segmentation_spleen", "deepedit"])
 def test_an_alias_that_is_off_is_unknown(running: Running, alias: str) -> None:
     assert running.infer(alias).status_code == 404

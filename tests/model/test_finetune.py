@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_one_patient_is_trained_on_but_nothing_can_be_proven(tmp_path: Path) -> 
     assert result.published is None
     assert result.epochs == 3
     assert "one patient only" in result.reason
+
+
+def test_a_hold_out_with_nothing_to_measure_is_trained_beside_and_not_published(tmp_path: Path) -> None:
+    samples = [
+        dataclasses.replace(one, names={value: f"region {value}" for value in one.names})  # nothing to ask for by name
+        for one in make_samples(tmp_path, 5)
+    ]
+    result = run(tmp_path, samples, FakeBackend(gain=0.02), dataclasses.replace(QUICK, min_voxels=10**6))
+    assert result.published is None
+    assert result.epochs == 3
+    assert gates(result)["holdout"] is False
+    assert "no structure large enough" in result.reason
 
 
 def displaced(labels: np.ndarray) -> np.ndarray:

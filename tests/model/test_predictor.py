@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from medvl_sam2.errors import PromptError
+from medvl_sam2.modeling.prompts import REPORT_PROMPTS
 from medvl_sam2.predictor import Predictor
-from medvl_sam2.predictor.phrases import closed_question, organs_within, vocabulary_matches
+from medvl_sam2.predictor.phrases import organs_within, trained_question, vocabulary_matches
 from medvl_sam2.types import Prompt, Volume
 from medvl_sam2.vocabulary import CLASSES
 from small_model import oblique_volume, small_predictor
@@ -208,9 +209,42 @@ def test_text_answers_carry_the_notice_and_text_masks_a_name(
 
 def test_yes_or_no_questions_are_asked_as_closed_ones() -> None:
     closed = "Is there a lesion in the liver? Choices: A. yes B. no"
-    assert closed_question("Is there a lesion in the liver?") == closed
-    for text in (closed, "Is the lesion in the left or the right lobe?", "Which phase is this?", "Isolate the liver"):
-        assert closed_question(text) == text
+    assert trained_question("Is there a lesion in the liver?") == closed
+    for text in (closed, "Is the lesion in the left or the right lobe?", "Which phase is this?", "Isolate the liver."):
+        assert trained_question(text) == text
+
+
+@pytest.mark.parametrize(
+    ("trained", "choices"),
+    [
+        ("Is there a lesion in the right lung?", ""),
+        ("Is the CT with contrast?", ""),
+        ("On which side is the lesion?", ""),
+        ("How large is the lesion?", " Choices: A. less than 2 cm B. more than 3 cm"),
+    ],
+)
+def test_a_question_is_read_alike_however_it_is_typed(trained: str, choices: str) -> None:
+    wanted = trained_question(trained + choices)
+    assert wanted.startswith(trained)
+    small = trained[0].lower() + trained[1:]
+    typed = [
+        small,
+        trained[:-1],
+        small[:-1],
+        trained.replace(" ", "  "),
+        f" {trained}  ",
+        f"{small[:-1]} ?",
+        f"{small}?",
+    ]
+    if "CT" not in trained:
+        typed += [trained.upper(), trained.title()]
+    assert {trained_question(text + choices) for text in typed} == {wanted}
+    assert trained_question(small + choices.replace("Choices", "choices")) == wanted
+
+
+def test_requests_for_a_report_are_read_as_they_are_trained() -> None:
+    assert [trained_question(text) for text in REPORT_PROMPTS] == list(REPORT_PROMPTS)
+    assert [trained_question(text.lower()[:-1]) for text in REPORT_PROMPTS] == list(REPORT_PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_organs_are_found_by_name_and_by_click(predictor: Predictor, case: Case)
     assert predictor.answer(session, "Which contrast phase is this?").notice
 
 
+def test_a_question_in_small_letters_gets_the_same_answer(predictor: Predictor, case: Case) -> None:
+    session = predictor.open(case.volume())
+    for organ in ("liver", "pancreas", "left kidney"):
+        said = predictor.answer(session, f"Is there a lesion in the {organ}?").text
+        assert said in ("yes", "no")
+        assert predictor.answer(session, f"is there a lesion in the {organ}").text == said
+
+
 def test_volumes_and_reports_meet_in_the_shipped_image_text_model(predictor: Predictor, case: Case) -> None:
     folder = shipped_checkpoint()
     shipped = folder.rglob("*.safetensors")

@@ -42,9 +42,23 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
 _CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"^[A-H]\.\s+")
-_SIZE = re.compile(r"((?:\d+(?:\.\d+)?\s*(?:x|by)\s*)*\d+(?:\.\d+)?)[\s-]*(cm|mm)\b", re.IGNORECASE)
-_BEFORE = re.compile(r"[\s-]*(?:[a-z]+\s+){0,2}", re.IGNORECASE)
+_NUMBER = r"\d+(?:[.,]\d+)?"
+_FACTOR = re.compile(rf"({_NUMBER})[\s-]*(cm|mm)?", re.IGNORECASE)
+_SIZE = re.compile(
+    rf"(?:{_NUMBER}[\s-]*(?:cm|mm)?\s*(?:x|×|by|to|-|–)\s*)*{_NUMBER}[\s-]*(?:cm|mm)\b", re.IGNORECASE
+)  # fmt: skip
+_BEFORE = re.compile(r"[\s-]*(?:(?!(?:with|and|contains|has|shows)\b)[a-z-]+\s+){0,2}", re.IGNORECASE)
 """Between a size and the word for what has it: "2.5 cm round cyst"."""
+_DISTANCE = re.compile(
+    r"[\s-]*(?:(?:anterior|posterior|superior|inferior|cranial|caudal|medial|lateral)\s+)?"
+    r"(?:from|to|above|below|away|apart|slices?|sections?|thick)\b(?!-)",
+    re.IGNORECASE,
+)
+"""After a length that is no size: "15 mm from the gallbladder", "on 5 mm slices"."""
+_DISTANCE_OF = re.compile(r"\b(?:slices?|sections?|thickness|distance|within)\s+(?:of\s+)?$", re.IGNORECASE)
+"""Before one: "at a distance of 15 mm"."""
+_BESIDE = re.compile(r"\b(?:from|to|above|below|near|beside|behind|touching)\s+(?:the\s+)?$", re.IGNORECASE)
+"""Before an organ that is only a neighbour, where another one is named, too."""
 _MANY = re.compile(r"\b(?:how many|all|both|every|several|two|three|four)\b", re.IGNORECASE)
 
 
@@ -108,6 +122,7 @@ def _clause_mentions(clause: str) -> Iterator[Mention]:
             earlier = kinds[number - 1].end() if number else 0
             later = kinds[number + 1].start() if number + 1 < len(kinds) else len(clause)
             own = [o for o in organs if len(kinds) == 1 or kind.start() <= o.start() < later or _described(o, kind)]
+            own = [o for o in own if not _BESIDE.search(clause[: o.start()])] or own
             size_mm = _size_mm(clause[earlier : kind.start()], clause[kind.end() : later], number + 1 < len(kinds))
             yield from (replace(said, size_mm=size_mm) for said in _lesion_mentions(clause, kind, own))
     for organ in organs:
@@ -133,12 +148,24 @@ def _lesion_mentions(clause: str, kind: re.Match[str], organs: list[re.Match[str
 
 def _size_mm(before: str, after: str, followed: bool) -> float | None:
     """The size of the lesion between two pieces of text; ``followed`` by another, whose own size may stand there."""
-    sizes = [size for size in _SIZE.finditer(before) if _BEFORE.fullmatch(before[size.end() :])]
-    sizes += [size for size in _SIZE.finditer(after) if not (followed and _BEFORE.fullmatch(after[size.end() :]))]
-    if not sizes:
-        return None
-    scale = 10.0 if sizes[0][2].lower() == "cm" else 1.0
-    return scale * max(float(number) for number in re.findall(r"[\d.]+", sizes[0][1]))
+    sizes = [size[0] for size in _sizes(before) if _BEFORE.fullmatch(before[size.end() :])]
+    sizes += [size[0] for size in _sizes(after) if not (followed and _BEFORE.fullmatch(after[size.end() :]))]
+    return _largest_mm(sizes[0]) if sizes else None
+
+
+def _sizes(text: str) -> Iterator[re.Match[str]]:
+    for size in _SIZE.finditer(text):
+        if not (_DISTANCE.match(text, size.end()) or _DISTANCE_OF.search(text[: size.start()])):
+            yield size
+
+
+def _largest_mm(size: str) -> float:
+    """The largest number of "1.2 x 1.7 cm"; one without a unit has that of the next."""
+    largest, scale = 0.0, 1.0
+    for number, unit in reversed(_FACTOR.findall(size)):
+        scale = {"cm": 10.0, "mm": 1.0}.get(unit.lower(), scale)
+        largest = max(largest, scale * float(number.replace(",", ".")))
+    return largest
 
 
 def _both(organ: re.Match[str]) -> bool:

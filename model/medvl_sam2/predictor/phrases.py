@@ -15,7 +15,12 @@ MAX_CHARACTERS = 2_000
 """Longer prompts are refused: nobody refers to one object in more words, and a paste error would stall everyone."""
 
 _REQUEST = re.compile(r"^(please\s+)?(segment|outline|find|show|where|mark|label|delineate|contour)\b", re.IGNORECASE)
-_YES_OR_NO = re.compile(r"^(is|are|was|were|does|do|did|has|have|can)\b(?!.*\bor\b)", re.IGNORECASE)
+_VERB = "is|are|was|were|does|do|did|has|have|can"
+_YES_OR_NO = re.compile(rf"^({_VERB})\b(?!.*\bor\b)", re.IGNORECASE)
+_QUESTION = re.compile(
+    rf"^({_VERB}|((in|on|at|of|from|to) )?(which|what|whose)|where|how|when|who|why)\b", re.IGNORECASE
+)
+_CHOICES = re.compile(r"\s+choices:\s*", re.IGNORECASE)
 _ORGAN = "(?:" + "|".join(re.escape(spoken(name)) for name in CLASSES if name != "lesion") + ")"
 _INSIDE = re.compile(
     r"\b(?:in|inside|within)\s+(?:the\s+)?(?:(?:\w+\s+){1,3}of\s+(?:the\s+)?)?"
@@ -49,11 +54,23 @@ def spoken_request(text: str) -> str:
     return segment_prompt([re.sub(r"^the\s+", "", plain.rstrip("."), flags=re.IGNORECASE)])
 
 
-def closed_question(text: str) -> str:
-    """A question to be answered yes or no with these choices named, as the model reads closed questions."""
-    if _YES_OR_NO.match(text) and "choices:" not in text.lower():
-        return format_choices(text, ("yes", "no"))
-    return text
+def trained_question(text: str) -> str:
+    """A question, however it was typed, as the model was trained to read it: capital first, small letters, an end mark.
+
+    One to be answered yes or no has these choices named; choices that stand in it stay as they are.
+    """
+    words, *choices = _CHOICES.split(" ".join(text.split()), maxsplit=1)
+    if words.isupper() or words.istitle():  # all one typed in capitals; "CT" in other words stays
+        words = words.lower()
+    words = words[:1].upper() + words[1:]
+    bare = words.rstrip(" ?!.,;:")
+    if _QUESTION.match(words):
+        words = f"{bare}?"
+    elif bare == words:  # the end mark alone changed what a report said
+        words = f"{bare}."
+    if choices:
+        return f"{words} Choices: {choices[0]}"
+    return format_choices(words, ("yes", "no")) if _YES_OR_NO.match(words) else words
 
 
 def asks_for_several(text: str) -> bool:

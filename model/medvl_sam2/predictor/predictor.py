@@ -42,10 +42,10 @@ from medvl_sam2.predictor.phrases import (
     REPORT_REQUEST,
     asks_for_several,
     checked,
-    closed_question,
     organs_within,
     short_name,
     spoken_request,
+    trained_question,
     vocabulary_matches,
 )
 from medvl_sam2.predictor.placed_segmenter import PlacedSegmenter
@@ -299,7 +299,7 @@ class Predictor:
         return mask
 
     def _said(self, session: Session, question: str) -> Answer:
-        text = self.model.answer(self._look(session).tokens, [closed_question(question)])[0]
+        text = self.model.answer(self._look(session).tokens, [trained_question(question)])[0]
         return Answer(question, text.replace("[SEG]", "").strip(), self.meta.notice)
 
     def _evidence_map(self, session: Session) -> EvidenceMap | None:

@@ -31,12 +31,10 @@ TRAIN_ALIASES = (
 )
 """Names under which our one trainer is offered."""
 
-TRAIN_DEFAULTS = FinetuneConfig(
-    epochs=1, steps_per_epoch=4, minutes=2.0, replay_cases=4, clicks=1, objects=6, gate_cases=1
-)
+TRAIN_DEFAULTS = FinetuneConfig(epochs=1, steps_per_epoch=4, minutes=2.0, replay_cases=4)
 """What an alias trains by. Upstream's epoch is one pass over the labelled images, and its clients wait for the reply:
-a step of ours shows eight windows and three stacks or four slices, so a few steps are such a pass. The gates are those
-of ``medvl_sam2``, measured on fewer structures, clicks and generated cases: what passes them is served to everybody."""
+a step of ours shows eight windows and three stacks or four slices, so a few steps are such a pass. Only training is
+short: what passes the gates is served to everybody, so they are those of ``medvl_sam2``, measured on as much."""
 
 UNCERTAINTY_ALIAS = "segmentation_spleen_epistemic"
 """Upstream's name for the scoring method and the strategy that are ``uncertainty`` here."""
