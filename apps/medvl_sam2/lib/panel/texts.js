@@ -23,7 +23,7 @@ export class Texts {
     this.drafted = null;
     this.question = make("input", {
       id: "medvl-question",
-      placeholder: "is there a lesion in the liver?",
+      placeholder: "Is there a lesion in the liver?",
       maxlength: 2000,
     });
     this.askButton = make("button", { type: "submit", class: "primary" }, "Ask");
