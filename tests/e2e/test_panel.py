@@ -180,7 +180,7 @@ def _look_back(site: Site, viewer: Viewer, study: Study) -> None:
     viewer.picture("7-history")
     viewer.type("Your name", "Dr. Ben")
     viewer.press("Submit")
-    viewer.press("Agreement of the annotators")
+    viewer.press("Agreement")
     rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
     assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") and "1.000" in row for row in rows)
     assert any(row.startswith("lesion 2") and "0.000" in row for row in rows)
@@ -219,7 +219,7 @@ def _consensus(site: Site, viewer: Viewer, study: Study) -> None:
 def _ask(viewer: Viewer, study: Study) -> None:
     """Answers are a choice the question allows, the true one of the study, and rest on the true structures."""
     viewer.tab("Text")
-    for question in ("is the heart visible?", "Is there a lesion in the liver?"):
+    for question in ("Is the heart visible?", "is there a lesion in the liver?"):
         truth = next(item for item in study.questions if item.question.lower() == question.lower())
         viewer.type("Question", question)
         viewer.press("Ask")
@@ -257,6 +257,9 @@ def _report(site: Site, viewer: Viewer, study: Study) -> None:
     viewer.press("Hide the evidence")
     corrected = f"{draft} Corrected by the annotator."
     viewer.type("Text (correct", corrected)
+    viewer.press("Draft a report")
+    assert "changed and not stored" in viewer.panel.get_by_role("alertdialog").inner_text()
+    viewer.press("Keep it")
     viewer.press("Store the report")
     assert "DICOM SR" in viewer.status, viewer.alert
     report = newest(site.orthanc, "SR")

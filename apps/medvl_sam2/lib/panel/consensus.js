@@ -84,6 +84,7 @@ export class Consensus {
     this.panel.segment.forget(image);
     if (saved) this.labels.saved(image);
     this.forget();
+    this.panel.work.say("The masks from before are on screen");
     this.panel.segment.refresh();
   }
 

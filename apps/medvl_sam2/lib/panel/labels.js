@@ -27,7 +27,9 @@ export class Labels {
     });
     this.state = make("p", { class: "hint" });
     this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
-    this.agree = button("Agreement of the annotators", () => this.showAgreement());
+    this.agree = button("Agreement", () => this.showAgreement(), {
+      title: "Every two annotators' latest versions, structure by structure",
+    });
     this.figures = make("div", { class: "figures", "aria-live": "polite" });
     this.consensus = new Consensus(this);
     this.element = make(
@@ -240,7 +242,7 @@ export class Labels {
     const head = make(
       "tr",
       {},
-      ...["Structure", "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
+      ...["Structure", reply.pairs ? "Annotators" : "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
     );
     replace(
       this.figures,

@@ -44,7 +44,7 @@ export class Segment {
       onchange: () => this.#targetChosen(),
     });
     this.newName = make("input", { id: "medvl-new", placeholder: "another name, e.g. lesion 2", maxlength: 60 });
-    this.words = make("input", { id: "medvl-words", placeholder: "segment the lesion in segment VI", maxlength: 2000 });
+    this.words = make("input", { id: "medvl-words", placeholder: "the lesion in the liver", maxlength: 2000 });
     this.tools = Object.entries({ add: "+ Inside", remove: "− Outside", box: "▭ Box" }).map(([tool, text]) =>
       button(text, () => this.useTool(tool), { "data-tool": tool, "aria-pressed": "false" }),
     );
@@ -185,7 +185,7 @@ export class Segment {
 
   async segmentWords() {
     const [image, words] = [this.panel.image(), this.words.value.trim()];
-    if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in segment VI");
+    if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in the liver");
     if (this.target.value) {
       return this.place((prompts) => {
         prompts.words = words;
