@@ -155,6 +155,45 @@ def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> 
     assert _node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000"
 
 
+def test_what_is_no_longer_automatic(node: str) -> None:
+    """1 and 2 are automatic; 3 is placed on them, and they are painted on."""
+    script = f"""
+        import {{ changedSince, madeAnew }} from "{(PANEL / "automatic.js").as_uri()}";
+        const map = (text) => Uint8Array.from(text, Number);
+        const named = (table) => Array.from(table).flatMap((is, value) => (is ? [value] : [])).join("") || "none";
+        const told = (...values) => Uint8Array.from({{ length: 256 }}, (_, n) => (values.includes(n) ? 1 : 0));
+        const made = madeAnew(null, map("000400"), map("112400"), told(1, 2));
+        const say = (text) => named(changedSince(made, map(text)));
+        console.log(
+            made.join(""), say("112400"), say("132400"), say("100400"), say("112411"), say("122400"),
+            changedSince(null, map("1"))[1],
+            madeAnew(made, map("132400"), map("132440"), told(4)).join(""),
+            madeAnew(made, map("132400"), map("231400"), told(2)).join(""),
+        );
+    """
+    # The last: 2 went from the third voxel, and the 1 that came to light under it is as automatic as it was.
+    assert _node(node, script) == "112000 4 34 124 14 24 1 112440 211000"
+
+
+def test_prompts_stay_with_their_series(node: str) -> None:
+    script = f"""
+        import {{ Placed, Prompts }} from "{(PANEL / "prompts.js").as_uri()}";
+        const placed = new Placed();
+        const [one, two] = [{{ series: "1.1" }}, {{ series: "1.2" }}];
+        placed.of(one).set("liver", new Prompts());
+        placed.of(one).get("liver").addPoint([1, 2, 3], 1);
+        placed.of(two).set("liver", new Prompts());
+        const told = (image) => placed.record(image).map((item) => item.points[0].voxel.join(""));
+        const states = [told(one), told(two), [...placed.of(null)]];
+        placed.forget(two);
+        states.push(told(one));
+        placed.forget(one);
+        states.push(told(one));
+        console.log(JSON.stringify(states));
+    """
+    assert _node(node, script) == '[["123"],[],[],["123"],[]]'
+
+
 def test_a_tab_has_an_id_of_its_own(node: str) -> None:
     """A duplicated tab begins with its original's storage; a page that is loaded again finds what it left."""
     script = f"""

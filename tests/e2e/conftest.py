@@ -60,12 +60,18 @@ class Site:
     studies: dict[str, Study]
 
 
-def store_case(orthanc: Orthanc, folder: Path, name: str, case: Case) -> Study:
-    """Store a generated case as a CT series: i to the patient's left, j to posterior, k to superior."""
+def store_case(orthanc: Orthanc, folder: Path, name: str, case: Case, of: Study | None = None) -> Study:
+    """Store a generated case as a CT series: i to the patient's left, j to posterior, k to superior.
+
+    ``of`` is the study it joins, as a later series.
+    """
     sz, sy, sx = case.spacing
     affine = np.array([[-sx, 0, 0, 90.0], [0, -sy, 0, 60.0], [0, 0, sz, ORIGIN_Z], [0, 0, 0, 1]])
     tags = {"PatientID": name, "PatientName": f"{name.capitalize()}^Generated", "SeriesDescription": "generated CT"}
-    series: WrittenSeries = write_series(folder / name, case.image.transpose(2, 1, 0), affine, **tags)
+    if of:
+        tags |= {"SeriesDescription": "later CT", "SeriesNumber": "2"}
+    files, study = folder / (f"{name}-later" if of else name), of.study if of else None
+    series: WrittenSeries = write_series(files, case.image.transpose(2, 1, 0), affine, study=study, **tags)
     orthanc.store(series.files)
     organs, lesions = (array.transpose(2, 1, 0) for array in (case.organs, case.lesions))
     return Study(series.study, series.series, organs, lesions, sz, case.qa)

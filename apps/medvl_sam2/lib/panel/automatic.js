@@ -6,13 +6,34 @@ import { button, counted, make, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
 import { fingerprints } from "./prompts.js";
 
+/**
+ * Values with voxels that `made` does not give them, or rubbed out since: a table of 256. A structure that only lies
+ * under another one is as it was made; without `made` every value is changed.
+ */
+export function changedSince(made, now) {
+  const changed = new Uint8Array(256);
+  if (!made) return changed.fill(1);
+  for (let n = 0; n < now.length; n++) if (now[n] !== made[n]) changed[now[n] || made[n]] = 1;
+  return changed;
+}
+
+/** `made` once the structures of `told` (a table of values) were told anew: those, and what came to light under them. */
+export function madeAnew(made, before, after, told) {
+  const next = made?.slice() ?? new Uint8Array(after.length);
+  for (let n = 0; n < after.length; n++) {
+    if (told[after[n]] || before[n] !== after[n]) next[n] = after[n];
+    else if (told[next[n]]) next[n] = 0;
+  }
+  return next;
+}
+
 export class Automatic {
   /** `segment` is the tab; `kind` its kind of work, so that one of them runs at a time. */
   constructor(segment, kind) {
     this.segment = segment;
     this.panel = segment.panel;
     this.kind = kind;
-    this.made = new Map(); // structures as this model left them: name to fingerprint
+    this.made = new Map(); // by series: the label map as this model left it
     this.all = button("All organs", () => this.run([]), { title: "Every class of the model" });
     this.one = button("This structure", () => this.run([segment.target.value]));
     this.element = make("div", { class: "row" }, this.all, this.one);
@@ -23,12 +44,11 @@ export class Automatic {
     this.one.disabled = this.all.disabled || !this.panel.classes().includes(chosen);
   }
 
-  /** Structures with voxels that are not as this model left them, with their fingerprints; of `classes`, or all. */
-  #byHand(image, classes) {
-    const now = fingerprints(labelmap.voxels());
-    const present = labelmap.structures(image).filter(({ name, index, locked }) => {
-      return now[index] && !locked && now[index] !== this.made.get(name) && (!classes.length || classes.includes(name));
-    });
+  /** Structures with voxels that this model did not leave so, with their fingerprints. */
+  #byHand(image) {
+    const voxels = labelmap.voxels();
+    const [now, changed] = [fingerprints(voxels), changedSince(this.made.get(image.series), voxels)];
+    const present = labelmap.structures(image).filter(({ index, locked }) => now[index] && changed[index] && !locked);
     return new Map(present.map(({ name, index }) => [name, now[index]]));
   }
 
@@ -41,30 +61,36 @@ export class Automatic {
     return { "Keep them": new Map(), Replace: byHand }[answer] ?? null;
   }
 
+  /** Segment `classes`, or all; the other structures made by hand are kept unasked. */
   async run(classes) {
     const image = this.panel.image();
     if (!image) return;
-    const given = await this.#mayReplace(this.#byHand(image, classes));
+    const told = (name) => !classes.length || classes.includes(name);
+    const given = await this.#mayReplace(new Map([...this.#byHand(image)].filter(([name]) => told(name))));
     if (!given) return;
     const title = classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs";
     await this.panel.work.run(this.kind, title, async (signal) => {
       const params = { client_id: clientId(), classes: classes.join(",") };
       const reply = await api.infer("medvl_semantic", image.series, params, { signal });
       // What was painted while the model ran was not asked about: it is kept too.
-      const byHand = this.#byHand(image, classes);
-      const kept = [...byHand].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
+      const kept = [...this.#byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
+      const before = labelmap.voxels().slice();
       await this.segment.paste(image, reply.file, reply.params.label_names, kept);
-      const left = fingerprints(labelmap.voxels());
-      for (const { name, index } of labelmap.structures(image))
-        if (name in reply.params.label_names && !kept.includes(name)) this.made.set(name, left[index]);
+      this.#note(image, before, (name) => name in reply.params.label_names && !kept.includes(name));
       const segmented = (reply.params.segmented ?? []).filter((name) => !kept.includes(name));
-      const rest = kept.length ? `; kept ${kept.map(spoken).join(", ")}` : "";
-      this.panel.work.say(`Segmented ${counted(segmented.length, "structure")}${rest}`);
+      const said = kept.filter(told).map(spoken).join(", ");
+      this.panel.work.say(`Segmented ${counted(segmented.length, "structure")}${said ? `; kept ${said}` : ""}`);
     });
     this.segment.refresh();
   }
 
-  forget() {
-    this.made.clear();
+  #note(image, before, isTold) {
+    const told = new Uint8Array(256);
+    for (const { name, index } of labelmap.structures(image)) if (isTold(name)) told[index] = 1;
+    this.made.set(image.series, madeAnew(this.made.get(image.series), before, labelmap.voxels(), told));
+  }
+
+  forget(image) {
+    this.made.delete(image.series);
   }
 }

@@ -52,17 +52,24 @@ async function create(image, id, label, names, colourOf = colour) {
   }
 }
 
-/** Turn to the image's label map, made where there is none with these names, sorted as MONAI Label's panel does. */
+/**
+ * Turn to the image's label map, made where there is none with these names, sorted as MONAI Label's panel does. Resolves
+ * to whether this panel sees it for the first time.
+ */
 export async function ensure(image, names) {
   if (!segmentation(FIRST)) known.clear(); // another study was opened
-  const id = known.get(image.series)?.id ?? (known.size ? `medvl-${image.series}` : FIRST);
-  if (!segmentation(id) || !segmentationService().getLabelmapVolume(id)) {
+  const before = known.get(image.series);
+  const id = before?.id ?? (known.size ? `medvl-${image.series}` : FIRST);
+  const missing = !segmentation(id) || !segmentationService().getLabelmapVolume(id);
+  if (missing) {
     const sorted = [...new Set(names)].sort();
     await create(image, id, "Segmentations", Object.fromEntries(sorted.map((name, n) => [n + 1, name])));
   }
   const length = image.volume.dimensions.reduce((product, size) => product * size, 1);
-  known.set(image.series, { id, image, layers: known.get(image.series)?.layers ?? new Layers(length) });
+  const layers = (!missing && before?.layers) || new Layers(length);
+  known.set(image.series, { id, image, layers });
   shown = id;
+  return missing || !before;
 }
 
 /** Whether the label map of a series is still in the viewer, which drops it with its study. */
@@ -107,6 +114,14 @@ export const setLocked = (index, locked) => segmentationService().setSegmentLock
 export function setVisible(image, index, visible) {
   for (const { id } of viewports(image))
     segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
+}
+
+/** Whether a structure is drawn; another panel of the viewer may have hidden it, and shown it again. */
+export function isVisible(image, index) {
+  const representations = viewports(image).flatMap(({ id }) =>
+    segmentationService().getSegmentationRepresentations(id, { segmentationId: shown }),
+  );
+  return representations.every((one) => one.segments?.[index]?.visible !== false);
 }
 
 /** All voxels of a label map, of the one on screen unless another image is named; first axis fastest. */

@@ -27,7 +27,9 @@ export class Labels {
     });
     this.state = make("p", { class: "hint" });
     this.history = make("ol", { class: "versions", "aria-label": "Versions of this case" });
-    this.agree = button("Agreement of the annotators", () => this.showAgreement());
+    this.agree = button("Agreement", () => this.showAgreement(), {
+      title: "Every two annotators' latest versions, structure by structure",
+    });
     this.figures = make("div", { class: "figures", "aria-live": "polite" });
     this.consensus = new Consensus(this);
     this.element = make(
@@ -37,11 +39,11 @@ export class Labels {
       this.note,
       make("div", { class: "row" }, this.save, this.submit),
       this.state,
-      make("h3", {}, "Versions of this case"),
-      this.history,
-      make("div", { class: "row" }, this.agree, this.consensus.show),
       this.consensus.element,
+      make("h3", {}, "Versions of this case"),
+      make("div", { class: "row" }, this.agree, this.consensus.show),
       this.figures,
+      this.history,
     );
     panel.work.onChange(() => this.#buttons());
   }
@@ -76,6 +78,11 @@ export class Labels {
     return this.changes.get(image.series)?.edits;
   }
 
+  /** Refuse to put other masks over what was painted since `state`, which nobody was asked about. */
+  checkUnchanged(image, state) {
+    if (this.stateOf(image) !== state) throw new Error("the masks were changed meanwhile; nothing was put on screen");
+  }
+
   saved(image) {
     this.changes.delete(image.series);
     this.#buttons();
@@ -89,6 +96,7 @@ export class Labels {
     if (!image) return null;
     if (!author()) return this.panel.askAuthor();
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
+      const onScreen = () => image.series === this.panel.image()?.series;
       const [state, voxels] = [this.stateOf(image), labelmap.voxels(image).slice()];
       const counts = labelmap.counts(voxels);
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
@@ -97,17 +105,18 @@ export class Labels {
         author: author(),
         client_id: clientId(),
         source: "ohif",
-        note: this.note.value.trim(),
+        note: onScreen() ? this.note.value.trim() : "",
         segmentationMeta: { status },
         model_version: this.panel.modelVersion(),
-        prompts: image.series === this.panel.image()?.series ? this.panel.segment.record() : [],
+        prompts: this.panel.segment.record(image),
         label_info: present.map(({ name, index }) => ({ name, idx: index })),
       };
       const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
         signal,
       });
       if (this.stateOf(image) === state) this.saved(image); // what was painted during the upload is not in it
-      this.note.value = "";
+      if (params.note) this.note.value = "";
+      if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
       await this.load(image, signal);
       this.#buttons();
       this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
@@ -172,15 +181,17 @@ export class Labels {
   async reopen(version) {
     const image = this.panel.image();
     if (!(await this.panel.mayLeave("open another version", [image]))) return;
+    const state = this.stateOf(image);
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
       const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
       labelmap.checkGrid(image, mask);
+      this.checkUnchanged(image, state);
       labelmap.pasteAll(
         image,
         mask.voxels,
         Object.fromEntries(version.structures.map(({ name, value }) => [value, name])),
       );
-      this.panel.segment.forget();
+      this.panel.segment.forget(image);
       this.consensus.forget();
       this.saved(image);
       this.panel.work.say(`Version ${version.version} is on screen`);
@@ -231,7 +242,7 @@ export class Labels {
     const head = make(
       "tr",
       {},
-      ...["Structure", "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
+      ...["Structure", reply.pairs ? "Annotators" : "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
     );
     replace(
       this.figures,

@@ -5,6 +5,7 @@ import { author, clientId, setAuthor } from "./annotator.js";
 import { button, make, replace, select } from "./dom.js";
 import { Labels } from "./labels.js";
 import * as labelmap from "./labelmap.js";
+import { Leaving } from "./leaving.js";
 import { Segment } from "./segment.js";
 import { Server } from "./server.js";
 import { Texts } from "./texts.js";
@@ -169,6 +170,13 @@ class Panel {
     location.assign(studyAddress(study));
   }
 
+  /** OHIF drops the masks with their study. */
+  async #mayGoBack() {
+    const may = await this.mayLeave("leave this study");
+    if (may) this.labels.forgetChanges(); // answered already
+    return may;
+  }
+
   /** Resolves to whether masks may go, of `images` or all: at once when they are saved, else as the annotator says. */
   async mayLeave(what, images = null) {
     const unsaved = this.labels.unsaved().filter((image) => !images || images.some((one) => one.series === image.series));
@@ -185,6 +193,7 @@ class Panel {
   /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given when another question comes. */
   ask(title, text, answers) {
     this.dismiss?.();
+    if (this.body.hidden) this.collapse(false);
     return new Promise((resolve) => {
       const give = (answer) => {
         this.dismiss = null;
@@ -217,6 +226,10 @@ class Panel {
     window.addEventListener("beforeunload", (event) => {
       if (this.labels.unsaved().length) event.preventDefault();
     });
+    this.leaving = new Leaving({
+      unsaved: () => this.labels.unsaved().length > 0,
+      mayLeave: () => this.#mayGoBack(),
+    });
     clientId();
     await this.#connect();
   }
@@ -234,8 +247,9 @@ class Panel {
 
   /** OHIF tells no module of another page what it shows, so look: the image may come, go and change. */
   async #look() {
-    if (this.looking) return;
+    if (this.looking || this.leaving.returning) return;
     this.looking = true;
+    this.leaving.note();
     try {
       document.documentElement.classList.toggle("medvl-away", isStudyList());
       const image = isStudyList() ? null : current();
@@ -255,10 +269,11 @@ class Panel {
       replace(this.caseLine, !study || location.pathname.endsWith("/monai-label") ? "No image on screen yet" : link);
       return;
     }
-    await labelmap.ensure(image, this.names());
+    if (await labelmap.ensure(image, this.names())) this.segment.forget(image);
     const other = image.series !== this.shown?.series;
     if (other) {
       this.work.leaveImage();
+      this.segment.leave();
       this.dismiss?.();
     }
     this.shown = image;
@@ -269,7 +284,6 @@ class Panel {
       if (!this.body.hidden) makeRoom();
       labelmap.onChange((image) => this.#edited(image));
     }
-    this.segment.forget();
     this.segment.refresh();
     await Promise.all([this.labels.refresh(), this.texts.refresh(), this.#version()]);
   }

@@ -34,15 +34,15 @@ export class Prompts {
     [this.points, this.box, this.words, this.start] = [[], null, "", mask];
   }
 
-  /** As `medvl_interactive` takes them. */
-  asParams(name) {
-    const of = (label) => this.points.filter((point) => point.label === label).map((point) => point.voxel);
+  /** As `medvl_interactive` takes them: what stands, or what a step to go to holds. */
+  asParams(name, { points, box, words, start } = this) {
+    const of = (label) => points.filter((point) => point.label === label).map((point) => point.voxel);
     return {
-      ...(this.start ? { label_name: name } : { label: name }),
+      ...(start ? { label_name: name } : { label: name }),
       foreground: of(1),
       background: of(0),
-      ...(this.box && { box: this.box }),
-      ...(this.words && { prompt: this.words }),
+      ...(box && { box }),
+      ...(words && { prompt: words }),
     };
   }
 
@@ -68,6 +68,11 @@ export class Prompts {
     this.future = [];
   }
 
+  /** What stood, or stands again, a step away: `snapshot()`, or null before the first. */
+  stepTo(direction) {
+    return (direction === "undo" ? this.past.at(-2) : this.future.at(-1)) ?? null;
+  }
+
   get canUndo() {
     return this.past.length > 0;
   }
@@ -90,6 +95,29 @@ export class Prompts {
   /** Drop what was placed but never answered. */
   revert() {
     Object.assign(this, this.past.at(-1) ?? { points: [], box: null, words: "", start: this.base });
+  }
+}
+
+/** Prompts of every structure, by series: they stay when another series of the study comes on screen. */
+export class Placed {
+  constructor() {
+    this.series = new Map();
+  }
+
+  /** `Prompts` by the structure's name; `image` may be null. */
+  of(image) {
+    if (!image) return new Map();
+    if (!this.series.has(image.series)) this.series.set(image.series, new Map());
+    return this.series.get(image.series);
+  }
+
+  /** Everything placed on an image, for the record of a saved version. */
+  record(image) {
+    return [...this.of(image)].filter(([, one]) => !one.empty).map(([name, one]) => one.asRecord(name));
+  }
+
+  forget(image) {
+    this.series.delete(image.series);
   }
 }
 

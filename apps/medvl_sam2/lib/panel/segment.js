@@ -8,7 +8,7 @@ import { button, counted, field, form, make, replace, select, spoken } from "./d
 import * as labelmap from "./labelmap.js";
 import { readNrrd, writeNrrd } from "./nrrd.js";
 import { Overlay } from "./overlay.js";
-import { Prompts, fingerprints } from "./prompts.js";
+import { Placed, Prompts, fingerprints } from "./prompts.js";
 import { Structures } from "./structures.js";
 import { gridOf, jumpTo } from "./viewer.js";
 
@@ -21,7 +21,7 @@ export class Segment {
   /** `panel` has `image()`, `names()` (the server's labels) and `work`. */
   constructor(panel) {
     this.panel = panel;
-    this.prompts = new Map();
+    this.placements = new Placed();
     this.again = new Set(); // structures whose prompts were not asked for yet
     this.asking = false;
     this.placing = Promise.resolve();
@@ -44,7 +44,7 @@ export class Segment {
       onchange: () => this.#targetChosen(),
     });
     this.newName = make("input", { id: "medvl-new", placeholder: "another name, e.g. lesion 2", maxlength: 60 });
-    this.words = make("input", { id: "medvl-words", placeholder: "segment the lesion in segment VI", maxlength: 2000 });
+    this.words = make("input", { id: "medvl-words", placeholder: "the lesion in the liver", maxlength: 2000 });
     this.tools = Object.entries({ add: "+ Inside", remove: "− Outside", box: "▭ Box" }).map(([tool, text]) =>
       button(text, () => this.useTool(tool), { "data-tool": tool, "aria-pressed": "false" }),
     );
@@ -108,7 +108,7 @@ export class Segment {
 
   #buttons() {
     const busy = this.panel.work.busy(KIND);
-    const prompts = this.prompts.get(this.target.value);
+    const prompts = this.#placedNow();
     this.run.disabled = busy;
     this.automatic.refresh(this.target.value);
     this.undo.disabled = busy || !prompts?.canUndo;
@@ -132,7 +132,11 @@ export class Segment {
   }
 
   placed() {
-    return this.prompts.get(this.target.value) ?? { points: [], box: null };
+    return this.#placedNow() ?? { points: [], box: null };
+  }
+
+  #placedNow() {
+    return this.placements.of(this.panel.image()).get(this.target.value);
   }
 
   choose(name) {
@@ -181,7 +185,7 @@ export class Segment {
 
   async segmentWords() {
     const [image, words] = [this.panel.image(), this.words.value.trim()];
-    if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in segment VI");
+    if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in the liver");
     if (this.target.value) {
       return this.place((prompts) => {
         prompts.words = words;
@@ -250,9 +254,9 @@ export class Segment {
       while (this.again.size) {
         const [next] = this.again;
         this.again.delete(next);
-        const asked = this.prompts.get(next);
+        const asked = this.placements.of(image).get(next);
         if (!asked) continue;
-        if (asked.empty) await this.#toBase(image, next, asked);
+        if (asked.empty) await this.#toStart(image, next, asked);
         else await this.#ask(image, next, asked);
       }
     } finally {
@@ -263,13 +267,14 @@ export class Segment {
 
   /** Prompts of a structure; anew on its present mask when that is not what our last answer gave. */
   async #prompts(image, name) {
-    let prompts = this.prompts.get(name);
+    const placed = this.placements.of(image);
+    let prompts = placed.get(name);
     const index = labelmap.indexOf(image, name);
     const voxels = labelmap.voxels();
     const now = fingerprints(voxels)[index];
     if (!prompts) {
       prompts = new Prompts();
-      this.prompts.set(name, prompts);
+      placed.set(name, prompts);
     }
     if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
       const mask = now
@@ -315,58 +320,69 @@ export class Segment {
     prompts.fingerprint = this.#standing(image, name);
   }
 
-  /** Undo or redo: the server's timeline of this structure moves, and our prompts with it. */
+  /**
+   * Undo or redo: ask for the prompts of the step before or after, which the server knows by what they hold. It keeps a
+   * position of its own too, but that is one off once somebody stopped waiting for a step.
+   */
   async move(direction) {
     const [image, name] = [this.panel.image(), this.target.value];
-    const prompts = this.prompts.get(name);
+    const prompts = this.#placedNow();
     if (this.asking) return; // between two requests the buttons are open for a moment
     const before = this.#standing(image, name);
     if (before !== (prompts.fingerprint ?? "")) {
       return this.panel.work.complain(`${spoken(name)} was changed by hand since; undo that with the viewer's own tools`);
     }
     await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
-      const params = { client_id: clientId(), label: name, [direction]: true };
-      const { file } = await api.infer("medvl_interactive", image.series, params, { signal });
+      const step = prompts.stepTo(direction);
+      const params = step && { client_id: clientId(), ...prompts.asParams(name, step) };
+      const reply = step && (await api.infer("medvl_interactive", image.series, params, { mask: step.start, signal }));
+      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
+      if (reply) await this.paste(image, reply.file, { [name]: 1 });
+      else await this.#pasteMask(image, name, prompts.base);
       if (direction === "undo") prompts.undone();
       else prompts.redone();
-      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
-      if (prompts.past.length) await this.paste(image, file, { [name]: 1 });
-      else await this.#pasteBase(image, name, prompts);
       this.#note(image, name, prompts);
       this.panel.work.say(direction === "undo" ? "One step back" : "One step forward");
     });
     this.refresh();
   }
 
-  async #pasteBase(image, name, prompts) {
-    const voxels = prompts.base
-      ? (await readNrrd(await prompts.base.arrayBuffer())).voxels
+  /** `mask` is a NRRD Blob, or null for nothing. */
+  async #pasteMask(image, name, mask) {
+    const voxels = mask
+      ? (await readNrrd(await mask.arrayBuffer())).voxels
       : new Uint8Array(labelmap.voxels().length);
     labelmap.paste(image, voxels, { 1: name });
   }
 
-  /** The last prompt was taken away: the mask is what it was before the first. */
-  async #toBase(image, name, prompts) {
-    await this.#pasteBase(image, name, prompts);
-    this.prompts.delete(name);
+  /** The last prompt was taken away: the mask is what they built on, which may have been edited by hand. */
+  async #toStart(image, name, prompts) {
+    await this.#pasteMask(image, name, prompts.start);
+    this.placements.of(image).delete(name);
     this.refresh();
   }
 
   clearPrompts() {
     const [image, name] = [this.panel.image(), this.target.value];
     labelmap.paste(image, new Uint8Array(labelmap.voxels().length), { 1: name });
-    this.prompts.delete(name);
+    this.placements.of(image).delete(name);
     this.refresh();
   }
 
-  /** Everything placed, for the record of a saved version. */
-  record() {
-    return [...this.prompts].filter(([, prompts]) => !prompts.empty).map(([name, prompts]) => prompts.asRecord(name));
+  /** Everything placed on an image, for the record of a saved version. */
+  record(image) {
+    return this.placements.record(image);
   }
 
-  forget() {
-    this.prompts.clear();
+  /** The masks of an image were replaced: nothing that was placed on it counts any more. */
+  forget(image) {
+    this.leave();
+    this.placements.forget(image);
+    this.automatic.forget(image);
+  }
+
+  /** Another image comes on screen. */
+  leave() {
     this.again.clear();
-    this.automatic.forget();
   }
 }

@@ -39,6 +39,7 @@ export class Server {
   }
 
   async cases() {
+    if (!this.caseList.children.length) replace(this.caseList, make("li", { class: "hint" }, "Reading…"));
     let list;
     try {
       list = await api.cases();

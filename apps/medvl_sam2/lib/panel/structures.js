@@ -7,7 +7,6 @@ export class Structures {
   /** `choose(name)` is called for a structure that is clicked, `changed()` after it was hidden or protected. */
   constructor({ choose, changed }) {
     Object.assign(this, { choose, changed });
-    this.hidden = new Set();
     this.element = make("ul", { class: "structures", "aria-label": "Structures with a mask" });
   }
 
@@ -18,7 +17,7 @@ export class Structures {
   }
 
   #item(image, { name, index, locked, colour }, count) {
-    const hidden = this.hidden.has(name);
+    const hidden = !labelmap.isVisible(image, index);
     const toggle = (text, set, label, act) => {
       const change = () => {
         act();
@@ -30,17 +29,15 @@ export class Structures {
         title: label,
       });
     };
-    const show = () => {
-      if (!this.hidden.delete(name)) this.hidden.add(name);
-      labelmap.setVisible(image, index, hidden);
-    };
     return make(
       "li",
       { "data-structure": name },
       make("span", { class: "chip", style: `background: rgb(${colour.slice(0, 3).join(" ")})`, "aria-hidden": "true" }),
       button(spoken(name), () => this.choose(name), { class: "link", title: "Choose it and go there" }),
       make("span", { class: "count" }, count.toLocaleString("en")),
-      toggle(hidden ? "show" : "hide", hidden, hidden ? "Show" : "Hide", show),
+      toggle(hidden ? "show" : "hide", hidden, hidden ? "Show" : "Hide", () =>
+        labelmap.setVisible(image, index, hidden),
+      ),
       toggle(locked ? "unlock" : "lock", locked, locked ? "Release" : "Protect from being overwritten:", () =>
         labelmap.setLocked(index, !locked),
       ),

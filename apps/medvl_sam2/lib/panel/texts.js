@@ -21,9 +21,10 @@ export class Texts {
     this.panel = panel;
     this.answered = null;
     this.drafted = null;
+    this.known = ""; // the report as it was drafted or stored: what differs from it was typed
     this.question = make("input", {
       id: "medvl-question",
-      placeholder: "is there a lesion in the liver?",
+      placeholder: "Is there a lesion in the liver?",
       maxlength: 2000,
     });
     this.askButton = make("button", { type: "submit", class: "primary" }, "Ask");
@@ -85,11 +86,21 @@ export class Texts {
         ...this.#evidence(image, reply.evidence),
         reply.notice && make("p", { class: "hint" }, reply.notice),
       );
+      this.panel.work.say("Answered");
     });
+  }
+
+  /** Resolves to whether a new text may take the place of the report. */
+  async #mayReplace() {
+    const text = this.report.value.trim();
+    if (!text || text === this.known) return true;
+    const answers = ["Replace it", "Keep it"];
+    return (await this.panel.ask("Replace the report", "The report was changed and not stored.", answers)) === answers[0];
   }
 
   async draftReport() {
     const image = this.panel.image();
+    if (!(await this.#mayReplace())) return;
     await this.panel.work.run(KIND, "Drafting", async (signal) => {
       const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
       signal.throwIfAborted();
@@ -101,12 +112,18 @@ export class Texts {
           reply.sentences.flatMap((item) => item.evidence),
         ),
       };
-      this.report.value = reply.text;
+      this.#put(reply.text);
       const lines = reply.sentences.map((sentence) =>
         make("li", {}, `${sentence.text} `, ...this.#evidence(image, sentence.evidence)),
       );
       replace(this.sentences, ...lines, reply.notice && make("li", { class: "hint" }, reply.notice));
+      this.panel.work.say("Drafted");
     });
+  }
+
+  #put(report) {
+    this.report.value = report;
+    this.known = report.trim();
   }
 
   /** A chip for every structure a text rests on; a click shows its mask beside the label map and goes there. */
@@ -147,6 +164,7 @@ export class Texts {
     await this.panel.work.run(KIND, report ? "Storing the report" : "Storing the answer", async (signal) => {
       const body = { kind, text, author: author(), ...(report ? (this.drafted ?? {}) : this.answered) };
       const record = await api.storeText(image.series, body, { signal });
+      if (report) this.known = text;
       await this.#load(image, signal);
       if (record.sr_error)
         throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
@@ -161,7 +179,8 @@ export class Texts {
     const image = this.panel.image();
     this.answered = this.drafted = null; // what was drafted for one image must not be stored with another
     this.answerBox.hidden = true;
-    this.answer.value = this.report.value = "";
+    this.answer.value = "";
+    this.#put("");
     replace(this.sentences);
     if (image) await this.panel.work.run("texts", "Reading the texts", (signal) => this.#load(image, signal));
     this.#buttons();
@@ -196,8 +215,9 @@ export class Texts {
     if (!versions.length) replace(this.stored, make("li", { class: "hint" }, "none yet"));
   }
 
-  edit(version) {
-    this.report.value = version.text;
+  async edit(version) {
+    if (!(await this.#mayReplace())) return;
+    this.#put(version.text);
     this.drafted = { question: "", draft: version.draft, model_version: version.model_version };
     replace(this.sentences);
     this.#buttons();

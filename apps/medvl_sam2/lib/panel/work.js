@@ -33,6 +33,7 @@ export class Work {
     if (this.running.has(kind)) return null;
     const job = { title, started: Date.now(), abort: new AbortController(), place: "", keeps };
     this.running.set(kind, job);
+    this.said = null; // of what ran before
     this.complain(null);
     this.show();
     try {

@@ -1,0 +1,145 @@
+"""Work that no version holds yet: two series of a study, ways out of it, and a consensus on screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from e2e.browser import PATIENCE_MS, Viewer
+from e2e.conftest import SEEDS, Site, store_case
+from e2e.content import middle, organ
+from medvl_sam2.synthesis import generate_case
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
+
+
+def versions(site: Site, series: str) -> list[dict[str, Any]]:
+    reply = requests.get(f"{site.address}/medvl/labels", params={"image": series}, timeout=60).json()
+    known: list[dict[str, Any]] = reply["versions"]
+    return known
+
+
+def question(viewer: Viewer) -> str:
+    return viewer.panel.get_by_role("alertdialog").inner_text()
+
+
+def asks_nothing(viewer: Viewer) -> bool:
+    return viewer.panel.get_by_role("alertdialog").count() == 0
+
+
+def show_series(viewer: Viewer, description: str) -> None:
+    """From OHIF's own list of the study's series."""
+    viewer.page.locator('[data-cy="study-browser-thumbnail"]', has_text=description).dblclick()
+    viewer.panel.locator(".case", has_text=description).wait_for()
+    viewer.wait()
+
+
+def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> None:
+    """Masks, prompts and what was automatic stay with their series; whatever leaves the study asks, and saves both."""
+    case = generate_case(SEEDS["ben"])
+    first = store_case(site.orthanc, tmp_path, "two", case)
+    second = store_case(site.orthanc, tmp_path, "two", case, of=first)
+    viewer.open_from_list(first.study)
+    viewer.type("Your name", "Dr. Ada")
+    viewer.page.locator('[data-cy="side-panel-header-left"]').click()
+    show_series(viewer, "generated CT")
+    viewer.choose("spleen")
+    viewer.press("This structure")
+    spleen = viewer.mask("spleen")
+    assert spleen.any()
+    inside = middle(organ(first, "liver") & (first.lesions == 0))
+    viewer.choose("liver")
+    viewer.show(inside)
+    viewer.press("+ Inside")
+    viewer.click(inside)
+    viewer.press("+ Inside")
+    one = viewer.labelmap()[0]
+
+    show_series(viewer, "later CT")
+    other = f"medvl-{second.series}"
+    assert not viewer.labelmap(other)[0].any()
+    assert viewer.panel.get_by_label("Placed prompts").get_by_role("listitem").count() == 0
+    kidney = middle(organ(second, "kidney_left"))
+    viewer.choose("kidney_left")
+    viewer.show(kidney)
+    viewer.press("+ Inside")
+    viewer.click(kidney)
+    viewer.press("+ Inside")
+    two = viewer.labelmap(other)[0]
+    assert viewer.mask("kidney_left", other)[tuple(kidney)]
+    np.testing.assert_array_equal(viewer.labelmap()[0], one)
+
+    show_series(viewer, "generated CT")
+    viewer.choose("spleen")
+    viewer.press("This structure")
+    assert asks_nothing(viewer), "nobody touched the automatic mask"
+    np.testing.assert_array_equal(viewer.labelmap()[0], one, err_msg="the liver of a click is nobody's to take")
+    viewer.choose("liver")
+    viewer.press("Undo")
+    assert not viewer.mask("liver").any()
+    viewer.press("Redo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], one)
+
+    show_series(viewer, "later CT")
+    address = viewer.page.url
+    viewer.page.locator('[data-cy="return-to-work-list"]').click()
+    assert "generated CT, later CT" in question(viewer)
+    viewer.press("Stay")
+    viewer.page.evaluate("history.back()")
+    assert "generated CT, later CT" in question(viewer)
+    assert viewer.page.url == address
+    viewer.picture("15-leaving")
+    viewer.panel.get_by_role("button", name="Save first").click()
+    viewer.page.locator(f'[data-cy="studyRow-{first.study}"]').wait_for(timeout=PATIENCE_MS)
+    for study, mask, placed in ((first, one, "liver"), (second, two, "kidney_left")):
+        (saved,) = versions(site, study.series)
+        assert sum(item["voxels"] for item in saved["structures"]) == (mask > 0).sum()
+        assert [item["structure"] for item in saved["prompts"]] == [placed]
+
+
+def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:
+    """It is stored by accepting it only; what is changed on it is asked about before it goes."""
+    study = site.studies["ben"]
+    viewer.open_from_list(study.study)
+    viewer.tab("Save")
+    for author, voxel in (("Dr. Ada", [1, 1, 1]), ("Dr. Ben", [2, 2, 2])):
+        viewer.type("Your name", author)
+        viewer.paint("liver", [0, 0, 0])
+        viewer.paint("liver", voxel)
+        viewer.press("Save")
+    known = versions(site, study.series)
+    viewer.press("Consensus")
+    consensus = viewer.labelmap()[0]
+    assert consensus[0, 0, 0] > 0
+    viewer.press(f"Open version {known[-1]['version']}")
+    assert asks_nothing(viewer), "what nobody made needs no saving"
+    viewer.press("Consensus")
+    viewer.paint("spleen", [5, 5, 5])
+    changed = viewer.labelmap()[0]
+    viewer.press("Put back what was here")
+    assert "changed since the last version" in question(viewer)
+    viewer.press("Stay")
+    viewer.press("Accept the consensus")
+    assert "The consensus was changed on screen" in question(viewer)
+    viewer.press("Stay")
+    np.testing.assert_array_equal(viewer.labelmap()[0], changed)
+    assert versions(site, study.series) == known
+    viewer.press("Accept the consensus")
+    viewer.picture("16-changed-consensus")
+    viewer.press("Drop and accept")
+    np.testing.assert_array_equal(viewer.labelmap()[0], consensus)
+    made = versions(site, study.series)
+    assert [one["source"] for one in made[len(known) :]] == ["consensus-majority"]
+
+    viewer.press("Consensus")
+    viewer.paint("spleen", [5, 5, 5])
+    viewer.press("Put back what was here")
+    viewer.press("Without saving")
+    np.testing.assert_array_equal(viewer.labelmap()[0], consensus)
+    viewer.press("Consensus")
+    viewer.press("Save")
+    assert viewer.panel.get_by_role("button", name="Accept the consensus").count() == 0, "it is a version of Dr. Ben's"
