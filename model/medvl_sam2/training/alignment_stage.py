@@ -9,7 +9,6 @@ interrupted run goes on when it is started again. ``training/stages/alignment.ya
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from medvl_sam2.training.corpus import build_tokenizer
 from medvl_sam2.training.language_data import CaseStore
 from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures, manifest_feed, trained_tokenizer
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.stage_config import read_stage_config
+from medvl_sam2.training.stage_config import stage_command
 from medvl_sam2.training.stage_start import image_text_config, image_text_tokenizer, load_image_text_starts
 from medvl_sam2.training.taught_cases import reduced_case
 from medvl_sam2.training.trainer import Trainer
@@ -111,17 +110,8 @@ def held_out_scores(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on a manifest's training side or on generated cases, measure before and after on held-out ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shipped = Path(__file__).parent / "stages" / "alignment.yaml"
-    parser.add_argument("--config", type=Path, default=shipped, help="YAML file; the shipped one by default")
-    parser.add_argument("--manifest", type=Path, help="instead of the configuration's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    config, out = read_stage_config(options.config, AlignmentStageConfig), options.out
-    if options.manifest is not None:
-        config = replace(config, data=replace(config.data, manifest=options.manifest))
-    torch.set_num_threads(options.threads)
+    config, out = stage_command(arguments, __doc__, AlignmentStageConfig, shipped)
     ranks = Ranks.join(config.trainer.device)
     model = image_text_config(preset(config.preset), config.head, config.start)
     data = config.data

@@ -11,11 +11,9 @@ mixes reports, questions, structures by name, sentences and clicks (:mod:`medvl_
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from medvl_sam2.training.case_feed import CaseFeed
 from medvl_sam2.training.joint_learner import JointStage, JointStageConfig
 from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures, manifest_feed, trained_tokenizer
 from medvl_sam2.training.ranks import Ranks
-from medvl_sam2.training.stage_config import read_stage_config
+from medvl_sam2.training.stage_config import stage_command
 from medvl_sam2.training.stage_start import load_starts, start_config, start_tokenizer
 from medvl_sam2.training.taught_cases import TaughtCase, record_offers, taught_case
 from medvl_sam2.training.taught_texts import askable
@@ -60,16 +58,7 @@ def feed_of(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on the manifest's training side, measure before and after on its validation side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, such as one of training/stages")
-    parser.add_argument("--manifest", type=Path, help="instead of the configuration's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    config, out = read_stage_config(options.config, JointStageConfig), options.out
-    if options.manifest is not None:
-        config = replace(config, data=replace(config.data, manifest=options.manifest))
-    torch.set_num_threads(options.threads)
+    config, out = stage_command(arguments, __doc__, JointStageConfig)
     ranks = Ranks.join(config.trainer.device)
     manifest = read_manifest(config.data.manifest, config.data.root)
     model_config = start_config(preset(config.preset), config.start)

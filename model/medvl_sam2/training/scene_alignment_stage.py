@@ -10,7 +10,6 @@ again. ``training/stages/scene_alignment.yaml`` explains the settings.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +45,7 @@ from medvl_sam2.training.manifest_feed import held_out_draws, held_out_figures
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.scene_alignment import SceneAlignmentConfig, SceneAlignmentStage, begin_bias, scene_retrieval
 from medvl_sam2.training.scene_records import SceneReading, SceneRecord, stack_scenes
-from medvl_sam2.training.stage_config import read_stage_config
+from medvl_sam2.training.stage_config import stage_command
 from medvl_sam2.training.trainer import Trainer
 from medvl_sam2.training.volume_sources import HELD_OUT_SEED
 
@@ -107,17 +106,8 @@ def head_config(config: SceneAlignmentConfig, language: VisionLanguage) -> Model
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, train, measure before and after on held-out cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shipped = Path(__file__).parent / "stages" / "scene_alignment.yaml"
-    parser.add_argument("--config", type=Path, default=shipped, help="YAML file; the shipped one by default")
-    parser.add_argument("--manifest", type=Path, help="instead of the configuration's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the result and the resumable state")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    config, out = read_stage_config(options.config, SceneAlignmentConfig), options.out
-    if options.manifest is not None:
-        config = replace(config, data=replace(config.data, manifest=options.manifest))
-    torch.set_num_threads(options.threads)
+    config, out = stage_command(arguments, __doc__, SceneAlignmentConfig, shipped)
     ranks = Ranks.join(config.trainer.device)
     start = config.start or shipped_checkpoint()
     language = seeing_half(start).to(config.trainer.device)
