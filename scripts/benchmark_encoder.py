@@ -88,7 +88,7 @@ def built_encoder(options: argparse.Namespace) -> Encoder:
     if options.preset == SHIPPED:
         if options.image_size:
             raise ConfigError("--image-size goes with a preset of random weights; the shipped ones have theirs")
-        return Encoder(Predictor.load().model.segmenter).eval()
+        return Encoder(Predictor.load(device="cpu").model.segmenter).eval()
     config = SLICE_PRESETS[options.preset]
     torch.manual_seed(options.seed)
     return Encoder(SliceSegmenter(replace(config, image_size=options.image_size or config.image_size))).eval()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 GPU = torch.device("cuda", 0)
 _MIXES = {"aten._to_copy", "aten.copy_", "aten.index", "aten.index_put_", "aten.index_put", "aten._local_scalar_dense"}
-"""What may have one tensor here and one there: copies, and indices from the CPU."""
+"""What may have one tensor here and one there: copies, and indices from the CPU into a tensor on the GPU."""
 
 
 class OnGpu(Tensor):
@@ -71,7 +71,8 @@ class PretendedGpu(TorchDispatchMode):
         here = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu) and leaf.ndim]
         asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
         name = ".".join(str(operation).split(".")[:2])
-        if there and here and name not in _MIXES:
+        indexed = name.startswith("aten.index") and (there and not isinstance(args[0], OnGpu))
+        if there and here and (name not in _MIXES or indexed):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
         plain = [
             leaf.inner if isinstance(leaf, OnGpu) else torch.device("cpu") if isinstance(leaf, torch.device) else leaf

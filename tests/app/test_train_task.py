@@ -57,7 +57,7 @@ def test_a_label_without_names_is_left_out(running: Running) -> None:
 
 
 def test_training_without_labels_says_so(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "load_backend", lambda _: None)
+    monkeypatch.setattr(finetune, "load_backend", lambda *_: None)
     response = running.client.post("/train/medvl_sam2", params={"run_sync": True})
     assert response.status_code == 422
     assert "no label to train on" in response.json()["detail"]
@@ -88,7 +88,7 @@ def test_progress_and_outcome_reach_the_clients(
         return FinetuneResult(tmp_path, "published", store / "versions" / "1", epochs=2, gates=(gate,), seconds=61.2)
 
     monkeypatch.setattr(finetune, "run_finetune", run)
-    monkeypatch.setattr(finetune, "load_backend", lambda _: None)
+    monkeypatch.setattr(finetune, "load_backend", lambda *_: None)
     assert running.app.schedule.state().labels == 2
     result = running.client.post("/train/medvl_sam2", params={"run_sync": True}, json={"max_epochs": 2}).json()
     assert result["published"] == "1"

@@ -59,7 +59,7 @@ def test_an_alias_trains_by_short_settings_and_the_requests(
         return FinetuneResult(tmp_path, "not published")
 
     monkeypatch.setattr(finetune, "run_finetune", run)
-    monkeypatch.setattr(finetune, "load_backend", lambda _: None)
+    monkeypatch.setattr(finetune, "load_backend", lambda *_: None)
     theirs = {"model": "deepedit", "max_epochs": 3, "name": "run_01", "val_split": 0.5, "multi_gpu": False}
     assert running.client.post("/train/deepedit", params={"run_sync": True}, json=theirs).status_code == 200
     assert seen == [dataclasses.replace(TRAIN_DEFAULTS, epochs=3)]

@@ -42,10 +42,10 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
 _CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"^[A-H]\.\s+")
-_NUMBER = r"\d+(?:[.,]\d+)?"
+_NUMBER = r"(?<!\d)\d+(?:[.,]\d+)?"
 _FACTOR = re.compile(rf"({_NUMBER})[\s-]*(cm|mm)?", re.IGNORECASE)
 _SIZE = re.compile(
-    rf"(?:{_NUMBER}[\s-]*(?:cm|mm)?\s*(?:x|×|by|to|-|–)\s*)*{_NUMBER}[\s-]*(?:cm|mm)\b", re.IGNORECASE
+    rf"(?:{_NUMBER}(?:[\s-]*(?:cm|mm))?\s*(?:x|×|by|to|-|–)\s*)*{_NUMBER}[\s-]*(?:cm|mm)\b", re.IGNORECASE
 )  # fmt: skip
 _BEFORE = re.compile(r"[\s-]*(?:(?!(?:with|and|contains|has|shows)\b)[a-z-]+\s+){0,2}", re.IGNORECASE)
 """Between a size and the word for what has it: "2.5 cm round cyst"."""

@@ -26,6 +26,7 @@ from medvl_sam2.checkpoint import (
     load_into,
     save_checkpoint,
 )
+from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.modeling.lora import add_lora, merge_lora
 from medvl_sam2.modeling.prompts import SEGMENT_PROMPTS, segment_prompt, segment_reply
 from medvl_sam2.modeling.tokenizer import Tokenizer
@@ -228,6 +229,10 @@ class UnifiedStage(FinetuneStage):
         return _Rows(volumes, weights, views, config.slices.image_size)
 
 
-def default_backend(device: str = "auto") -> FinetuneBackend:
-    """The shipped model code: the unified model's stage, the served predictor on ``device``, the generator."""
-    return FinetuneBackend(UnifiedStage, partial(Predictor.load, device=device), generate_case, from_case)
+def default_backend(device: str = "auto", precision: Precision = "auto") -> FinetuneBackend:
+    """The shipped model code: the unified model's stage, the predictor as it is served, the generator.
+
+    ``device`` and ``precision`` are those that served masks are computed with.
+    """
+    predictor = partial(Predictor.load, device=device, precision=precision)
+    return FinetuneBackend(UnifiedStage, predictor, generate_case, from_case)

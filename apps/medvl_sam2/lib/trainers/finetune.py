@@ -25,6 +25,7 @@ from lib.result_writing import http_errors
 from lib.retrain_schedule import RetrainSchedule
 from medvl_sam2.errors import ConfigError, DataError, MedVLError
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.training.finetune import FinetuneBackend, run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
 from medvl_sam2.training.holdout import patient_key
@@ -54,6 +55,7 @@ class FinetuneTask(TrainTask):
         self._store = config.store
         self._schedule = schedule
         self._defaults = dataclasses.replace(defaults, device=config.device)
+        self._precision = config.precision
         self._stats_path = config.store / "train_stats.json"
 
     def config(self) -> dict[str, Any]:
@@ -74,7 +76,15 @@ class FinetuneTask(TrainTask):
             # From here on the labels count as used; those that come later are the next training's.
             self._schedule.training_started()
             samples = datastore_samples(datastore)
-            result = run_finetune(config, samples, None, self._store, self._tell, lambda: False, load_backend(config))
+            result = run_finetune(
+                config,
+                samples,
+                None,
+                self._store,
+                self._tell,
+                lambda: False,
+                load_backend(config.device, self._precision),
+            )
         self._finish(result)
         logger.info("%s (%d epochs, %.0f s)", result.reason, result.epochs, result.seconds)
         return {
@@ -116,11 +126,11 @@ class FinetuneTask(TrainTask):
         write_json_atomically(self._stats_path, {**self.stats(), "total_time": total, "message": result.reason})
 
 
-def load_backend(config: FinetuneConfig) -> FinetuneBackend:
+def load_backend(device: str, precision: Precision) -> FinetuneBackend:
     """The model code to train with."""
     from medvl_sam2.training.finetune_stage import default_backend  # loads the language model's library
 
-    return default_backend(config.device)
+    return default_backend(device, precision)
 
 
 def finetune_config(request: Mapping[str, Any], defaults: FinetuneConfig = _DEFAULTS) -> FinetuneConfig:

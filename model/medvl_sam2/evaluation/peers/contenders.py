@@ -162,7 +162,7 @@ def _shipped_note() -> str:
 
 
 def _shipped(out: Path) -> Trained:
-    predictor = Predictor.load()
+    predictor = Predictor.load(device="cpu", precision="float32")  # as the others compute
     seconds, steps = _record()
     return Trained(predictor, seconds, steps, size(predictor.model), weights=predictor.meta.sha256)
 
