@@ -115,7 +115,7 @@ export class Labels {
         signal,
       });
       if (this.stateOf(image) === state) this.saved(image); // what was painted during the upload is not in it
-      if (params.note) this.note.value = "";
+      if (this.note.value.trim() === params.note) this.note.value = ""; // not one typed during the upload
       if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
       await this.load(image, signal);
       this.#buttons();

@@ -22,7 +22,7 @@ export class Segment {
   constructor(panel) {
     this.panel = panel;
     this.placements = new Placed();
-    this.again = new Set(); // structures whose prompts were not asked for yet
+    this.again = new Map(); // structures whose prompts were not asked for yet, with their image
     this.asking = false;
     this.placing = Promise.resolve();
     this.overlay = new Overlay({
@@ -247,17 +247,17 @@ export class Segment {
     this.placing = placed.catch(() => {});
     const prompts = await placed;
     this.#buttons();
-    this.again.add(name);
+    this.again.set(name, image);
     if (this.asking) return;
     this.asking = true;
     try {
       while (this.again.size) {
-        const [next] = this.again;
+        const [[next, where]] = this.again;
         this.again.delete(next);
-        const asked = this.placements.of(image).get(next);
+        const asked = this.placements.of(where).get(next);
         if (!asked) continue;
-        if (asked.empty) await this.#toStart(image, next, asked);
-        else await this.#ask(image, next, asked);
+        if (asked.empty) await this.#toStart(where, next, asked);
+        else await this.#ask(where, next, asked);
       }
     } finally {
       this.asking = false;
@@ -270,7 +270,7 @@ export class Segment {
     const placed = this.placements.of(image);
     let prompts = placed.get(name);
     const index = labelmap.indexOf(image, name);
-    const voxels = labelmap.voxels();
+    const voxels = labelmap.voxels(image);
     const now = fingerprints(voxels)[index];
     if (!prompts) {
       prompts = new Prompts();
