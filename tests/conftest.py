@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """Sums in the same order on every machine; the environment's setting alone lets MKL choose another one."""
+    """Sums in the same order on every machine, also where a program set another number before."""
     import torch  # here: the process that only hands out the tests does without
 
     torch.set_num_threads(1)
