@@ -10,9 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Before torch is imported, and for the programs that tests start: sums in the same order on every machine, and no fight
-# over the cores of a small one.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs that tests start: no fight over the cores of a small machine
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -29,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from processes import longest_first
 
         longest_first(items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Sums in the same order on every machine, also where a program set another number before."""
+    import torch  # here: the process that only hands out the tests does without
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

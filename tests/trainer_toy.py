@@ -37,10 +37,12 @@ class Toy(Stage):
         noise: float = 0.0,
         pace: float = 0.0,
         out: Path | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         torch.manual_seed(0)
         self.rows, self.broken, self.noise, self.pace, self.out = rows, broken, noise, pace, out
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 1))
+        self.layers.to(dtype)
         self.layers[0].requires_grad_(False)
 
     @property
@@ -61,7 +63,7 @@ class Toy(Stage):
         # Row n of a step is the same one, however rows are split into micro-batches.
         first = draw.number * self.rows
         rows = [torch.from_numpy(Draw(draw.seed, draw.step, first + n).rng().normal(size=3)) for n in range(self.rows)]
-        inputs = torch.stack(rows).float()
+        inputs = torch.stack(rows).to(self.layers[0].weight.dtype)
         wanted = inputs.prod(dim=1, keepdim=True) + self.noise * torch.rand(1)
         loss = (self.layers(inputs) - wanted).square().mean()
         if draw.step in self.broken:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from trainer_toy import TOY, Toy
 STATE = "toy_resume.safetensors"
 
 
-def trained(config: TrainerConfig, out: Path | None = None, **options: float) -> Toy:
+def trained(config: TrainerConfig, out: Path | None = None, **options: Any) -> Toy:
     toy = Toy(**options)
     Trainer(toy, config, out).run()
     return toy
@@ -70,10 +71,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, repository: Path) -> N
 
 
 def test_four_small_micro_batches_are_one_large_one() -> None:
-    large = trained(TOY, rows=8)
-    small = trained(replace(TOY, accumulate=4), rows=2)
+    """In double precision: AdamW makes a step of the last bit of a gradient near zero."""
+    large = trained(TOY, rows=8, dtype=torch.float64)
+    small = trained(replace(TOY, accumulate=4), rows=2, dtype=torch.float64)
     for name, tensor in large.module.state_dict().items():
-        assert torch.allclose(tensor, small.module.state_dict()[name], rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(tensor, small.module.state_dict()[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_the_budget_may_be_minutes_and_grow(tmp_path: Path) -> None:
