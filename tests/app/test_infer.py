@@ -179,11 +179,12 @@ def test_saved_prediction_is_what_slicer_reads_back(running: Running) -> None:
 
 
 def test_result_files_are_throw_away(running: Running) -> None:
+    before = set(result_folder().iterdir())  # of tests in this process that broke an answer off
     for _ in range(2):
         assert running.slicer("medvl_semantic", classes="liver").status_code == 200
         assert running.slicer("medvl_report").status_code == 200
         assert running.ohif("medvl_report").status_code == 200
-    assert list(result_folder().iterdir()) == []
+    assert set(result_folder().iterdir()) == before
     assert (running.studies / "case_a.nii.gz").is_file()
 
 

@@ -16,8 +16,6 @@ def publish_text(datastore: Any, versions: TextVersions, image: str, text: TextV
 
     On a store that is no DICOMweb server nothing happens. Blocks on the network.
     """
-    if not hasattr(datastore, "source_headers"):
-        return Attempt()
 
     def make() -> dict[str, str]:
         note = _published(datastore, image, text, versions.of(image))

@@ -34,7 +34,8 @@ def guidance(points: np.ndarray, labels: np.ndarray, grid: Grid, sigma: int) -> 
         "image": np.zeros((1, *grid), dtype=np.float32),
         "guidance": {"object": cells[labels == 1].tolist(), "background": cells[labels != 1].tolist()},
     }
-    return torch.from_numpy(AddGuidanceSignalDeepEditd(keys="image", sigma=sigma)(data)["image"][1:])
+    with torch.autocast("cpu", enabled=False):  # in a training step it would be smoothed in bfloat16, which NumPy lacks
+        return torch.from_numpy(AddGuidanceSignalDeepEditd(keys="image", sigma=sigma)(data)["image"][1:])
 
 
 @dataclass(frozen=True)
