@@ -7,16 +7,9 @@ export class Leaving {
   constructor({ unsaved, mayLeave }) {
     Object.assign(this, { unsaved, mayLeave });
     this.passing = false;
-    this.returning = false; // the address is on its way back to the study
-    this.place = null;
     document.addEventListener("click", (event) => this.#clicked(event), true);
-    // Listeners that capture come before OHIF's router, which listens on the same window.
-    window.addEventListener("popstate", (event) => this.#moved(event), true);
-  }
-
-  /** Take note of the router's place in the history while the address is the study's. */
-  note() {
-    if (!this.returning) this.place = history.state?.idx ?? null;
+    // "popstate" comes too late: OHIF's router may hear it first. A browser without this only guards the arrow.
+    window.navigation?.addEventListener("navigate", (event) => this.#traversed(event));
   }
 
   async #clicked(event) {
@@ -24,26 +17,23 @@ export class Leaving {
     if (!arrow || this.passing || !this.unsaved()) return;
     event.stopImmediatePropagation();
     event.preventDefault();
-    if (!(await this.mayLeave())) return;
-    this.passing = true;
-    arrow.dispatchEvent(new MouseEvent("click", { bubbles: true }));
-    this.passing = false;
+    if (await this.mayLeave()) this.#pass(() => arrow.dispatchEvent(new MouseEvent("click", { bubbles: true })));
   }
 
-  async #moved(event) {
-    if (this.returning) {
-      event.stopImmediatePropagation();
-      this.returning = false;
-      return;
-    }
-    const step = (history.state?.idx ?? NaN) - this.place;
-    if (this.passing || !step || !this.unsaved()) return this.note();
-    event.stopImmediatePropagation();
-    this.returning = true;
-    history.go(-step);
-    if (!(await this.mayLeave())) return;
+  async #traversed(event) {
+    const { navigationType, cancelable, destination } = event;
+    if (navigationType !== "traverse" || !cancelable || !destination.sameDocument) return; // others load a page
+    if (this.passing || destination.url === location.href || !this.unsaved()) return;
+    event.preventDefault();
+    if (await this.mayLeave()) this.#pass(() => window.navigation.traverseTo(destination.key).finished);
+  }
+
+  async #pass(leave) {
     this.passing = true;
-    window.addEventListener("popstate", () => (this.passing = false), { once: true });
-    history.go(step);
+    try {
+      await leave();
+    } finally {
+      this.passing = false;
+    }
   }
 }

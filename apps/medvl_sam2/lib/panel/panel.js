@@ -226,7 +226,7 @@ class Panel {
     window.addEventListener("beforeunload", (event) => {
       if (this.labels.unsaved().length) event.preventDefault();
     });
-    this.leaving = new Leaving({
+    new Leaving({
       unsaved: () => this.labels.unsaved().length > 0,
       mayLeave: () => this.#mayGoBack(),
     });
@@ -247,9 +247,8 @@ class Panel {
 
   /** OHIF tells no module of another page what it shows, so look: the image may come, go and change. */
   async #look() {
-    if (this.looking || this.leaving.returning) return;
+    if (this.looking) return;
     this.looking = true;
-    this.leaving.note();
     try {
       document.documentElement.classList.toggle("medvl-away", isStudyList());
       const image = isStudyList() ? null : current();
