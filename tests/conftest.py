@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_torch_thread() -> None:
-    """Sums in the same order on every machine, also where a program set another number before."""
+    """Sums in the same order on every machine, also in a file after one whose program asked for more threads."""
     import torch  # here: the process that only hands out the tests does without
 
     torch.set_num_threads(1)

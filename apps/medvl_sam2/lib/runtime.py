@@ -34,12 +34,12 @@ from lib.preparation import Preparation
 from lib.request_parsing import Client
 from lib.turns import Turns, Waiting
 from medvl_sam2.errors import CheckpointError, MedVLError, PromptError
-from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.publishing import read_published
 from medvl_sam2.types import Geometry, Prompt, Volume
 from medvl_sam2.volume_io import read_geometry, read_volume
 
 if TYPE_CHECKING:
+    from medvl_sam2.modeling.compute import Precision
     from medvl_sam2.predictor import Predictor, Session
     from medvl_sam2.predictor.journal import Journal
     from medvl_sam2.predictor.timeline import Change

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class SlicePrompt:
         """No prompt at all, for rows that rely on memory or language."""
         labels = torch.full((rows, 1), -1, dtype=torch.int32, device=device)
         return cls(torch.zeros(rows, 1, 2, device=device), labels)
+
+    def to(self, device: torch.device | str) -> SlicePrompt:
+        """The same on ``device``."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)

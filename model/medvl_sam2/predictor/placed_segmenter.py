@@ -6,8 +6,6 @@ memory; encoded slices, memories and object pointers, which only the network rea
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import torch
 from torch import Tensor
 
@@ -64,7 +62,7 @@ class PlacedSegmenter:
     def decode(self, features: SliceFeatures, prompt: SlicePrompt, fused: Tensor | None = None) -> SliceOutput:
         """Decode B rows; all but the pointer comes back on the CPU, in float32."""
         with self._computing():
-            found = self.model.decode(features, self._placed(prompt), fused)
+            found = self.model.decode(features, prompt.to(self.device), fused)
         logits, iou, presence = (part.float().cpu() for part in (found.logits, found.iou, found.presence))
         return SliceOutput(logits, iou, presence, found.pointer)
 
@@ -108,8 +106,3 @@ class PlacedSegmenter:
 
     def _computing(self) -> torch.autocast:
         return autocast(self.device, self.precision)
-
-    def _placed(self, prompt: SlicePrompt) -> SlicePrompt:
-        """The prompt on the device."""
-        parts = {field.name: getattr(prompt, field.name) for field in fields(prompt)}
-        return replace(prompt, **{name: part.to(self.device) for name, part in parts.items() if part is not None})
