@@ -250,6 +250,10 @@ def test_counts_of_a_file_compressed_in_parts(tmp_path: Path) -> None:
     path.write_bytes(b"".join(gzip.compress(part) for part in parts[:2]))
     with pytest.raises(VolumeError, match="are missing"):
         count_labels(path)
+    last = gzip.compress(parts[2])
+    path.write_bytes(gzip.compress(parts[0]) + last[:10] + b"\xff" * 99 + last[109:])  # no block begins with ones
+    with pytest.raises(VolumeError, match="block"):
+        count_labels(path)
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd"])

@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from lib.label_upload import CheckedLabel, check_label
+from lib.label_upload import CheckedLabel, check_label, is_raw
 from lib.label_versions import (
     LabelVersion,
     Provenance,
@@ -87,10 +88,7 @@ class GuardedStore(VersionedStore):
         with http_errors(f"Saving the label of {image_id!r}"), ExitStack() as stack:
             _check_name("tag", tag)
             image = self._image_file(image_id)
-            checked = check_label(image_id, Path(label_filename), self._geometry_of(image))
-            if checked.made:
-                stack.callback(checked.file.unlink, missing_ok=True)
-            staged = stack.enter_context(stage(checked.file, self._files.labels))
+            checked, staged, copy = self._staged(image_id, Path(label_filename), self._geometry_of(image), stack)
             if tag != FINAL and version_number(tag) is None:
                 with self._writing():
                     self._replace_label(image_id, tag, staged, checked.extension, info)
@@ -101,7 +99,7 @@ class GuardedStore(VersionedStore):
                 number = self._files.next_number(image_id, version_number(tag))
                 record = replace(record, version=number)
                 path = self._files.put(staged, record)
-                self._index_version(record)
+                self._index_version(record, copy)
                 self._update_datastore_file(lock=False)
             info["version"] = number
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
@@ -109,14 +107,30 @@ class GuardedStore(VersionedStore):
                 self._publish(record, path)
         return SavedLabel(image_id, record)
 
-    def _index_version(self, record: LabelVersion) -> None:
-        """Let index and ``final`` follow a version that was added or changed."""
+    def _staged(
+        self, image_id: str, file: Path, geometry: Geometry, stack: ExitStack
+    ) -> tuple[CheckedLabel, Path, Path]:
+        """Check a label, and write it to disk for its version and for ``final``; gone when ``stack`` is closed.
+
+        Both at once: the processor unpacks a file while the disk flushes it.
+        """
+        with ThreadPoolExecutor(1, "check-label") as beside:
+            checking = beside.submit(check_label, image_id, file, geometry)
+            if is_raw(file):  # it gets a file format first
+                file = checking.result().file
+                stack.callback(file.unlink, missing_ok=True)
+            version, final = (stack.enter_context(stage(file, self._files.labels)) for _ in range(2))
+            return checking.result(), version, final
+
+    def _index_version(self, record: LabelVersion, copy: Path | None = None) -> None:
+        """Let index and ``final`` follow a version that was added or changed; ``copy`` is a staged one of its mask."""
         labels = self._datastore.objects[record.image].labels
         labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
         newest = self._files.newest(record.image)
         held = self.final_version(record.image)
         if newest is not None or held == record.version:
-            self._set_final(record.image, newest)
+            own = newest is not None and newest.version == record.version
+            self._set_final(record.image, newest, copy if own else None)
         else:  # only drafts, and a final label, if any, that is none of them
             self._order_tags(record.image)
 

@@ -17,12 +17,16 @@ from medvl_sam2.volume_io import count_labels, label_counts
 
 @dataclass(frozen=True)
 class CheckedLabel:
-    """A label ``file`` with its ``extension`` and the ``voxels`` of each value but 0; ``made`` here, to be removed."""
+    """A label ``file`` with its ``extension`` and the ``voxels`` of each value but 0."""
 
     file: Path
     extension: str
     voxels: Mapping[int, int]
-    made: bool = False
+
+
+def is_raw(file: Path) -> bool:
+    """Whether these are bare voxels; :func:`check_label` makes a file of its own of them, to be removed."""
+    return file.name.endswith(".bin")
 
 
 def check_label(image: str, file: Path, geometry: Geometry) -> CheckedLabel:
@@ -33,7 +37,7 @@ def check_label(image: str, file: Path, geometry: Geometry) -> CheckedLabel:
     Raises:
         VolumeError: it is no label map. GeometryError: it lies on another grid.
     """
-    if file.name.endswith(".bin"):
+    if is_raw(file):
         return _raw(file, geometry)
     extension = next((known for known in MASKS if file.name.endswith(known)), None)
     if extension is None:
@@ -61,4 +65,4 @@ def _raw(file: Path, geometry: Geometry) -> CheckedLabel:
         raise GeometryError(f"raw label has {file.stat().st_size} bytes, the image has {voxels} voxels")
     labels = np.fromfile(file, np.uint8).reshape(geometry.shape, order="F")
     made = write_label_map(labels, geometry, ".nii.gz", compress=True)
-    return CheckedLabel(Path(made), ".nii.gz", label_counts(labels), made=True)
+    return CheckedLabel(Path(made), ".nii.gz", label_counts(labels))

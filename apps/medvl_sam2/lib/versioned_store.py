@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ class VersionedStore(IndexedStore):
             if True in {self._adopt(image) for image in behind}:
                 self._update_datastore_file(lock=False)
 
-    def _set_final(self, image_id: str, newest: LabelVersion | None) -> None:
-        """Let index and ``final`` follow the versions; ``newest`` is the highest of them that is no draft."""
+    def _set_final(self, image_id: str, newest: LabelVersion | None, copy: Path | None = None) -> None:
+        """Let index and ``final`` follow the versions; ``newest`` is the highest of them that is no draft.
+
+        ``copy``: a staged file with its content, which becomes ``final``; without one it is made here.
+        """
         obj = self._datastore.objects[image_id]
         folder = Path(self._datastore.label_path(FINAL))
         if newest is not None:
@@ -102,7 +106,7 @@ class VersionedStore(IndexedStore):
             return
         source, target = self._files.mask_path(newest), folder / f"{image_id}{newest.extension}"
         # A copy, not a link: whoever writes into final in place must not reach the version.
-        with stage(source, self._files.labels) as staged:
+        with nullcontext(copy) if copy is not None else stage(source, self._files.labels) as staged:
             stat = source.stat()
             os.utime(staged, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             os.replace(staged, target)
