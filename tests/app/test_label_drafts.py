@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.conftest import Running
-from app.test_label_versions import LIVER, blocks, final, index, listed, post, write
-from lib import version_files
+from app.test_label_versions import LIVER, blocks, final, listed, post, settle, write
 
 
 def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
@@ -61,13 +57,21 @@ def test_a_label_counts_by_itself_whoever_saves_meanwhile(
     assert len(others) == 1
 
 
-def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: Path) -> None:
-    (running.studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
-    write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 9)))
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_of_another_program_survives_a_draft(running: Running, tmp_path: Path, whole: bool) -> None:
+    """Also one that may still be written: a draft has nothing to do with it."""
+    placed = write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 9)))
+    if whole:
+        settle(placed)
+    file = placed.stat().st_ino
     running.app.datastore().refresh()
     draft = {"label_info": LIVER, "segmentationMeta": {"status": "draft"}}
-    assert post(running, write(tmp_path / "a.nii.gz", blocks(v1=(2, 4))), **draft).json()["version"] == 2
-    assert listed(running)["final"] == 1
+    sent = post(running, write(tmp_path / "a.nii.gz", blocks(v1=(2, 4))), **draft)
+    assert sent.json()["version"] == (2 if whole else 1)
+    if not whole:
+        assert placed.stat().st_ino == file
+        settle(placed)
+    assert listed(running)["final"] == (1 if whole else 2)
     assert (final(running) == blocks(v1=(2, 9))).all()
 
 
@@ -76,79 +80,3 @@ def test_a_tag_cannot_use_the_numbers_up(running: Running, tmp_path: Path) -> No
     for tag in ("version_999999", None, "version_7", None, "version_999999999"):
         assert running.submit("case_a", file, tag, label_info=LIVER).status_code == 200
     assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 7, 8, 9]
-
-
-@pytest.mark.parametrize("number", [10_001, 999_999, 999_999_999])
-def test_a_placed_file_cannot_use_the_numbers_up(running: Running, tmp_path: Path, number: int) -> None:
-    """It becomes the next version, and MONAI Label's Reviewer, which counts on from the last tag, does not see it."""
-    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
-    folder = running.studies / "labels" / f"version_{number}"
-    folder.mkdir()
-    placed = write(folder / "case_a.nii.gz", blocks(v1=(2, 4)))
-    settle(placed)
-    running.app.datastore().refresh()
-    assert [(v["version"], v["source"]) for v in listed(running)["versions"]] == [(1, "api"), (2, "found")]
-    assert (final(running) == blocks(v1=(2, 4))).all()
-    assert not placed.exists()
-    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
-    assert list(index(running)["case_a"]["labels"]) == ["final", "version_1", "version_2", "version_3"]
-
-
-@pytest.mark.parametrize("number", [3, 10_001])
-def test_a_placed_file_is_taken_over_once_it_is_whole(running: Running, tmp_path: Path, number: int) -> None:
-    """Half of it lies there when the store looks for the first time; the rest must not go to a file that is gone."""
-    whole = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
-    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
-    placed = running.studies / "labels" / f"version_{number}" / "case_a.nii.gz"
-    placed.parent.mkdir()
-    with open(placed, "wb") as file:
-        file.write(whole[:50])
-        file.flush()
-        running.app.datastore().refresh()
-        assert [v["version"] for v in listed(running)["versions"]] == [1]
-        file.write(whole[50:])
-    settle(placed)
-    assert [v["source"] for v in listed(running)["versions"]] == ["api", "found"]
-    assert (final(running) == blocks(v1=(2, 4))).all()
-
-
-def test_a_placed_file_is_taken_over_once_and_kept(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server killed between taking it over and moving it away meets it again; nothing is ever deleted."""
-    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
-    placed = running.studies / "labels" / "version_10001" / "case_a.nii.gz"
-    placed.parent.mkdir()
-    settle(write(placed, blocks(v1=(2, 4))))
-    content, store = placed.read_bytes(), running.app.datastore()
-
-    def killed(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(version_files.VersionFiles, "discard", killed)
-        with pytest.raises(KeyboardInterrupt):
-            store.versions("case_a")
-    assert [v["version"] for v in listed(running)["versions"]] == [1, 2]
-    assert not placed.exists()
-    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
-    assert kept.read_bytes() == content
-    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
-
-
-def settle(placed: Path) -> None:
-    """As if it had been written a minute ago."""
-    os.utime(placed, (time.time() - 60,) * 2)
-
-
-def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:
-    """As when it is put back from the trash, or was adopted by an earlier release."""
-    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
-    labels = running.studies / "labels"
-    record = json.loads((labels / "version_1" / "case_a.json").read_text()) | {"version": 999_999}
-    (labels / "version_1").rename(labels / "version_999999")
-    (labels / "version_999999" / "case_a.json").write_text(json.dumps(record))
-    running.app.datastore().refresh()
-    assert [v["version"] for v in listed(running)["versions"]] == [999_999]
-    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
-    assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]

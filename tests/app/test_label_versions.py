@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -40,6 +42,11 @@ def write(path: Path, mask: np.ndarray) -> Path:
     else:
         nib.save(nib.Nifti1Image(mask, AFFINE), path)
     return path
+
+
+def settle(placed: Path) -> None:
+    """As if it had been written a minute ago."""
+    os.utime(placed, (time.time() - 60,) * 2)
 
 
 def post(running: Running, file: Path, image: str = "case_a", **params: Any) -> Any:
@@ -323,6 +330,8 @@ def test_labels_of_an_earlier_release_become_versions(start: Any, tmp_path: Path
     write(history / "1700000001000000000.nii.gz", masks[1])
     write(studies / "labels" / "final" / "case_a.nii.gz", masks[2])
     (studies / "labels" / "final" / "case_b.nii.gz").write_bytes(b"accepted by another server")
+    for image in ("case_a", "case_b"):
+        settle(studies / "labels" / "final" / f"{image}.nii.gz")
     running.app.datastore().refresh()
     running.app.datastore().update_label_info("case_a", "final", {"label_info": LIVER, "client_id": "user-xyz"})
     state = listed(running)
@@ -375,8 +384,6 @@ def test_a_save_cut_off_before_final_is_finished(start: Any, tmp_path: Path, mon
 
 
 def test_leftovers_are_cleaned_and_what_is_being_written_is_not(start: Any, tmp_path: Path) -> None:
-    import os
-
     from lib.version_files import stage
 
     running = start()

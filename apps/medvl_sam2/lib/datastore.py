@@ -95,7 +95,7 @@ class GuardedStore(VersionedStore):
                 return SavedLabel(image_id, None)
             record = self._described(image_id, image, checked, tag, info)
             with self._writing():
-                self._adopt(image_id)
+                self._adopt(image_id, final_changes=not record.draft)
                 number = self._files.next_number(image_id, version_number(tag))
                 record = replace(record, version=number)
                 path = self._files.put(staged, record)
@@ -127,11 +127,10 @@ class GuardedStore(VersionedStore):
         labels = self._datastore.objects[record.image].labels
         labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
         newest = self._files.newest(record.image)
-        held = self.final_version(record.image)
-        if newest is not None or held == record.version:
-            own = newest is not None and newest.version == record.version
+        own = newest is not None and newest.version == record.version
+        if own or self.final_version(record.image) == record.version:
             self._set_final(record.image, newest, copy if own else None)
-        else:  # only drafts, and a final label, if any, that is none of them
+        else:  # a draft, or older than what final holds
             self._order_tags(record.image)
 
     def _publish(self, record: LabelVersion, path: Path) -> None:
@@ -162,7 +161,7 @@ class GuardedStore(VersionedStore):
             if was_draft and not record.draft:
                 record = replace(record, submitted=now())
             if record.draft != was_draft:
-                self._adopt(label_id)
+                self._adopt(label_id, final_changes=True)
             self._files.write_record(record)
             if record.draft != was_draft:
                 self._index_version(record)
@@ -181,7 +180,7 @@ class GuardedStore(VersionedStore):
         """
         tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
-            self._adopt(label_id)
+            self._adopt(label_id, final_changes=True)
             obj = self._datastore.objects.get(label_id)
             label = obj.labels.get(tag) if obj else None
             if obj is None or label is None:

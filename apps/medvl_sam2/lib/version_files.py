@@ -71,26 +71,20 @@ class VersionFiles:
         """All versions of an image, oldest first."""
         return list(self._newest_first(image))[::-1]
 
-    def images(self, number: int) -> list[str]:
-        """Images that have a record of this version."""
-        names = os.listdir(self.labels / version_tag(number))
-        return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+    def images(self, number: int) -> set[str]:
+        """Images that have a mask of this version, with or without a record."""
+        names = [name for name in os.listdir(self.labels / version_tag(number)) if not name.startswith(".")]
+        return {name.removesuffix(known) for name in names for known in MASKS if name.endswith(known)}
 
     def newest(self, image: str, without: int | None = None) -> LabelVersion | None:
         """The highest version that is no draft, ``without`` one that is to go: the one ``final`` is a copy of."""
         newer = self._newest_first(image)
         return next((record for record in newer if not record.draft and record.version != without), None)
 
-    def bare_mask(self, image: str, number: int, settled: bool) -> Path | None:
-        """A mask under a version's tag without a readable record: another program put it there.
-
-        ``settled``: none that program may still be writing, as that would go to a file that nobody sees any more.
-        """
-        paths = [self.labels / version_tag(number) / f"{image}{extension}" for extension in MASKS]
-        found = next((path for path in paths if path.is_file()), None)
-        if found is None or self.read(image, number) is not None:
-            return None
-        return None if settled and abs(time.time() - found.stat().st_mtime) < STALE_S else found
+    def bare_mask(self, image: str, number: int) -> Path | None:
+        """A mask under a version's tag without a readable record: another program put it there."""
+        found = next(iter(masks_of(image, self.labels / version_tag(number))), None)
+        return None if found is None or self.read(image, number) is not None else found
 
     def next_number(self, image: str, wanted: int | None = None) -> int:
         """A number above all there are: ``wanted`` where it is one, else above those that were deleted, too.
@@ -167,6 +161,19 @@ class VersionFiles:
 
     def _has_mask(self, record: Path) -> bool:
         return any(record.with_name(f"{record.name.removesuffix('.json')}{extension}").exists() for extension in MASKS)
+
+
+def masks_of(image: str, folder: Path) -> list[Path]:
+    """The masks of an image in a folder, at most one of each extension."""
+    return [path for extension in MASKS if (path := folder / f"{image}{extension}").is_file()]
+
+
+def settles_in(mask: Path) -> float:
+    """Seconds until a mask of another program counts as whole; 0 when it does.
+
+    Before, that program may be writing it, and what it writes after the mask was taken over nobody would see.
+    """
+    return max(0.0, STALE_S - abs(time.time() - mask.stat().st_mtime))
 
 
 @contextmanager

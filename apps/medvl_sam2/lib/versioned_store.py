@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from lib.indexed_store import IndexedStore
 from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_errors
-from lib.version_files import MASKS, MAX_WANTED, VersionFiles, stage
+from lib.version_files import MASKS, MAX_WANTED, VersionFiles, masks_of, settles_in, stage
 from medvl_sam2.errors import VolumeError
 from medvl_sam2.files import file_sha256
 from medvl_sam2.volume_io import count_labels
@@ -34,6 +35,11 @@ FINAL = DefaultLabelTag.FINAL.value
 
 class VersionedStore(IndexedStore):
     """Lists versions, and brings what else is in the store into line with them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._unsettled: set[str] = set()
+        """Images with masks that another program may be writing; a timer runs while there are any."""
+        super().__init__(*args, **kwargs)
 
     @property
     def _files(self) -> VersionFiles:
@@ -123,19 +129,46 @@ class VersionedStore(IndexedStore):
         labels.clear()
         labels.update(ordered)
 
-    def _adopt(self, image_id: str, thorough: bool = False, settled: bool = True) -> bool:
+    def _adopt(self, image_id: str, thorough: bool = False, settled: bool = True, final_changes: bool = False) -> bool:
         """Make versions of labels that are none yet, and let ``final`` follow; tell whether anything changed.
 
         These are copies earlier releases kept in ``.history``, files other programs put under a version's tag or into
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
-        record is read, so that damaged ones are made anew. A mask far up is taken over under the next number, and its
-        file goes to the trash. ``settled``: what may still be written to has to wait for the next look.
+        record is read, so that damaged ones are made anew. ``settled``: what may still be written to stays as it is
+        until it settles (:meth:`_look_again`); with ``final_changes`` not what lies in ``labels/final``, as the caller
+        is about to replace it.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
             return False
-        changed = copied = False
-        history = self.folder / ".history" / FINAL / image_id
+        changed = self._adopt_history(image_id)
+        changed |= self._adopt_placed(image_id, thorough, settled)
+        foreign = self._foreign_finals(image_id)
+        wait = max(map(settles_in, foreign), default=0.0) if settled and not final_changes else 0.0
+        if wait:
+            self._look_again(image_id, wait)
+        elif foreign:
+            self._adopt_finals(image_id, foreign)
+            changed = True
+        for number in self._files.numbers():
+            record = self._files.read(image_id, number) if self._unknown(image_id, number) else None
+            if record is not None:
+                obj.labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
+                changed = True
+        if wait:
+            return changed
+        newest, strays = self._files.newest(image_id), self._strays(image_id)
+        if newest is not None and (changed or strays or (self.final_version(image_id) or 0) != newest.version):
+            changed |= bool(strays) or not newest.withdrawn or FINAL in obj.labels
+            self._set_final(image_id, newest)
+        elif newest is None and strays:  # of a draft, as earlier releases made them
+            changed = True
+            self._set_final(image_id, None)
+        return changed
+
+    def _adopt_history(self, image_id: str) -> bool:
+        """Make versions of the copies earlier releases kept; tell whether there were any."""
+        history, changed = self.folder / ".history" / FINAL / image_id, False
         for path in sorted(history.iterdir()) if history.is_dir() else ():
             if not path.name.split(".")[0].isdigit() or not path.name.endswith(MASKS):
                 continue
@@ -143,48 +176,83 @@ class VersionedStore(IndexedStore):
             self._take_over(image_id, path, self._files.next_number(image_id), {}, "history", saved)
             path.unlink()
             changed = True
-        behind = [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]
-        for number in behind:
-            path = self._files.bare_mask(image_id, number, settled)
-            if path is not None:
-                label, saved = obj.labels.get(version_tag(number)), path.stat().st_mtime
-                info = label.info if label else {}
-                if number <= MAX_WANTED:
-                    self._take_over(image_id, path, number, info, "found", saved)
-                else:
-                    checksum = file_sha256(path)  # taken over already, if a kill came before it was moved
-                    if all(version.checksum != checksum for version in self._files.versions(image_id)):
-                        self._take_over(image_id, path, self._files.next_number(image_id), info, "found", saved)
-                    self._files.discard(image_id, f"placed_{number}", path)
-                    obj.labels.pop(version_tag(number), None)
-                changed = True
-        newest, label = self._files.newest(image_id), obj.labels.get(FINAL)
-        final = None if label is None else Path(self._datastore.label_path(FINAL)) / self._filename(image_id, label.ext)
-        if final is not None and final.is_file() and final.name.endswith(MASKS) and not self._holds(final, newest):
-            checksum = file_sha256(final)
-            copied = any(version.checksum == checksum for version in self._files.versions(image_id))
-            if not copied:
-                number, saved = self._files.next_number(image_id), final.stat().st_mtime
-                newest = self._take_over(image_id, final, number, label.info if label else {}, "found", saved)
-            changed = True
-        for number in self._files.numbers():
-            record = self._files.read(image_id, number) if self._unknown(image_id, number) else None
-            if record is not None:
-                obj.labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
-                changed = True
-        if newest is not None and (changed or (self.final_version(image_id) or 0) != newest.version):
-            changed |= not newest.withdrawn or FINAL in obj.labels
-            self._set_final(image_id, newest)
-        elif newest is None and copied:  # of a draft, as earlier releases made them
-            self._set_final(image_id, None)
         return changed
 
-    def _holds(self, final: Path, newest: LabelVersion | None) -> bool:
-        """Whether ``final`` is the copy of this version, by size and time."""
-        if newest is None:
-            return False
-        one, other = final.stat(), self._files.mask_path(newest).stat()
-        return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+    def _adopt_placed(self, image_id: str, thorough: bool, settled: bool) -> bool:
+        """Make versions of masks under a version's tag that have no record; tell whether there were any.
+
+        One far up is taken over under the next number, and its file goes to the trash.
+        """
+        labels, changed = self._datastore.objects[image_id].labels, False
+        for number in [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]:
+            path = self._files.bare_mask(image_id, number)
+            if path is None:
+                continue
+            if settled and (wait := settles_in(path)):
+                self._look_again(image_id, wait)
+                continue
+            label, saved = labels.get(version_tag(number)), path.stat().st_mtime
+            info = label.info if label else {}
+            if number <= MAX_WANTED:
+                self._take_over(image_id, path, number, info, "found", saved)
+            else:
+                newest = self._files.newest(image_id)
+                # The label already, or taken over before a kill came; an older version was put back on purpose.
+                if newest is None or newest.withdrawn or newest.checksum != file_sha256(path):
+                    self._take_over(image_id, path, self._files.next_number(image_id), info, "found", saved)
+                self._files.discard(image_id, f"placed_{number}", path)
+                labels.pop(version_tag(number), None)
+            changed = True
+        return changed
+
+    def _adopt_finals(self, image_id: str, foreign: list[Path]) -> None:
+        """Make versions of what other programs put into ``labels/final``."""
+        label = self._datastore.label(image_id, FINAL)
+        for path in foreign:
+            known = label is not None and path.name == self._filename(image_id, label.ext)
+            info = label.info if label is not None and known else {}
+            number, saved = self._files.next_number(image_id), path.stat().st_mtime
+            self._take_over(image_id, path, number, info, "found", saved)
+            if settles_in(path):  # what its writer adds lands in the trash, and not in a file that is gone
+                kept = self._files.discard(image_id, FINAL, path)
+                logger.warning("%s may not have been whole; what was written lies in %s", path, kept)
+
+    def _foreign_finals(self, image_id: str) -> list[Path]:
+        """Masks in ``labels/final`` with no version's content, oldest first."""
+        strays = self._strays(image_id)
+        known = {version.checksum for version in self._files.versions(image_id)} if strays else set()
+        return sorted(
+            (path for path in strays if file_sha256(path) not in known), key=lambda path: path.stat().st_mtime
+        )
+
+    def _strays(self, image_id: str) -> list[Path]:
+        """Masks in ``labels/final`` that are not the copy of the newest version, by size and time."""
+        finals, newest = masks_of(image_id, Path(self._datastore.label_path(FINAL))), self._files.newest(image_id)
+        copied = None if newest is None else self._files.mask_path(newest).stat()
+        return [
+            path
+            for path in finals
+            if copied is None or (path.stat().st_size, path.stat().st_mtime_ns) != (copied.st_size, copied.st_mtime_ns)
+        ]
+
+    def _look_again(self, image_id: str, wait: float) -> None:
+        """Adopt the masks of an image in ``wait`` seconds, without a request. The store's lock is held."""
+        if not self._unsettled:
+            timer = threading.Timer(wait, self._adopt_settled)
+            timer.daemon = True
+            timer.start()
+        self._unsettled.add(image_id)
+
+    def _adopt_settled(self) -> None:
+        with self._thread_lock:
+            images, self._unsettled = self._unsettled, set()
+        try:
+            for image in images:
+                with self._writing():  # nobody has to wait for all of them
+                    if self._adopt(image, thorough=True):
+                        self._update_datastore_file(lock=False)
+        except Exception:
+            logger.exception("Masks of %s wait until their versions are next listed", sorted(images))
 
     def _unknown(self, image_id: str, number: int) -> bool:
         """Whether the index lacks a version, or its record was written after the index."""

@@ -1,0 +1,228 @@
+"""Masks that other programs put into the store: each becomes a version once it is whole, and none is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from app.conftest import Running
+from app.test_dicomweb_store import wait_for
+from app.test_label_versions import LIVER, blocks, final, index, listed, post, settle, write
+from lib import version_files
+
+
+@pytest.mark.parametrize("number", [10_001, 999_999, 999_999_999])
+def test_a_placed_file_cannot_use_the_numbers_up(running: Running, tmp_path: Path, number: int) -> None:
+    """It becomes the next version, and MONAI Label's Reviewer, which counts on from the last tag, does not see it."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    folder = running.studies / "labels" / f"version_{number}"
+    folder.mkdir()
+    placed = write(folder / "case_a.nii.gz", blocks(v1=(2, 4)))
+    settle(placed)
+    running.app.datastore().refresh()
+    assert [(v["version"], v["source"]) for v in listed(running)["versions"]] == [(1, "api"), (2, "found")]
+    assert (final(running) == blocks(v1=(2, 4))).all()
+    assert not placed.exists()
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
+    assert list(index(running)["case_a"]["labels"]) == ["final", "version_1", "version_2", "version_3"]
+
+
+@pytest.mark.parametrize("number", [3, 10_001])
+def test_a_placed_file_is_taken_over_once_it_is_whole(running: Running, tmp_path: Path, number: int) -> None:
+    """Half of it lies there when the store looks for the first time; the rest must not go to a file that is gone."""
+    whole = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    placed = running.studies / "labels" / f"version_{number}" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    with open(placed, "wb") as file:
+        file.write(whole[:50])
+        file.flush()
+        running.app.datastore().refresh()
+        assert [v["version"] for v in listed(running)["versions"]] == [1]
+        file.write(whole[50:])
+    settle(placed)
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "found"]
+    assert (final(running) == blocks(v1=(2, 4))).all()
+
+
+@pytest.mark.parametrize("placed_end", [4, 9])
+def test_a_placed_file_is_taken_over_once_and_kept(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placed_end: int
+) -> None:
+    """A server killed between taking it over and moving it away meets it again; nothing is ever deleted.
+
+    So it is with the content of an older version, which somebody puts back.
+    """
+    for end in (9, 10):
+        post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, end))), label_info=LIVER)
+    placed = running.studies / "labels" / "version_10001" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    settle(write(placed, blocks(v1=(2, placed_end))))
+    content, store = placed.read_bytes(), running.app.datastore()
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(version_files.VersionFiles, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.versions("case_a")
+    assert [v["version"] for v in listed(running)["versions"]] == [1, 2, 3]
+    assert (final(running) == blocks(v1=(2, placed_end))).all()
+    assert not placed.exists()
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == content
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 4
+
+
+def test_only_the_label_as_it_is_becomes_no_version_again(running: Running, tmp_path: Path) -> None:
+    """A copy of the newest version changes nothing, unless the image is unlabelled."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    labels = running.studies / "labels"
+
+    def place() -> None:
+        (labels / "version_10001").mkdir(exist_ok=True)
+        shutil.copy(labels / "version_1" / "case_a.nii.gz", labels / "version_10001")
+        settle(labels / "version_10001" / "case_a.nii.gz")
+
+    place()
+    assert [v["version"] for v in listed(running)["versions"]] == [1]
+    assert len(list((running.studies / ".trash" / "case_a").iterdir())) == 1
+    running.client.delete("/datastore/label", params={"id": "case_a", "tag": "final"})
+    place()
+    state = listed(running)
+    assert (state["final"], [v["source"] for v in state["versions"]]) == (2, ["api", "found"])
+
+
+def foreign_writer(running: Running, name: str) -> BinaryIO:
+    """Another program that opens a file for the label of ``case_a``."""
+    path = running.studies / "labels" / name
+    path.parent.mkdir(exist_ok=True)
+    return open(path, "wb")
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_final_of_another_program_waits_until_it_is_whole(
+    running: Running, tmp_path: Path, suffix: str, labelled: bool
+) -> None:
+    """It writes into the copy of a version, or beside it; nobody takes or replaces the half of it."""
+    whole = write(tmp_path / f"two{suffix}", blocks(v1=(2, 4))).read_bytes()
+    if labelled:
+        post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    with foreign_writer(running, f"final/case_a{suffix}") as file:
+        file.write(whole[:50])
+        file.flush()
+        running.app.datastore().refresh()
+        assert [v["source"] for v in listed(running)["versions"]] == ["api"] * labelled
+        file.write(whole[50:])
+    assert Path(file.name).read_bytes() == whole
+    settle(Path(file.name))
+    state = listed(running)
+    assert [v["source"] for v in state["versions"]] == ["api"] * labelled + ["found"]
+    assert (state["final"], state["versions"][-1]["checksum"]) == (1 + labelled, hashlib.sha256(whole).hexdigest())
+    folder = running.studies / "labels" / "final"
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [(f"case_a{suffix}", whole)]
+
+
+@pytest.mark.parametrize("change", ["save", "delete"])
+def test_a_final_that_is_being_written_is_kept_when_another_takes_its_place(
+    running: Running, tmp_path: Path, change: str
+) -> None:
+    """What was there becomes a version as it is, and what its writer adds lands in the trash."""
+    whole = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    with foreign_writer(running, "final/case_a.nii.gz") as file:
+        file.write(whole[:50])
+        file.flush()
+        if change == "save":
+            assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
+        else:
+            asked = {"id": "case_a", "tag": "final"}
+            assert running.client.delete("/datastore/label", params=asked).status_code == 200
+        file.write(whole[50:])
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == whole
+    state = listed(running)
+    assert [v["source"] for v in state["versions"]] == ["api", "found", "api"][: 3 if change == "save" else 2]
+    assert state["versions"][1]["checksum"] == hashlib.sha256(whole[:50]).hexdigest()
+    if change == "save":
+        assert (final(running) == blocks(v1=(2, 9))).all()
+    else:
+        assert state["final"] is None
+
+
+@pytest.mark.parametrize("folder", ["version_3", "version_10001", "final"])
+def test_a_placed_file_is_taken_over_without_a_request(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Looked at once, it is taken over when it settles; one timer at a time, whoever looks."""
+    monkeypatch.setattr(version_files, "STALE_S", 1.0)
+    content = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    store = running.app.datastore()
+
+    def timers() -> int:
+        return sum(getattr(thread, "function", None) == store._adopt_settled for thread in threading.enumerate())
+
+    with foreign_writer(running, f"{folder}/case_a.nii.gz") as file:
+        file.write(content[:50])
+        file.flush()
+        for _ in range(3):
+            assert [v["version"] for v in listed(running)["versions"]] == [1]
+        assert timers() == 1
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:  # longer than the first timer waits
+            os.utime(file.name)
+            time.sleep(0.05)
+        assert len(store._files.versions("case_a")) == 1
+        file.write(content[50:])
+    wait_for(lambda: store.final_version("case_a") not in (None, 1))
+    assert (final(running) == blocks(v1=(2, 4))).all()
+    wait_for(lambda: timers() == 0)
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "found"]
+
+
+def test_a_placed_file_that_cannot_be_taken_over_yet_is_at_the_next_look(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(version_files, "STALE_S", 0.1)
+    store = running.app.datastore()
+    (running.studies / "labels" / "version_3").mkdir()
+    write(running.studies / "labels" / "version_3" / "case_a.nii.gz", blocks(v1=(2, 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_take_over", lambda *_: (_ for _ in ()).throw(OSError("disk gone")))
+        store.refresh()
+        wait_for(lambda: "disk gone" in caplog.text)
+    assert [v["version"] for v in listed(running)["versions"]] == [3]
+
+
+def test_a_placed_file_is_seen_at_the_start(start: Any, tmp_path: Path) -> None:
+    """Without anybody listing the versions of its image."""
+    placed = start().studies / "labels" / "version_3" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    settle(write(placed, blocks(v1=(2, 4))))
+    running = start()
+    assert running.app.datastore().final_version("case_a") == 3
+    assert (final(running) == blocks(v1=(2, 4))).all()
+
+
+def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:
+    """As when it is put back from the trash, or was adopted by an earlier release."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    labels = running.studies / "labels"
+    record = json.loads((labels / "version_1" / "case_a.json").read_text()) | {"version": 999_999}
+    (labels / "version_1").rename(labels / "version_999999")
+    (labels / "version_999999" / "case_a.json").write_text(json.dumps(record))
+    running.app.datastore().refresh()
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999]
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]
