@@ -9,6 +9,7 @@ import pytest
 
 from app.conftest import Running
 from app.test_label_versions import LIVER, blocks, final, listed, post, settle, write
+from lib import datastore, version_files, versioned_store
 
 
 def test_a_draft_is_a_version_and_never_final(running: Running, tmp_path: Path) -> None:
@@ -55,6 +56,23 @@ def test_a_label_counts_by_itself_whoever_saves_meanwhile(
         one.get("segmentationMeta", {"status": ""})["status"] for one in (mine, theirs)
     ]
     assert len(others) == 1
+
+
+@pytest.mark.parametrize(("tag", "status", "copies"), [(None, "", 2), (None, "draft", 1), ("original", "", 1)])
+def test_no_more_copies_are_flushed_than_are_kept(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str | None, status: str, copies: int
+) -> None:
+    """Annotators wait for each; only what becomes final needs a second one."""
+    label = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
+    post(running, label, label_info=LIVER)
+    made = []
+    for module in (datastore, versioned_store):
+        monkeypatch.setattr(module, "stage", lambda *args: made.append(args) or version_files.stage(*args))
+    before = running.studies.joinpath("labels", "final", "case_a.nii.gz").stat().st_ino
+    sent = running.submit("case_a", label, tag, label_info=LIVER, segmentationMeta={"status": status})
+    assert (sent.status_code, len(made)) == (200, copies)
+    same = before == running.studies.joinpath("labels", "final", "case_a.nii.gz").stat().st_ino
+    assert same == (copies == 1)
 
 
 @pytest.mark.parametrize("whole", [True, False])

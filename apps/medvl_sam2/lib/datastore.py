@@ -31,6 +31,7 @@ from lib.label_versions import (
     LabelVersion,
     Provenance,
     SavedLabel,
+    is_draft,
     named_structures,
     now,
     text_of,
@@ -88,8 +89,12 @@ class GuardedStore(VersionedStore):
         with http_errors(f"Saving the label of {image_id!r}"), ExitStack() as stack:
             _check_name("tag", tag)
             image = self._image_file(image_id)
-            checked, staged, copy = self._staged(image_id, Path(label_filename), self._geometry_of(image), stack)
-            if tag != FINAL and version_number(tag) is None:
+            versioned = tag == FINAL or version_number(tag) is not None
+            copies = 2 if versioned and not is_draft(info) else 1  # one becomes final
+            checked, (staged, *copy) = self._staged(
+                image_id, Path(label_filename), self._geometry_of(image), copies, stack
+            )
+            if not versioned:
                 with self._writing():
                     self._replace_label(image_id, tag, staged, checked.extension, info)
                 return SavedLabel(image_id, None)
@@ -99,7 +104,7 @@ class GuardedStore(VersionedStore):
                 number = self._files.next_number(image_id, version_number(tag))
                 record = replace(record, version=number)
                 path = self._files.put(staged, record)
-                self._index_version(record, copy)
+                self._index_version(record, *copy)
                 self._update_datastore_file(lock=False)
             info["version"] = number
             logger.info("Label of %s kept as %s by %r", image_id, record.tag, record.author)
@@ -108,9 +113,9 @@ class GuardedStore(VersionedStore):
         return SavedLabel(image_id, record)
 
     def _staged(
-        self, image_id: str, file: Path, geometry: Geometry, stack: ExitStack
-    ) -> tuple[CheckedLabel, Path, Path]:
-        """Check a label, and write it to disk for its version and for ``final``; gone when ``stack`` is closed.
+        self, image_id: str, file: Path, geometry: Geometry, copies: int, stack: ExitStack
+    ) -> tuple[CheckedLabel, list[Path]]:
+        """Check a label, and write copies of it to disk, which are gone when ``stack`` is closed.
 
         Both at once: the processor unpacks a file while the disk flushes it.
         """
@@ -119,8 +124,8 @@ class GuardedStore(VersionedStore):
             if is_raw(file):  # it gets a file format first
                 file = checking.result().file
                 stack.callback(file.unlink, missing_ok=True)
-            version, final = (stack.enter_context(stage(file, self._files.labels)) for _ in range(2))
-            return checking.result(), version, final
+            staged = [stack.enter_context(stage(file, self._files.labels)) for _ in range(copies)]
+            return checking.result(), staged
 
     def _index_version(self, record: LabelVersion, copy: Path | None = None) -> None:
         """Let index and ``final`` follow a version that was added or changed; ``copy`` is a staged one of its mask."""

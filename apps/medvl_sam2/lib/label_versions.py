@@ -75,7 +75,7 @@ class LabelVersion:
     @property
     def draft(self) -> bool:
         """Saved to go on later: a version that never counts as the image's label."""
-        return bool(self.review["status"] == DRAFT)
+        return is_draft(self.info)
 
     def updated(self, info: Mapping[str, Any]) -> LabelVersion:
         """With other entries in ``info``."""
@@ -161,6 +161,12 @@ def version_number(tag: str) -> int | None:
     """The number a tag names; None for ``final``, ``original`` and every other tag."""
     match = _TAG.fullmatch(tag)
     return int(match[1]) if match else None
+
+
+def is_draft(info: Mapping[str, Any]) -> bool:
+    """Whether a label that is sent or kept with ``info`` is a draft."""
+    review = info.get("segmentationMeta")
+    return isinstance(review, Mapping) and review.get("status") == DRAFT
 
 
 def now() -> str:
