@@ -7,6 +7,8 @@ DICOM server takes no object twice.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import signal
@@ -16,7 +18,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +33,7 @@ from tqdm import tqdm
 from app.fake_dicomweb import FakeDicomWeb, Open, store_opener
 from app.test_dicomweb_store import add, submit, wait_for
 from app.test_label_crashes import Lines
-from lib import version_files
+from lib import dicomweb_images, dicomweb_store, version_files
 from lib.dicom_attempt import Attempt
 from lib.dicom_sr import report_text
 from lib.dicomweb_store import GuardedDicomWebStore
@@ -214,12 +218,12 @@ def test_a_failure_that_passes_is_not_for_good(
     assert "dicom_seg" not in again.versions(image)[0].info
     assert submit_text(again, image).failed
     assert len(server.series("SR")) == 0
-    assert not again._looked_back
+    assert again._look_back_at < math.inf
     monkeypatch.setattr(server, "iter_series", fetch)
     wait_for(lambda: again.status()["completed"] == 2 and len(server.series("SR")) == 1)
     assert again.dicom_note(image)["SOPInstanceUID"] in server.held
     wait_for(again._status_running.acquire)  # the look back is over
-    assert again._looked_back
+    assert again._look_back_at == math.inf
     assert len(server.series("SEG")) == 2
 
 
@@ -245,5 +249,68 @@ def test_a_look_back_that_fails_keeps_nothing_from_being_sent(
     with monkeypatch.context() as patch:
         patch.setattr(store, "publish_forgotten", fails)
         wait_for(lambda: store.status()["completed"] == 1 and store._outbox.waiting() == {})
-        assert not store._looked_back
-    wait_for(lambda: store.status()["completed"] == 1 and store._looked_back)
+        assert store._look_back_at < math.inf
+    wait_for(lambda: store.status()["completed"] == 1 and store._look_back_at == math.inf)
+
+
+def test_what_is_made_and_cannot_be_noted_is_tried_ever_more_rarely_and_told_once(
+    tmp_path: Path,
+    server: FakeDicomWeb,
+    open_store: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    image = add(server, tmp_path / "s")
+    store, clock, tries = open_store(fresh_s=5.0), [1000.0], []
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_publish", lambda *_: None)
+        submit(store, image, tmp_path)
+
+    def full(*_: Any) -> Any:
+        tries.append(clock[0])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(dicomweb_store, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(store, "update_label_info", full)
+    for _ in range(20):
+        store._look_back()
+        clock[0] += 5.0
+    assert tries == [1000, 1005, 1015, 1035, 1075]
+    told = [line for line in caplog.records if line.levelno >= logging.WARNING]
+    assert [(line.getMessage().startswith("version_1 of"), bool(line.exc_info)) for line in told] == [(True, True)]
+
+
+def test_what_fails_again_and_again_is_tried_ever_more_rarely_and_told_once(
+    tmp_path: Path,
+    server: FakeDicomWeb,
+    open_store: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A version and a text of a series whose cached slices cannot be read; another label is not kept waiting."""
+    image, other = add(server, tmp_path / "s"), add(server, tmp_path / "t")
+    store, clock, tries = open_store(fresh_s=5.0), [1000.0], []
+
+    def unreadable(*_: Any) -> Any:
+        tries.append(clock[0])
+        raise PermissionError("not for this server")
+
+    monkeypatch.setattr(dicomweb_store, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with monkeypatch.context() as patch:
+        for module in (dicomweb_store, dicomweb_images):
+            patch.setattr(module, "source_headers", unreadable)
+        submit(store, image, tmp_path)
+        assert submit_text(store, image).failed
+        for _ in range(200):
+            store._look_back()
+            clock[0] += 5.0
+        pauses = [after - before for before, after in pairwise(sorted(set(tries)))]
+        assert pauses == [5, 10, 20, 40, 80, 160, 300, 300]
+        told = [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
+        assert [sum(message.startswith(what) for message in told) for what in ("version_1 of", "Text 1 of")] == [1, 1]
+        assert "not for this server" in store.dicom_note(image)["waiting"]
+        submit(store, other, tmp_path)  # the first time it fails
+    clock[0] += 5.0
+    store._look_back()
+    assert len(server.series("SEG")) == 2
+    assert store._look_back_at == math.inf

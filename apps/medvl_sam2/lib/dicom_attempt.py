@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 class Attempt:
     """``note`` is kept with the label or text: the object's UIDs, or ``refused`` with the reason, for good.
 
-    It is empty where no object is due. ``failed``: a reason that passes; nothing is noted, so that it is tried again.
+    It is empty where no object is due. ``failed``: a reason that may pass; nothing is noted, and the caller lets the
+    store look back for it (``look_back_again``), which tells the log.
     """
 
     note: Mapping[str, str] = field(default_factory=dict)
@@ -34,7 +35,6 @@ def attempt(what: str, kind: str, make: Callable[[], Mapping[str, str]]) -> Atte
         else:
             reason = str(error) if isinstance(error, MedVLError) else f"{type(error).__name__}: {error}"
         if _passes(error):
-            logger.warning("%s becomes a DICOM %s later: %s", what, kind, reason)
             return Attempt(failed=f"kept on this server, its DICOM {kind} is made later: {reason}")
         logger.warning("%s is kept, but not stored as DICOM %s: %s", what, kind, reason, exc_info=error)
         return Attempt({"refused": f"kept on this server, but not stored as DICOM {kind}: {reason}"})

@@ -12,6 +12,7 @@ MONAI Label's own way is not used: dcmqi, which names segments by position, and 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -41,9 +42,9 @@ from lib.dicom_seg_reading import SegLabels, read_segmentation
 from lib.dicomweb_catalog import SegRecord, content_time, header_of
 from lib.dicomweb_images import SeriesStore, reachable
 from lib.label_names import stored_names
-from lib.label_versions import ADOPTED, LabelVersion, version_number
+from lib.label_versions import ADOPTED, LabelVersion, version_number, version_tag
 from lib.result_writing import http_error
-from lib.text_reports import publish_text
+from lib.text_reports import publish_text, text_name
 from lib.text_versions import TextVersions
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
@@ -55,6 +56,8 @@ FINAL = DefaultLabelTag.FINAL.value
 _FROM_SERVER = "dicom"
 _TIMEOUT_S = (5.0, 120.0)
 """To connect, and between two pieces of an answer."""
+_LONGEST_PAUSE_S = 300.0
+"""Between two looks back for what fails again and again."""
 _KNOWN = "known_segmentations"
 """In an image's info: SOPInstanceUIDs of the DICOM SEGs whose labels are or were here."""
 
@@ -68,9 +71,11 @@ class GuardedDicomWebStore(SeriesStore):
         self._status_at = float("-inf")
         self._status_running = threading.Lock()
         self._unreadable: dict[str, str] = {}
-        self._looked_back = False
-        self._failed: dict[tuple[str, int], str] = {}
-        """Why a version has no DICOM SEG yet, by image and number."""
+        self._look_back_at = 0.0
+        """When, by the monotonic clock, to look back for what has no DICOM object yet; infinite: there is nothing."""
+        self._pause_s = fresh_s
+        self._failed: dict[str, str] = {}
+        """Why versions and texts had no DICOM object at first, by what they are called in the log."""
         super().__init__(fresh_s=fresh_s, **kwargs)
 
     @cached_property
@@ -133,12 +138,11 @@ class GuardedDicomWebStore(SeriesStore):
         """Make a DICOM SEG of a new version and send it; whatever fails, the version is kept and its info says why."""
         if record.source == _FROM_SERVER and "dicom_seg" in record.info:
             return {}  # it is one already
-        outcome = attempt(f"{record.tag} of {record.image}", "SEG", lambda: self._sent(record, path))
+        what = _name(record.image, record.version)
+        outcome = attempt(what, "SEG", lambda: self._sent(record, path))
         if outcome.failed:
-            self._failed[record.image, record.version] = outcome.failed
-            self.look_back_again()
+            self.look_back_again(what, outcome.failed)
             return {}
-        self._failed.pop((record.image, record.version), None)
         return {"dicom_seg": dict(outcome.note)}
 
     def _sent(self, record: LabelVersion, path: Path) -> dict[str, str]:
@@ -147,19 +151,31 @@ class GuardedDicomWebStore(SeriesStore):
         waiting = self.send(document)
         return {**_note(document), **({"waiting": waiting} if waiting else {})}
 
-    def look_back_again(self) -> None:
-        """Make what has no DICOM object yet with the next look at the server: it failed for a reason that passes."""
-        self._looked_back = False
+    def look_back_again(self, what: str, reason: str, error: Exception | None = None) -> None:
+        """Make the DICOM object of ``what`` at a later look at the server: it failed for a reason that may pass.
+
+        What fails again is tried after longer and longer pauses, and is a warning in the log the first time only.
+        """
+        again = what in self._failed
+        if not again:
+            logger.warning("%s has no DICOM object yet: %s", what, reason, exc_info=error)
+        self._failed[what] = reason
+        pause = self._pause_s if again else self._fresh_s
+        self._look_back_at = min(self._look_back_at, time.monotonic() + pause)
 
     def _look_back(self) -> None:
-        if self._looked_back:
+        if time.monotonic() < self._look_back_at:
             return
-        self._looked_back = True  # unless something fails from here on
+        self._look_back_at = math.inf  # unless something fails from here on
         try:
             self.publish_forgotten()
-        except Exception:
-            self.look_back_again()
-            logger.exception("Not all that is kept here is known to have its DICOM object; looked at again later")
+        except Exception as error:  # noqa: BLE001 - told in the log there
+            self.look_back_again("Something that is kept here", f"{type(error).__name__}: {error}", error)
+        if self._look_back_at == math.inf:
+            self._pause_s = self._fresh_s
+            self._failed.clear()
+        else:
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def publish_forgotten(self) -> None:
         """Make the DICOM SEG of versions, and the SR of texts, whose process was killed before it could note one.
@@ -168,12 +184,11 @@ class GuardedDicomWebStore(SeriesStore):
         store without a request is nobody's submit and stays here.
         """
         for what, publish in [*self._forgotten_labels(), *self._forgotten_texts()]:
-            logger.warning("%s has no DICOM object yet; it is made now", what)
+            logger.info("%s has no DICOM object yet; it is made now", what)
             try:
                 publish()
-            except Exception:  # the next one may do better
-                self.look_back_again()
-                logger.exception("%s has no DICOM object yet", what)
+            except Exception as error:  # noqa: BLE001 - told in the log there, and the next one may do better
+                self.look_back_again(what, f"{type(error).__name__}: {error}", error)
 
     def _forgotten_labels(self) -> Iterator[tuple[str, Callable[[], object]]]:
         with self._thread_lock:
@@ -189,12 +204,12 @@ class GuardedDicomWebStore(SeriesStore):
             record = self._files.read(image, number)
             if record is None or record.draft or record.withdrawn or "dicom_seg" in record.info:
                 continue
-            yield f"{record.tag} of {image}", partial(self._publish, record, self._files.mask_path(record))
+            yield _name(image, number), partial(self._publish, record, self._files.mask_path(record))
 
     def _forgotten_texts(self) -> Iterator[tuple[str, Callable[[], object]]]:
         versions = TextVersions(self.folder)
         for image, text in versions.without_sr():
-            yield f"Text {text.version} of {image}", partial(publish_text, self, versions, image, text)
+            yield text_name(image, text), partial(publish_text, self, versions, image, text)
 
     def _segmentation(self, record: LabelVersion, path: Path) -> Dataset:
         grid = self._grid(record.image)
@@ -208,7 +223,7 @@ class GuardedDicomWebStore(SeriesStore):
         info = self.get_label_info(image_id, tag)
         note = dict(info.get("dicom_seg") or {})
         if not note:
-            failed = self._failed.get((image_id, info.get("version", 0)))
+            failed = self._failed.get(_name(image_id, info.get("version", 0)))
             return {"waiting": failed} if failed else {}
         note.pop("waiting", None)  # as it was when the label was saved
         reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
@@ -379,6 +394,11 @@ def _origin(record: LabelVersion) -> LabelOrigin:
         note=str(record.review.get("comment", "")),
         made=datetime.fromisoformat(record.submitted or record.time),
     )
+
+
+def _name(image: str, number: int) -> str:
+    """What a version is called in the log."""
+    return f"{version_tag(number)} of {image}"
 
 
 def _note(document: Dataset) -> dict[str, str]:

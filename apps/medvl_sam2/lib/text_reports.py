@@ -23,13 +23,19 @@ def publish_text(datastore: Any, versions: TextVersions, image: str, text: TextV
             versions.add_sr(image, text.version, note)
         return note
 
-    outcome = attempt(f"Text {text.version} of {image}", "SR", make)
+    what = text_name(image, text)
+    outcome = attempt(what, "SR", make)
     if "refused" in outcome.note:
         with suppress(OSError):  # it is tried again after the next start, then
             versions.add_sr(image, text.version, outcome.note)
     if outcome.failed:
-        datastore.look_back_again()
+        datastore.look_back_again(what, outcome.failed)
     return outcome
+
+
+def text_name(image: str, text: TextVersion) -> str:
+    """What a stored text is called in the log."""
+    return f"Text {text.version} of {image}"
 
 
 def _published(datastore: Any, image: str, text: TextVersion, known: list[TextVersion]) -> dict[str, str]:
