@@ -9,14 +9,24 @@ from typing import Any
 import pydicom
 import pytest
 import requests
+from monailabel.datastore.dicom import DICOMwebClientX
 from pydicom.dataset import Dataset
+from requests.adapters import HTTPAdapter
 
 from app.fake_dicomweb import FakeDicomWeb
 from app.phantom import phantom
-from lib import dicom_outbox, dicomweb_store
+from lib import dicom_outbox
 from lib.dicom_objects import is_uid
 from lib.dicom_outbox import Outbox
+from lib.dicomweb_session import TimedSession, briefly
 from orthanc import write_series
+
+_FAILED_JSON = '{"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [REASON]}}]}}'
+_FAILED_XML = (
+    '<NativeDicomModel><DicomAttribute tag="00081198" vr="SQ" keyword="FailedSOPSequence"><Item number="1">'
+    '<DicomAttribute tag="00081197" vr="US" keyword="FailureReason"><Value number="1">REASON</Value></DicomAttribute>'
+    "</Item></DicomAttribute></NativeDicomModel>"
+)
 
 
 def test_outbox_asks_a_server_that_is_away_once(tmp_path: Path, server: FakeDicomWeb) -> None:
@@ -133,5 +143,45 @@ def test_the_client_gives_up_on_a_server_that_does_not_answer(tmp_path: Path, mo
 
     monkeypatch.setattr(requests.Session, "request", request)
     with pytest.raises(requests.ConnectTimeout):
-        dicomweb_store._TimedSession().get("http://127.0.0.1:9/")
+        TimedSession().get("http://127.0.0.1:9/")
     assert seen["timeout"] == (5.0, 120.0)
+    with briefly(), pytest.raises(requests.ConnectTimeout):
+        TimedSession().get("http://127.0.0.1:9/")
+    assert sum(seen["timeout"]) == dicom_outbox._PATIENCE_S + dicom_outbox._ANSWER_S
+    with pytest.raises(requests.ConnectTimeout):
+        TimedSession().get("http://127.0.0.1:9/")
+    assert seen["timeout"] == (5.0, 120.0)
+
+
+@pytest.mark.filterwarnings("ignore:A value of type 'str'")  # the client's way with XML
+@pytest.mark.parametrize(("reason", "waits"), [(0x0110, True), (0x0111, False)], ids=["refused", "duplicate"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/dicom+json",
+        "application/json",
+        "application/dicom+json; charset=utf-8",
+        "Application/DICOM+JSON;charset=UTF-8",
+        "application/dicom+xml",
+        "application/dicom+xml; charset=utf-8",
+    ],
+)
+def test_a_reply_is_read_whatever_its_content_type_says_besides(
+    tmp_path: Path, server: FakeDicomWeb, kind: str, reason: int, waits: bool
+) -> None:
+    """Else a refused object would be taken for one that the server has, and dropped."""
+    first, _ = documents(tmp_path)
+
+    class Refuses(HTTPAdapter):
+        def send(self, request: Any, *_: Any, **__: Any) -> requests.Response:
+            reply = requests.Response()
+            reply.status_code, reply.headers["Content-Type"], reply.request = 200, kind, request
+            reply._content = (_FAILED_XML if "xml" in kind else _FAILED_JSON).replace("REASON", str(reason)).encode()
+            return reply
+
+    session = TimedSession()
+    session.mount("http://", Refuses())
+    client = DICOMwebClientX("http://127.0.0.1:9/dicom-web", session)
+    box = Outbox(tmp_path / "box", client.store_instances, server.holds)
+    assert box.send(first) == (f"the DICOMweb server refused it with failure reason {reason}" if waits else None)
+    assert list(box.waiting()) == ([first.SOPInstanceUID] if waits else [])

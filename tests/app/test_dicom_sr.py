@@ -114,10 +114,6 @@ def test_empty_report_is_refused(tmp_path: Path) -> None:
         build_report_sr(headers(tmp_path / "s"), Report("report", " \n", "reader1"))
 
 
-def test_folder_of_files_has_no_place_for_a_report() -> None:
-    assert store_report_sr(object(), "case_a", REPORT) is None
-
-
 def test_report_waits_while_the_server_does_not_answer(tmp_path: Path, open_store: Open, server: FakeDicomWeb) -> None:
     series, source, _ = write(tmp_path / "s", phantom())
     server.add(series)

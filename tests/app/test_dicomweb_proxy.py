@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 import lib.server
 from app.conftest import AFFINE, SHAPE, Running
-from lib.api import dicomweb_server
+from lib.api import dicomweb_server, proxy
 from lib.api.dicomweb_server import Watch, resource_url
 
 _FRAMES = bytes(range(256)) * 20_000
@@ -58,7 +59,8 @@ class _DicomServer(BaseHTTPRequestHandler):
             assert self.slow.go_on.wait(60)
             self.wfile.write(b"late")
         elif path.endswith("/left"):
-            self._answer(200, "text/plain", b"half", {"Content-Length": "8"})
+            once = {"Connection": "close"} if self.path.endswith("?once") else {}
+            self._answer(200, "text/plain", b"half", {"Content-Length": "8", **once})
             self.connection.settimeout(30)
             with suppress(ConnectionResetError):
                 assert self.connection.recv(1) == b""
@@ -269,12 +271,18 @@ def test_requests_that_hang_leave_threads_to_others(running: Running, dicom_serv
     assert asyncio.run(load()) == hashlib.sha256(_FRAMES).hexdigest()
 
 
+@pytest.mark.parametrize("query", [b"", b"once"], ids=["kept connection", "connection for one answer"])
+@pytest.mark.parametrize("busy", [False, True], ids=["threads left", "every thread hangs"])
 @pytest.mark.parametrize("begun", [False, True], ids=["before its first piece", "amid its pieces"])
 def test_the_request_ends_when_its_client_leaves(
-    running: Running, dicom_server: str, monkeypatch: pytest.MonkeyPatch, begun: bool
+    running: Running, dicom_server: str, monkeypatch: pytest.MonkeyPatch, begun: bool, busy: bool, query: bytes
 ) -> None:
-    """Not only when the server gives up."""
+    """Not only when the server gives up, nor when other answers come to an end."""
     monkeypatch.setattr("lib.api.dicomweb_server.server_root", lambda: dicom_server)
+    if busy:
+        pool = ThreadPoolExecutor(1)
+        pool.submit(_DicomServer.slow.go_on.wait, 60)
+        monkeypatch.setattr(proxy, "_ANSWERS", pool)
     answers, ask = [], dicomweb_server.send
 
     def kept(*args: Any, **kwargs: Any) -> Any:
@@ -286,7 +294,7 @@ def test_the_request_ends_when_its_client_leaves(
     async def leave() -> None:
         gone, path = asyncio.Event(), "/proxy/dicom/wado/studies/left"
         asgi = {"version": "3.0", "spec_version": "2.3" if begun else "2.4"}
-        scope = {"type": "http", "asgi": asgi, "method": "GET", "path": path, "query_string": b"", "headers": []}
+        scope = {"type": "http", "asgi": asgi, "method": "GET", "path": path, "query_string": query, "headers": []}
         asked = False
 
         async def receive() -> dict[str, Any]:

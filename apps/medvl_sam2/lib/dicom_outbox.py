@@ -20,8 +20,8 @@ _PATIENCE_S = 2.0
 """How long a new object waits for the one that is being sent; then it follows at the next retry."""
 _ANSWER_S = 5.0
 """How long its sender waits for the server: an annotator does not wait for one that hangs."""
-_DUPLICATE = 0x0111
-"""Failure reason (PS3.4 table C.2-2): the server has an object of this UID."""
+_DUPLICATE = str(0x0111)
+"""Failure reason (PS3.4 table C.2-2): the server has an object of this UID. The client leaves those in XML as text."""
 
 
 class Outbox:
@@ -118,7 +118,7 @@ class Outbox:
         except Exception as error:  # whatever a server answers, the label is kept and the object waits
             logger.exception("DICOM object %s cannot be sent", file.stem)
             return f"the DICOMweb server's answer was not understood: {type(error).__name__}: {error}"
-        reasons = [item.get("FailureReason", "unknown") for item in reply.get("FailedSOPSequence") or ()]
+        reasons = [str(item.get("FailureReason", "unknown")) for item in reply.get("FailedSOPSequence") or ()]
         refused = next((reason for reason in reasons if reason != _DUPLICATE), None)
         return None if refused is None else f"the DICOMweb server refused it with failure reason {refused}"
 

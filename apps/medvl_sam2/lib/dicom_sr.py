@@ -71,20 +71,18 @@ class StoredReport:
     waiting: str | None = None
 
 
-def store_report_sr(datastore: Any, image_id: str, report: Report) -> StoredReport | None:
+def store_report_sr(datastore: Any, image_id: str, report: Report) -> StoredReport:
     """Make a structured report of ``report`` and store it in the study of series ``image_id``.
 
-    ``datastore``: the app's (``app_instance().datastore()``). Returns None when it is no DICOMweb store: there is
-    nothing to store a DICOM object in. A server that does not take the report leaves it queued on disk, with the
-    reason in ``waiting``. Blocks on the network: call it from a worker thread.
+    ``datastore``: the app's, over a DICOMweb server (:class:`lib.dicomweb_store.GuardedDicomWebStore`). A server that
+    does not take the report leaves it queued on disk, with the reason in ``waiting``. Blocks on the network: call it
+    from a worker thread.
 
     Raises:
         DataError: empty text, or the source images lack what a report must state.
         VolumeError: the series cannot be read.
-        HTTPException: 404 no such series, 502 the series itself cannot be fetched.
+        HTTPException: 404 no such series, 502 the series itself or the header of its DICOM SEG cannot be fetched.
     """
-    if not hasattr(datastore, "source_headers"):
-        return None
     headers = datastore.source_headers(image_id)
     document = build_report_sr(headers, report, datastore.stored_segmentation(image_id))
     waiting = datastore.send(document)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
@@ -41,6 +40,7 @@ from lib.dicom_seg import LabelOrigin, build_segmentation
 from lib.dicom_seg_reading import SegLabels, read_segmentation
 from lib.dicomweb_catalog import SegRecord, content_time, header_of
 from lib.dicomweb_images import SeriesStore, reachable
+from lib.dicomweb_session import TimedSession
 from lib.label_names import stored_names
 from lib.label_versions import ADOPTED, LabelVersion, version_number, version_tag
 from lib.result_writing import http_error
@@ -54,8 +54,6 @@ logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
 _FROM_SERVER = "dicom"
-_TIMEOUT_S = (5.0, 120.0)
-"""To connect, and between two pieces of an answer."""
 _LONGEST_PAUSE_S = 300.0
 """Between two looks back for what fails again and again."""
 _KNOWN = "known_segmentations"
@@ -225,9 +223,13 @@ class GuardedDicomWebStore(SeriesStore):
         if not note:
             failed = self._failed.get(_name(image_id, info.get("version", 0)))
             return {"waiting": failed} if failed else {}
-        note.pop("waiting", None)  # as it was when the label was saved
-        reason = self._outbox.waiting().get(note.get("SOPInstanceUID", ""))
-        return {**note, "waiting": reason} if reason else note
+        return self.note_now(note)
+
+    def note_now(self, note: Mapping[str, Any]) -> dict[str, Any]:
+        """What was noted of a SEG or SR, with ``waiting`` as it is now and not as it was when that was noted."""
+        known = {key: value for key, value in note.items() if key != "waiting"}
+        reason = self._outbox.waiting().get(known.get("SOPInstanceUID", ""))
+        return {**known, "waiting": reason} if reason else known
 
     def send(self, document: Dataset) -> str | None:
         """Store an object on the server; returns why it still waits in the outbox, or None when it is there."""
@@ -357,7 +359,7 @@ class GuardedDicomWebStore(SeriesStore):
 def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebStore:
     """A store over a DICOMweb server, with MONAI Label's settings."""
     user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    session = _TimedSession()
+    session = TimedSession()
     if user and password:
         session.auth = (user, password)
     client = DICOMwebClientX(
@@ -377,13 +379,6 @@ def open_dicomweb_store(url: str, geometry_of: GeometryOf) -> GuardedDicomWebSto
         geometry_of=geometry_of,
         fresh_s=settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY,
     )
-
-
-class _TimedSession(requests.Session):
-    """Gives up on a server that does not answer; the client itself sets no time."""
-
-    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
-        return super().request(method, url, *args, **{"timeout": _TIMEOUT_S, **kwargs})
 
 
 def _origin(record: LabelVersion) -> LabelOrigin:

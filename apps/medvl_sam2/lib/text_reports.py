@@ -16,11 +16,12 @@ def publish_text(datastore: Any, versions: TextVersions, image: str, text: TextV
 
     On a store that is no DICOMweb server nothing happens. Blocks on the network.
     """
+    if not hasattr(datastore, "source_headers"):
+        return Attempt()
 
     def make() -> dict[str, str]:
-        note = _published(datastore, image, text, versions.of(image))
-        if note:
-            versions.add_sr(image, text.version, note)
+        note = _published(datastore, image, text, versions.readable(image))
+        versions.add_sr(image, text.version, note)
         return note
 
     what = text_name(image, text)
@@ -58,8 +59,6 @@ def _published(datastore: Any, image: str, text: TextVersion, known: list[TextVe
         made=datetime.fromisoformat(text.time),
     )
     stored = store_report_sr(datastore, image, report)
-    if stored is None:
-        return {}
     sr = {
         "StudyInstanceUID": stored.study,
         "SeriesInstanceUID": stored.series,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,13 +86,8 @@ class TextVersions:
     def without_sr(self) -> Iterator[tuple[str, TextVersion]]:
         """Images and versions of which nobody noted what became of them as DICOM SR; damaged ones are left out."""
         for folder in sorted(self._root.iterdir()) if self._root.is_dir() else ():
-            for _, path in sorted(version_files(folder).items()):
-                if _sidecar(path).exists():
-                    continue
-                try:
-                    yield str(read_version(path)["image"]), _read(path)
-                except (DataError, KeyError) as error:
-                    logger.warning("No DICOM SR can be made of it: %s", error)
+            files = sorted(version_files(folder).items())
+            yield from _readable(path for _, path in files if not _sidecar(path).exists())
 
     def of(self, image: str) -> list[TextVersion]:
         """Every version of an image, oldest first.
@@ -102,6 +97,20 @@ class TextVersions:
         """
         files = version_files(image_folder(self._root.parent, image))
         return [_read(path) for _, path in sorted(files.items())]
+
+    def readable(self, image: str) -> list[TextVersion]:
+        """As :meth:`of`, without those that are damaged: the log names them."""
+        files = version_files(image_folder(self._root.parent, image))
+        return [text for _, text in _readable(path for _, path in sorted(files.items()))]
+
+
+def _readable(files: Iterable[Path]) -> Iterator[tuple[str, TextVersion]]:
+    """Images and versions of the files that are not damaged."""
+    for path in files:
+        try:
+            yield str(read_version(path)["image"]), _read(path)
+        except (DataError, KeyError) as error:
+            logger.warning("A stored text is passed over, no DICOM SR can speak of it: %s", error)
 
 
 def _read(path: Path) -> TextVersion:

@@ -7,8 +7,8 @@ Concurrency: a slow DICOM server takes no thread from anything but this proxy. Q
 (:data:`lib.api.worker_threads.DICOM`) and the pieces of answers in another, so that answers come to an end while others
 still wait for theirs. Each pool has :data:`lib.api.worker_threads.DICOM_THREADS` threads, started as they are needed:
 so many requests may hang, each for at most :data:`lib.api.dicomweb_server.READ_S` of silence, before the next one
-waits. When a client leaves amid an answer, the DICOM server's is ended. The framework's own threads, which uploads
-need, are not used.
+waits. When a client leaves amid an answer, the DICOM server's is ended, by a thread of its own: all others may hang in
+what is to be ended. The framework's own threads, which uploads need, are not used.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _REFUSALS = (400, 406, 415)
 _CHUNK_BYTES = 256 * 1024
 _IN_MEMORY_BYTES = 8_000_000
 _ANSWERS = ThreadPoolExecutor(DICOM_THREADS, "dicom-answers")
+_CLOSING = ThreadPoolExecutor(1, "dicom-closing")
 
 
 @router.get("/{path:path}")  # the lowest is offered a request first
@@ -120,7 +121,7 @@ class _PassedOn(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            _ANSWERS.submit(_close, self._answer)
+            _CLOSING.submit(_close, self._answer)
 
 
 async def _chunks(answer: requests.Response) -> AsyncIterator[bytes]:
@@ -131,9 +132,12 @@ async def _chunks(answer: requests.Response) -> AsyncIterator[bytes]:
 
 
 def _close(answer: requests.Response) -> None:
-    # None once it was read to its end: then its connection serves others.
-    unread = getattr(answer.raw.connection, "sock", None)
-    if unread is not None:
-        with suppress(OSError):  # it ends a read that still waits in another thread, and tells the DICOM server
-            unread.shutdown(socket.SHUT_RDWR)
+    kept = getattr(answer.raw.connection, "sock", None)
+    # Closing waits for a read in another thread, so that is ended first. RuntimeError: the answer was read to its end,
+    # and its connection serves others. OSError: the server was quicker.
+    with suppress(RuntimeError, OSError):
+        if kept is not None:  # both ways: the read may put it back for others, who then see that it is over
+            kept.shutdown(socket.SHUT_RDWR)
+        else:  # a connection for this answer alone
+            answer.raw.shutdown()
     answer.close()

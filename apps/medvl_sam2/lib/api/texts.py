@@ -12,6 +12,7 @@ from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
 from lib.api.access import AsAnnotator, AsUser, author_of
+from lib.dicomweb_session import briefly
 from lib.request_parsing import MAX_TEXT, Client
 from lib.result_writing import http_errors, write_label_map
 from lib.text_reports import publish_text
@@ -189,7 +190,8 @@ def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredTex
                 structures=tuple(body.structures),
             ),
         )
-        outcome = publish_text(app.datastore(), versions, image, stored)
+        with briefly():  # the text is kept; its SR can come later
+            outcome = publish_text(app.datastore(), versions, image, stored)
     return StoredText(
         version=stored.version,
         time=stored.time,
@@ -203,9 +205,10 @@ def list_texts(image: ImageId, user: AsUser) -> TextList:
     """Every stored text of an image."""
     app = app_instance()
     _image_path(app, image)
+    now = getattr(app.datastore(), "note_now", dict)  # a folder sends nothing
     with http_errors(f"Reading the texts of {image!r}"):
         versions = [
-            TextRecord(**{**vars(version), **_shown_sr(version.sr or {})}) for version in _versions(app).of(image)
+            TextRecord(**{**vars(version), **_shown_sr(now(version.sr or {}))}) for version in _versions(app).of(image)
         ]
     return TextList(image=image, versions=versions)
 

@@ -1,0 +1,46 @@
+"""The session the store's DICOMweb client asks with: it gives up on a server that hangs.
+
+The client itself sets no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import requests
+
+LIMITS_S = (5.0, 120.0)
+"""To connect, and between two pieces of an answer."""
+BRIEF_S = (2.0, 5.0)
+"""The same while somebody waits; together as long as the outbox lets a sender wait."""
+_limits = ContextVar("_limits", default=LIMITS_S)
+
+
+@contextmanager
+def briefly() -> Iterator[None]:
+    """What this thread asks meanwhile, :data:`BRIEF_S` ends: somebody waits, and it can be asked again later."""
+    before = _limits.set(BRIEF_S)
+    try:
+        yield
+    finally:
+        _limits.reset(before)
+
+
+class TimedSession(requests.Session):
+    """Raises :class:`requests.Timeout` when the server is silent for too long."""
+
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        return super().request(method, url, *args, **{"timeout": _limits.get(), **kwargs})
+
+    def post(self, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        """STOW-RS. The reply's content type loses its parameters.
+
+        The client knows none of them, and takes a type it does not know for a reply that says nothing: all is stored.
+        """
+        reply = super().post(url, *args, **kwargs)
+        if "Content-Type" in reply.headers:
+            reply.headers["Content-Type"] = reply.headers["Content-Type"].partition(";")[0].strip().lower()
+        return reply
