@@ -23,6 +23,13 @@ def versions(site: Site, series: str) -> list[dict[str, Any]]:
     return known
 
 
+def votes(site: Site, series: str) -> dict[str, int]:
+    """Every annotator's version that counts in the agreement."""
+    reply = requests.get(f"{site.address}/medvl/labels/agreement", params={"image": series}, timeout=60).json()
+    latest: dict[str, int] = reply["latest"]
+    return latest
+
+
 def question(viewer: Viewer) -> str:
     return viewer.panel.get_by_role("alertdialog").inner_text()
 
@@ -102,7 +109,7 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
 
 
 def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:
-    """It is stored by accepting it only; what is changed on it is asked about before it goes."""
+    """Whatever stores it unedited, it is a consensus; what is changed on it is asked about before it goes."""
     study = site.studies["ben"]
     viewer.open_from_list(study.study)
     viewer.tab("Save")
@@ -140,6 +147,21 @@ def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:
     viewer.press("Put back what was here")
     viewer.press("Without saving")
     np.testing.assert_array_equal(viewer.labelmap()[0], consensus)
+    voted, made = votes(site, study.series), versions(site, study.series)
     viewer.press("Consensus")
     viewer.press("Save")
-    assert viewer.panel.get_by_role("button", name="Accept the consensus").count() == 0, "it is a version of Dr. Ben's"
+    assert viewer.panel.get_by_role("button", name="Accept the consensus").count() == 0
+    viewer.press("Submit")
+    viewer.press("Open version 1")
+    viewer.press(f"Open version {made[-1]['version']}")
+    viewer.press("Submit")
+    stored = versions(site, study.series)[len(made) :]
+    assert [one["status"] for one in stored] == ["draft", "submitted", "submitted"]
+    assert {tuple(one["made_from"]) for one in stored} == {tuple(made[-1]["made_from"])}
+    assert {one["source"] for one in stored} == {"consensus-majority"}
+    assert votes(site, study.series) == voted, "Dr. Ben only looked at it"
+    viewer.paint("spleen", [5, 5, 5])
+    viewer.press("Submit")
+    own = versions(site, study.series)[-1]
+    assert (own["source"], own["made_from"]) == ("ohif", [])
+    assert votes(site, study.series) == voted | {"Dr. Ben": own["version"]}, "edited by hand it is his own"

@@ -10,12 +10,19 @@ import { gridOf } from "./viewer.js";
 
 const KIND = "label";
 
+/** What a version that is a consensus says of it; one that was restored does not say how it was made. */
+const consensusOf = ({ made_from, restored_from, source }) => ({
+  versions: made_from,
+  source: restored_from ? "consensus" : source,
+});
+
 export class Labels {
   /** `panel` has `image()`, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
   constructor(panel) {
     this.panel = panel;
     this.changes = new Map(); // by series, those with unsaved changes: `{image, edits}`
     this.edits = 0;
+    this.consensusOn = new Map(); // by series, where an unedited consensus is on screen: `{versions, source}` of it
     this.list = [];
     this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
     this.save = button("Save", () => this.store("draft"), {
@@ -70,6 +77,7 @@ export class Labels {
   changed(image) {
     this.edits += 1;
     this.changes.set(image.series, { image, edits: this.edits });
+    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
     this.#buttons();
   }
 
@@ -98,13 +106,15 @@ export class Labels {
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
       const onScreen = () => image.series === this.panel.image()?.series;
       const [state, voxels] = [this.stateOf(image), labelmap.voxels(image).slice()];
+      const consensus = this.consensusOn.get(image.series);
       const counts = labelmap.counts(voxels);
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
       const params = {
         author: author(),
         client_id: clientId(),
-        source: "ohif",
+        source: consensus?.source ?? "ohif",
+        made_from: consensus?.versions ?? [],
         note: onScreen() ? this.note.value.trim() : "",
         segmentationMeta: { status },
         model_version: this.panel.modelVersion(),
@@ -119,7 +129,9 @@ export class Labels {
       if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
       await this.load(image, signal);
       this.#buttons();
-      this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
+      const done = status === "submitted" ? "ubmitted" : "aved";
+      const said = consensus ? `The consensus is s${done}` : `S${done}`;
+      this.panel.work.say(`${said} as version ${record.version}`);
       return record;
     }, { keeps: true });
   }
@@ -155,6 +167,7 @@ export class Labels {
       version.status,
       number === this.final ? "final" : "",
       version.restored_from ? `from version ${version.restored_from}` : "",
+      version.made_from.length ? `consensus of ${version.made_from.join(", ")}` : "",
     ];
     const others = this.list.filter((item) => item.version < number);
     const previous = others.length ? Math.max(...others.map((item) => item.version)) : null;
@@ -194,6 +207,7 @@ export class Labels {
       this.panel.segment.forget(image);
       this.consensus.forget();
       this.saved(image);
+      if (version.made_from.length) this.consensusOn.set(image.series, consensusOf(version));
       this.panel.work.say(`Version ${version.version} is on screen`);
     });
     this.panel.segment.refresh();
