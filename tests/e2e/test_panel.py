@@ -226,6 +226,11 @@ def _ask(viewer: Viewer, study: Study) -> None:
         answer = viewer.panel.get_by_label("Answer").input_value().strip()
         assert answer in truth.choices
         assert answer == truth.answer.split(". ")[1]
+    viewer.type("Answer", "cannot be said")
+    viewer.press("Ask")
+    assert "The answer was changed and not stored" in viewer.panel.get_by_role("alertdialog").inner_text()
+    viewer.press("Replace it")
+    assert viewer.panel.get_by_label("Answer").input_value().strip() == answer
     viewer.picture("8-answer")
     chips = viewer.panel.locator("[data-evidence]:not([disabled])")
     names = [str(chip.get_attribute("data-evidence")) for chip in chips.all()]
