@@ -141,7 +141,11 @@ export class Labels {
     const image = this.panel.image();
     replace(this.figures);
     this.consensus.forget();
-    if (image) await this.panel.work.run("versions", "Reading the versions", (signal) => this.load(image, signal));
+    if (!image) return;
+    await this.panel.work.run("versions", "Reading the versions", async (signal) => {
+      await this.load(image, signal);
+      if (this.list.length) this.panel.work.say(`${counted(this.list.length, "version")} of this case: open one in Save`);
+    });
   }
 
   async load(image, signal) {
@@ -238,35 +242,30 @@ export class Labels {
     });
   }
 
+  /** A table for two versions, or for every two annotators' latest; what agrees least stands first. */
   showFigures(title, reply) {
     const pairs = reply.pairs ?? [{ structures: reply.structures }];
-    const number = (value) => (typeof value === "number" ? value.toFixed(3) : "–");
-    const rows = pairs.flatMap((pair) =>
-      (pair.structures ?? []).map((item) =>
-        make(
-          "tr",
-          {},
-          make("th", { scope: "row" }, spoken(item.name)),
-          make("td", {}, pair.authors ? pair.authors.join(" / ") : ""),
-          make("td", {}, number(item.dice)),
-          make("td", {}, number(item.nsd)),
-        ),
-      ),
-    );
-    const head = make(
-      "tr",
-      {},
-      ...["Structure", reply.pairs ? "Annotators" : "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
-    );
+    const named = ({ authors }) => (authors ? `${title}: ${authors.join(" / ")}` : title);
     replace(
       this.figures,
-      make(
-        "table",
-        {},
-        make("caption", {}, `${title}: ${counted(rows.length, "structure")}`),
-        make("thead", {}, head),
-        make("tbody", {}, ...rows),
-      ),
+      button("Hide the figures", () => replace(this.figures), { class: "link" }),
+      ...pairs.map((pair) => figuresTable(named(pair), pair.structures)),
     );
+    this.figures.scrollIntoView({ block: "nearest" });
   }
+}
+
+function figuresTable(title, structures) {
+  const rows = [...structures].sort((a, b) => a.dice - b.dice).map(({ name, dice, nsd }) => {
+    const figures = [dice, nsd].map((value) => make("td", {}, value.toFixed(3)));
+    return make("tr", {}, make("th", { scope: "row" }, spoken(name)), ...figures);
+  });
+  const head = ["Structure", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text));
+  return make(
+    "table",
+    {},
+    make("caption", {}, title),
+    make("thead", {}, make("tr", {}, ...head)),
+    make("tbody", {}, ...rows),
+  );
 }

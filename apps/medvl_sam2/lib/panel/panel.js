@@ -207,14 +207,16 @@ class Panel {
     return !texts.length || this.texts.storeAll();
   }
 
-  /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given when another question comes. */
+  /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given by Escape and when another question comes. */
   ask(title, text, answers) {
     this.dismiss?.();
     if (this.body.hidden) this.collapse(false);
+    const before = this.element.getRootNode().activeElement;
     return new Promise((resolve) => {
       const give = (answer) => {
         this.dismiss = null;
         replace(this.question);
+        before?.focus();
         resolve(answer);
       };
       this.dismiss = () => give(answers.at(-1));
@@ -223,7 +225,7 @@ class Panel {
         this.question,
         make(
           "div",
-          { role: "alertdialog", "aria-label": title },
+          { role: "alertdialog", "aria-label": title, onkeydown: (event) => event.key === "Escape" && this.dismiss() },
           make("p", {}, text),
           make("div", { class: "row" }, ...buttons),
         ),

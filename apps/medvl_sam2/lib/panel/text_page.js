@@ -136,8 +136,9 @@ export class TextPage {
   /** A chip for every structure a text rests on; a click shows its mask beside the label map and goes there. */
   #evidence(evidence) {
     return evidence.map((item) =>
-      button(spoken(item.name), () => this.showEvidence(item), {
+      button(spoken(item.name), (event) => this.#toggleEvidence(item, event.currentTarget), {
         class: "evidence-chip",
+        "aria-pressed": "false",
         disabled: !item.voxels,
         "data-evidence": item.name,
         title: item.voxels ? item.why : `${item.why}; the image map does not show it`,
@@ -145,9 +146,21 @@ export class TextPage {
     );
   }
 
+  async #toggleEvidence(item, chip) {
+    if (chip.getAttribute("aria-pressed") === "true") return this.hideEvidence();
+    const shown = await this.showEvidence(item);
+    if (shown) this.#press(chip);
+  }
+
+  /** Mark the one chip whose mask is shown, or none. */
+  #press(shown) {
+    for (const chip of this.element.querySelectorAll(".evidence-chip"))
+      chip.setAttribute("aria-pressed", String(chip === shown));
+  }
+
   async showEvidence(item) {
     const image = this.panel.image(); // its volume may be another than when this page was made
-    await this.panel.work.run("evidence", `Showing ${spoken(item.name)}`, async (signal) => {
+    return this.panel.work.run("evidence", `Showing ${spoken(item.name)}`, async (signal) => {
       const mask = await readNrrd(await api.evidenceMask(image.series, item.name, { signal }));
       labelmap.checkGrid(image, mask);
       await labelmap.showEvidence(image, mask.voxels, item.name);
@@ -155,11 +168,13 @@ export class TextPage {
       const voxel = item.centroid_voxel ?? labelmap.centre(mask.voxels, image.volume.dimensions, (value) => value > 0);
       if (voxel) jumpTo(image, voxel.map(Math.round));
       this.panel.work.say(`${spoken(item.name)}: ${item.why ?? ""}`);
+      return true;
     });
   }
 
   hideEvidence() {
     labelmap.hideEvidence();
+    this.#press(null);
     this.hide.hidden = true;
   }
 
