@@ -286,6 +286,24 @@ def test_consensus_is_looked_at_before_it_is_made(running: Running, tmp_path: Pa
     np.testing.assert_array_equal(nrrd.read(str(tmp_path / "shown.nrrd"), index_order="F")[0], final(running))
 
 
+def test_a_consensus_that_a_client_saves_is_nobodys_vote(running: Running, tmp_path: Path) -> None:
+    annotated(running, tmp_path)
+    file = write(tmp_path / "label.nii.gz", blocks(v1=(0, 5)))
+    before = running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()["latest"]
+    reply = post(running, file, author="ann", source="consensus-majority", made_from=[2, 4, 2], label_info=LIVER)
+    assert reply.status_code == 200, reply.text
+    assert (reply.json()["made_from"], reply.json()["source"]) == ([2, 4], "consensus-majority")
+    assert running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()["latest"] == before
+    fifth = {"image": "case_a", "version": 5}
+    restored = running.client.post("/medvl/labels/restore", params=fifth, json={"author": "ann"})
+    assert (restored.json()["made_from"], restored.json()["restored_from"]) == ([2, 4], 5)
+    for wrong in (3, "2", ["2"], [0], [True], [2.0]):
+        assert post(running, file, made_from=wrong).status_code == 400, wrong
+    assert post(running, file, author="ann", made_from=[], label_info=LIVER).json()["made_from"] == []
+    latest = running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()["latest"]
+    assert latest == before | {"ann": 7}
+
+
 def test_what_is_unknown_is_a_404(running: Running, tmp_path: Path) -> None:
     post(running, write(tmp_path / "label.nii.gz", blocks(v1=(0, 5))))
     client = running.client

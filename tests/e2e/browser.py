@@ -30,6 +30,11 @@ _LABELMAP = """id => {
 _SEGMENTS = """id => window.services.segmentationService.getSegmentations()
     .filter(one => one.segmentationId === id).flatMap(one => Object.values(one.segments))
     .map(one => [one.label, one.segmentIndex])"""
+_COLOURS = """() => {
+    const service = window.services.segmentationService;
+    const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
+    return Object.keys(one.segments).map(index => Array.from(service.getSegmentColor('mpr-axial', '1', Number(index))));
+}"""
 _PAINT = """([name, [i, j, k]]) => {
     const service = window.services.segmentationService;
     const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
@@ -122,6 +127,11 @@ class Viewer:
         shape, text = self.page.evaluate(_LABELMAP, segmentation)
         voxels = np.frombuffer(text.encode("latin-1"), np.uint8).reshape(shape, order="F")
         return voxels, dict(self.page.evaluate(_SEGMENTS, segmentation))
+
+    def colours(self) -> list[list[int]]:
+        """Red, green, blue and opacity of every structure of the label map, as the viewer draws them."""
+        colours: list[list[int]] = self.page.evaluate(_COLOURS)
+        return colours
 
     def mask(self, name: str, segmentation: str = "1") -> np.ndarray:
         voxels, names = self.labelmap(segmentation)

@@ -57,6 +57,12 @@ def _words(viewer: Viewer, study: Study) -> None:
     assert not (lesion & viewer.mask("liver")).any(), "the lesion lies on top of the liver"
     np.testing.assert_array_equal(viewer.mask("spleen"), before)
     assert abs(viewer.shown()[2] - middle(lesion)[2]) <= 1, "the viewer went there"
+    viewer.type("In words", "the spleen")
+    viewer.press("Segment")
+    assert "Found spleen" in viewer.status
+    np.testing.assert_array_equal(viewer.mask("lesion"), lesion, err_msg="nobody chose what the words before found")
+    viewer.choose("lesion")
+    assert viewer.panel.get_by_text("In words, for lesion").is_visible()
     viewer.picture("3-words")
 
 
@@ -100,6 +106,13 @@ def _by_hand(viewer: Viewer, study: Study) -> None:
     assert painted[tuple(spot)]
     assert (painted & ~before).sum() > 20
     assert not (before & ~painted).any()
+    tools = {name: viewer.panel.get_by_role("button", name=name, exact=True) for name in ("Brush", "+ Inside")}
+    viewer.page.locator('[data-cy="Zoom"]').first.click()
+    assert tools["Brush"].get_attribute("aria-pressed") == "false", "OHIF's tool took its place"
+    viewer.press("+ Inside")
+    viewer.page.locator('[data-cy="Pan"]').first.click()
+    assert tools["+ Inside"].get_attribute("aria-pressed") == "false", "no mark is placed where OHIF's tool is meant"
+    viewer.page.locator('[data-cy="WindowLevel"]').first.click()
     viewer.press("+ Inside")
     viewer.click(inside)
     assert viewer.mask("spleen")[tuple(inside)]
@@ -115,7 +128,8 @@ def _kept_by_all_organs(viewer: Viewer) -> None:
     question = viewer.panel.get_by_role("alertdialog", name="Replace masks")
     assert {"spleen", "lesion", "lesion 2"} <= set(re.split(r": |, |\. ", question.inner_text().split("\n")[0]))
     viewer.picture("5-asks-before-replacing")
-    viewer.press("Cancel")
+    viewer.page.keyboard.press("Escape")
+    assert not question.is_visible()
     np.testing.assert_array_equal(viewer.labelmap()[0], whole)
     made = {name: viewer.mask(name) for name in ("spleen", "lesion", "lesion 2")}
     viewer.press("All organs")
@@ -181,9 +195,11 @@ def _look_back(site: Site, viewer: Viewer, study: Study) -> None:
     viewer.type("Your name", "Dr. Ben")
     viewer.press("Submit")
     viewer.press("Agreement")
-    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
-    assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") and "1.000" in row for row in rows)
-    assert any(row.startswith("lesion 2") and "0.000" in row for row in rows)
+    table = viewer.panel.get_by_role("table", name="Agreement: Dr. Ada / Dr. Ben")
+    rows = table.get_by_role("row").all_inner_texts()
+    assert rows[1].startswith("lesion 2"), "what agrees least stands first"
+    assert "0.000" in rows[1]
+    assert any(row.startswith("liver") and "1.000" in row for row in rows)
     viewer.picture("7-agreement")
     viewer.type("Your name", "Dr. Ada")
 
@@ -198,8 +214,8 @@ def _consensus(site: Site, viewer: Viewer, study: Study) -> None:
 
     before, count = viewer.labelmap()[0], len(known())
     viewer.press("Consensus")
-    rows = viewer.panel.get_by_role("table").get_by_role("row").all_inner_texts()
-    assert any("Dr. Ada / Dr. Ben" in row and row.startswith("liver") for row in rows)
+    rows = viewer.panel.get_by_role("table", name="Dr. Ada / Dr. Ben").get_by_role("row").all_inner_texts()
+    assert any(row.startswith("liver") for row in rows)
     assert viewer.mask("liver").any()
     assert len(known()) == count, "nothing is stored by looking"
     viewer.picture("7-consensus")
@@ -226,6 +242,11 @@ def _ask(viewer: Viewer, study: Study) -> None:
         answer = viewer.panel.get_by_label("Answer").input_value().strip()
         assert answer in truth.choices
         assert answer == truth.answer.split(". ")[1]
+    viewer.type("Answer", "cannot be said")
+    viewer.press("Ask")
+    assert "The answer was changed and not stored" in viewer.panel.get_by_role("alertdialog").inner_text()
+    viewer.press("Replace it")
+    assert viewer.panel.get_by_label("Answer").input_value().strip() == answer
     viewer.picture("8-answer")
     chips = viewer.panel.locator("[data-evidence]:not([disabled])")
     names = [str(chip.get_attribute("data-evidence")) for chip in chips.all()]
@@ -247,14 +268,17 @@ def _report(site: Site, viewer: Viewer, study: Study) -> None:
     assert "liver" in draft
     label = viewer.labelmap()[0]
     chip = viewer.panel.get_by_label("Sentences and").locator('[data-evidence="liver"]:not([disabled])').first
+    before = viewer.colours()
     chip.click()
     viewer.wait()
     evidence = viewer.mask("liver", "medvl-evidence")
     assert dice(evidence, organ(study, "liver")) > 0.7
+    assert viewer.colours() == before, "no structure changed its colour"
     assert evidence[:, :, round(viewer.shown()[2])].any(), "the viewer went to it"
     np.testing.assert_array_equal(viewer.labelmap()[0], label)
     viewer.picture("9-evidence")
-    viewer.press("Hide the evidence")
+    chip.click()
+    assert not viewer.panel.get_by_role("button", name="Hide the evidence").is_visible(), "a second click hides it"
     corrected = f"{draft} Corrected by the annotator."
     viewer.type("Text (correct", corrected)
     viewer.press("Draft a report")

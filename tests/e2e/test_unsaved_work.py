@@ -23,6 +23,13 @@ def versions(site: Site, series: str) -> list[dict[str, Any]]:
     return known
 
 
+def votes(site: Site, series: str) -> dict[str, int]:
+    """Every annotator's version that counts in the agreement."""
+    reply = requests.get(f"{site.address}/medvl/labels/agreement", params={"image": series}, timeout=60).json()
+    latest: dict[str, int] = reply["latest"]
+    return latest
+
+
 def question(viewer: Viewer) -> str:
     return viewer.panel.get_by_role("alertdialog").inner_text()
 
@@ -39,10 +46,11 @@ def show_series(viewer: Viewer, description: str) -> None:
 
 
 def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> None:
-    """Masks, prompts and what was automatic stay with their series; whatever leaves the study asks, and saves both."""
+    """Masks, prompts, typed texts and what was automatic stay with their series; leaving asks, and saves them all."""
     case = generate_case(SEEDS["ben"])
     first = store_case(site.orthanc, tmp_path, "two", case)
     second = store_case(site.orthanc, tmp_path, "two", case, of=first)
+    both = (first, second)
     viewer.open_from_list(first.study)
     viewer.type("Your name", "Dr. Ada")
     viewer.page.locator('[data-cy="side-panel-header-left"]').click()
@@ -58,8 +66,16 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     viewer.click(inside)
     viewer.press("+ Inside")
     one = viewer.labelmap()[0]
+    viewer.tab("Text")
+    report = viewer.panel.get_by_label("Text (correct")
+    viewer.type("Text (correct", "Typed, not stored.")
+    viewer.tab("Segment")
 
     show_series(viewer, "later CT")
+    viewer.tab("Text")
+    assert report.input_value() == ""
+    assert viewer.panel.get_by_text("Not stored either: generated CT").is_visible()
+    viewer.tab("Segment")
     other = f"medvl-{second.series}"
     assert not viewer.labelmap(other)[0].any()
     assert viewer.panel.get_by_label("Placed prompts").get_by_role("listitem").count() == 0
@@ -83,11 +99,14 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     assert not viewer.mask("liver").any()
     viewer.press("Redo")
     np.testing.assert_array_equal(viewer.labelmap()[0], one)
+    viewer.tab("Text")
+    assert report.input_value() == "Typed, not stored."
 
     show_series(viewer, "later CT")
     address = viewer.page.url
     viewer.page.locator('[data-cy="return-to-work-list"]').click()
     assert "generated CT, later CT" in question(viewer)
+    assert "The text on generated CT is not stored" in question(viewer)
     viewer.press("Stay")
     viewer.page.evaluate("history.back()")
     assert "generated CT, later CT" in question(viewer)
@@ -99,10 +118,12 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
         (saved,) = versions(site, study.series)
         assert sum(item["voxels"] for item in saved["structures"]) == (mask > 0).sum()
         assert [item["structure"] for item in saved["prompts"]] == [placed]
+    stored = [requests.get(f"{site.address}/medvl/texts", params={"image": one.series}, timeout=60) for one in both]
+    assert [[item["text"] for item in reply.json()["versions"]] for reply in stored] == [["Typed, not stored."], []]
 
 
 def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:
-    """It is stored by accepting it only; what is changed on it is asked about before it goes."""
+    """Whatever stores it unedited, it is a consensus; what is changed on it is asked about before it goes."""
     study = site.studies["ben"]
     viewer.open_from_list(study.study)
     viewer.tab("Save")
@@ -140,6 +161,21 @@ def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:
     viewer.press("Put back what was here")
     viewer.press("Without saving")
     np.testing.assert_array_equal(viewer.labelmap()[0], consensus)
+    voted, made = votes(site, study.series), versions(site, study.series)
     viewer.press("Consensus")
     viewer.press("Save")
-    assert viewer.panel.get_by_role("button", name="Accept the consensus").count() == 0, "it is a version of Dr. Ben's"
+    assert viewer.panel.get_by_role("button", name="Accept the consensus").count() == 0
+    viewer.press("Submit")
+    viewer.press("Open version 1")
+    viewer.press(f"Open version {made[-1]['version']}")
+    viewer.press("Submit")
+    stored = versions(site, study.series)[len(made) :]
+    assert [one["status"] for one in stored] == ["draft", "submitted", "submitted"]
+    assert {tuple(one["made_from"]) for one in stored} == {tuple(made[-1]["made_from"])}
+    assert {one["source"] for one in stored} == {"consensus-majority"}
+    assert votes(site, study.series) == voted, "Dr. Ben only looked at it"
+    viewer.paint("spleen", [5, 5, 5])
+    viewer.press("Submit")
+    own = versions(site, study.series)[-1]
+    assert (own["source"], own["made_from"]) == ("ohif", [])
+    assert votes(site, study.series) == voted | {"Dr. Ben": own["version"]}, "edited by hand it is his own"

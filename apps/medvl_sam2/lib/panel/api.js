@@ -89,9 +89,6 @@ export async function consensus(image, options) {
   return { ...JSON.parse(response.headers.get("MedVL-Consensus")), file: await response.arrayBuffer() };
 }
 
-export const acceptConsensus = (image, body, options) =>
-  post("medvl/labels/consensus", { query: { image }, json: body, ...options });
-
 export function saveLabel(image, mask, params, options) {
   const form = new FormData();
   form.set("label", mask, "label.nrrd");

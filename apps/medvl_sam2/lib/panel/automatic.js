@@ -75,9 +75,9 @@ export class Automatic {
       // What was painted while the model ran was not asked about: it is kept too.
       const kept = [...this.#byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
       const before = labelmap.voxels().slice();
-      await this.segment.paste(image, reply.file, reply.params.label_names, kept);
+      const found = await this.segment.paste(image, reply.file, reply.params.label_names, kept);
       this.#note(image, before, (name) => name in reply.params.label_names && !kept.includes(name));
-      const segmented = (reply.params.segmented ?? []).filter((name) => !kept.includes(name));
+      const segmented = found.filter((name) => told(name) && !kept.includes(name));
       const said = kept.filter(told).map(spoken).join(", ");
       this.panel.work.say(`Segmented ${counted(segmented.length, "structure")}${said ? `; kept ${said}` : ""}`);
     });

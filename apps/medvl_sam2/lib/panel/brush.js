@@ -1,6 +1,6 @@
 // OHIF's own brush and eraser, which its MONAI Label mode has but shows no buttons for.
 
-import { button, field, make } from "./dom.js";
+import { button, make } from "./dom.js";
 import { hasTool, setBrushSize, useTool } from "./viewer.js";
 
 const TOOLS = { Brush: "CircularBrush", Eraser: "CircularEraser" };
@@ -14,15 +14,20 @@ export class Brush {
     this.tools = Object.entries(TOOLS).map(([text, tool]) =>
       button(text, () => this.use(tool), { "data-brush": tool, "aria-pressed": "false" }),
     );
-    const resize = () => panel.image() && this.#resize();
+    const resize = () => {
+      this.width.textContent = `Width ${this.size.value} mm`;
+      if (panel.image()) this.#resize();
+    };
     this.size = make("input", { id: "medvl-brush", type: "range", min: 2, max: 60, value: FIRST_MM, oninput: resize });
+    this.width = make("label", { for: "medvl-brush" });
     this.element = make(
       "div",
       {},
       make("h3", {}, "By hand"),
       make("div", { class: "row", role: "group", "aria-label": "The viewer's own tools" }, ...this.tools),
-      field("Brush width in mm", this.size),
+      make("div", { class: "field" }, this.width, this.size),
     );
+    resize();
   }
 
   refresh(image) {
@@ -35,13 +40,16 @@ export class Brush {
     this.begin();
     useTool(this.panel.image(), tool);
     this.#resize();
+  }
+
+  /** This tool is on the left mouse button now. */
+  show(tool) {
     for (const control of this.tools) control.setAttribute("aria-pressed", String(control.dataset.brush === tool));
   }
 
   putAway() {
     if (this.tools.every((control) => control.getAttribute("aria-pressed") === "false")) return;
     useTool(this.panel.image(), "WindowLevel");
-    for (const control of this.tools) control.setAttribute("aria-pressed", "false");
   }
 
   #resize() {

@@ -13,7 +13,7 @@ export class Consensus {
   constructor(labels) {
     this.labels = labels;
     this.panel = labels.panel;
-    this.shown = null; // while one is on screen: `{image, versions, made, before, saved}`
+    this.shown = null; // while one is on screen: `{image, said, made, before, saved, consensus}`
     this.show = button("Consensus", () => this.look(), {
       title: "Where most of the annotators' latest versions agree; nothing is stored before you accept it",
     });
@@ -33,10 +33,11 @@ export class Consensus {
       labelmap.checkGrid(image, mask);
       this.labels.checkUnchanged(image, state);
       const [before, saved] = [labelmap.voxels().slice(), state === undefined];
+      const consensus = this.labels.consensusOn.get(image.series);
       labelmap.pasteAll(image, mask.voxels, Object.fromEntries(structures.map(({ name, value }) => [value, name])));
-      this.labels.saved(image); // nothing of the annotator's own is in it yet
-      this.panel.segment.forget(image);
-      this.shown = { image, versions, made: labelmap.voxels().slice(), before, saved };
+      const said = { versions, source: "consensus-majority" };
+      this.#unedited(image, said);
+      this.shown = { image, said, made: labelmap.voxels().slice(), before, saved, consensus };
       this.labels.showFigures("Agreement", figures);
       replace(
         this.element,
@@ -53,44 +54,41 @@ export class Consensus {
     this.panel.segment.refresh();
   }
 
+  /** It is on screen, and nothing of the annotator's own is in it. */
+  #unedited(image, said) {
+    this.labels.saved(image);
+    this.labels.consensusOn.set(image.series, said);
+    this.panel.segment.forget(image);
+  }
+
   async accept() {
     const shown = this.shown;
-    const { image, versions, made } = shown;
+    const { image, said, made } = shown;
     if (!author()) return this.panel.askAuthor();
-    if (this.#edited()) {
+    if (!this.labels.consensusOn.has(image.series)) {
       const text = "The consensus was changed on screen. Store your changes, as a version of your own, or drop them?";
       const answer = await this.panel.ask("Changed consensus", text, ["Store mine", "Drop and accept", "Stay"]);
       if (this.shown !== shown || answer === "Stay") return;
       if (answer === "Store mine") return this.labels.store("draft", image);
       labelmap.putBack(image, made);
-      this.labels.saved(image);
-      this.panel.segment.forget(image);
+      this.#unedited(image, said);
+      this.panel.segment.refresh();
     }
-    await this.panel.work.run(KIND, "Storing the consensus", async (signal) => {
-      const record = await api.acceptConsensus(image.series, { versions, author: author() }, { signal });
-      this.forget();
-      await this.labels.load(image, signal);
-      this.panel.work.say(`The consensus is version ${record.version}`);
-    }, { keeps: true });
-    this.panel.segment.refresh();
+    await this.labels.store("submitted", image);
   }
 
   async putBack() {
     const shown = this.shown;
-    const { image, before, saved } = shown;
+    const { image, before, saved, consensus } = shown;
     if (!(await this.panel.mayLeave("put back what was here", [image]))) return;
     if (this.shown && this.shown !== shown) return;
     labelmap.putBack(image, before);
     this.panel.segment.forget(image);
     if (saved) this.labels.saved(image);
+    if (consensus) this.labels.consensusOn.set(image.series, consensus);
     this.forget();
     this.panel.work.say("The masks from before are on screen");
     this.panel.segment.refresh();
-  }
-
-  /** Whether somebody changed what is on screen since the consensus was put there. */
-  #edited() {
-    return this.labels.stateOf(this.shown.image) !== undefined;
   }
 
   forget() {

@@ -230,13 +230,15 @@ export function centre(values, [width, height], isIn) {
 
 const EVIDENCE = "medvl-evidence";
 const EVIDENCE_COLOUR = [255, 209, 102, 255];
+/** A value that no structure has: the viewer keeps one table of colours for all label maps. */
+const EVIDENCE_VALUE = 255;
 
 /** Show a mask beside the label map, never in it: the structure an answer rests on. */
 export async function showEvidence(image, values, name) {
   await hideEvidence();
-  await create(image, EVIDENCE, "Evidence", { 1: name }, () => EVIDENCE_COLOUR);
+  await create(image, EVIDENCE, "Evidence", { [EVIDENCE_VALUE]: name }, () => EVIDENCE_COLOUR);
   put(
-    values.map((value) => (value ? 1 : 0)),
+    values.map((value) => (value ? EVIDENCE_VALUE : 0)),
     EVIDENCE,
   );
 }

@@ -10,12 +10,19 @@ import { gridOf } from "./viewer.js";
 
 const KIND = "label";
 
+/** What a version that is a consensus says of it; one that was restored does not say how it was made. */
+const consensusOf = ({ made_from, restored_from, source }) => ({
+  versions: made_from,
+  source: restored_from ? "consensus" : source,
+});
+
 export class Labels {
   /** `panel` has `image()`, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
   constructor(panel) {
     this.panel = panel;
     this.changes = new Map(); // by series, those with unsaved changes: `{image, edits}`
     this.edits = 0;
+    this.consensusOn = new Map(); // by series, where an unedited consensus is on screen: `{versions, source}` of it
     this.list = [];
     this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
     this.save = button("Save", () => this.store("draft"), {
@@ -70,6 +77,7 @@ export class Labels {
   changed(image) {
     this.edits += 1;
     this.changes.set(image.series, { image, edits: this.edits });
+    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
     this.#buttons();
   }
 
@@ -98,13 +106,15 @@ export class Labels {
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
       const onScreen = () => image.series === this.panel.image()?.series;
       const [state, voxels] = [this.stateOf(image), labelmap.voxels(image).slice()];
+      const consensus = this.consensusOn.get(image.series);
       const counts = labelmap.counts(voxels);
       const present = labelmap.structures(image).filter((item) => counts[item.index]);
       if (!present.length) throw new Error("there is no mask yet");
       const params = {
         author: author(),
         client_id: clientId(),
-        source: "ohif",
+        source: consensus?.source ?? "ohif",
+        made_from: consensus?.versions ?? [],
         note: onScreen() ? this.note.value.trim() : "",
         segmentationMeta: { status },
         model_version: this.panel.modelVersion(),
@@ -119,7 +129,9 @@ export class Labels {
       if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
       await this.load(image, signal);
       this.#buttons();
-      this.panel.work.say(`${status === "submitted" ? "Submitted" : "Saved"} as version ${record.version}`);
+      const done = status === "submitted" ? "ubmitted" : "aved";
+      const said = consensus ? `The consensus is s${done}` : `S${done}`;
+      this.panel.work.say(`${said} as version ${record.version}`);
       return record;
     }, { keeps: true });
   }
@@ -129,7 +141,11 @@ export class Labels {
     const image = this.panel.image();
     replace(this.figures);
     this.consensus.forget();
-    if (image) await this.panel.work.run("versions", "Reading the versions", (signal) => this.load(image, signal));
+    if (!image) return;
+    await this.panel.work.run("versions", "Reading the versions", async (signal) => {
+      await this.load(image, signal);
+      if (this.list.length) this.panel.work.say(`${counted(this.list.length, "version")} of this case: open one in Save`);
+    });
   }
 
   async load(image, signal) {
@@ -155,6 +171,7 @@ export class Labels {
       version.status,
       number === this.final ? "final" : "",
       version.restored_from ? `from version ${version.restored_from}` : "",
+      version.made_from.length ? `consensus of ${version.made_from.join(", ")}` : "",
     ];
     const others = this.list.filter((item) => item.version < number);
     const previous = others.length ? Math.max(...others.map((item) => item.version)) : null;
@@ -194,6 +211,7 @@ export class Labels {
       this.panel.segment.forget(image);
       this.consensus.forget();
       this.saved(image);
+      if (version.made_from.length) this.consensusOn.set(image.series, consensusOf(version));
       this.panel.work.say(`Version ${version.version} is on screen`);
     });
     this.panel.segment.refresh();
@@ -224,35 +242,30 @@ export class Labels {
     });
   }
 
+  /** A table for two versions, or for every two annotators' latest; what agrees least stands first. */
   showFigures(title, reply) {
     const pairs = reply.pairs ?? [{ structures: reply.structures }];
-    const number = (value) => (typeof value === "number" ? value.toFixed(3) : "–");
-    const rows = pairs.flatMap((pair) =>
-      (pair.structures ?? []).map((item) =>
-        make(
-          "tr",
-          {},
-          make("th", { scope: "row" }, spoken(item.name)),
-          make("td", {}, pair.authors ? pair.authors.join(" / ") : ""),
-          make("td", {}, number(item.dice)),
-          make("td", {}, number(item.nsd)),
-        ),
-      ),
-    );
-    const head = make(
-      "tr",
-      {},
-      ...["Structure", reply.pairs ? "Annotators" : "", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text)),
-    );
+    const named = ({ authors }) => (authors ? `${title}: ${authors.join(" / ")}` : title);
     replace(
       this.figures,
-      make(
-        "table",
-        {},
-        make("caption", {}, `${title}: ${counted(rows.length, "structure")}`),
-        make("thead", {}, head),
-        make("tbody", {}, ...rows),
-      ),
+      button("Hide the figures", () => replace(this.figures), { class: "link" }),
+      ...pairs.map((pair) => figuresTable(named(pair), pair.structures)),
     );
+    this.figures.scrollIntoView({ block: "nearest" });
   }
+}
+
+function figuresTable(title, structures) {
+  const rows = [...structures].sort((a, b) => a.dice - b.dice).map(({ name, dice, nsd }) => {
+    const figures = [dice, nsd].map((value) => make("td", {}, value.toFixed(3)));
+    return make("tr", {}, make("th", { scope: "row" }, spoken(name)), ...figures);
+  });
+  const head = ["Structure", "Dice", "NSD 2 mm"].map((text) => make("th", { scope: "col" }, text));
+  return make(
+    "table",
+    {},
+    make("caption", {}, title),
+    make("thead", {}, make("tr", {}, ...head)),
+    make("tbody", {}, ...rows),
+  );
 }

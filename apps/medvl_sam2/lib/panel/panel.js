@@ -166,38 +166,57 @@ class Panel {
   }
 
   #leaveFor(study) {
-    this.labels.forgetChanges(); // answered already
+    this.#forgetChanges();
     location.assign(studyAddress(study));
   }
 
   /** OHIF drops the masks with their study. */
   async #mayGoBack() {
     const may = await this.mayLeave("leave this study");
-    if (may) this.labels.forgetChanges(); // answered already
+    if (may) this.#forgetChanges();
     return may;
   }
 
-  /** Resolves to whether masks may go, of `images` or all: at once when they are saved, else as the annotator says. */
-  async mayLeave(what, images = null) {
-    const unsaved = this.labels.unsaved().filter((image) => !images || images.some((one) => one.series === image.series));
-    if (!unsaved.length) return true;
-    const named = unsaved.map((image) => image.description || image.series).join(", ");
-    const text = `The masks of ${named} changed since the last version; ${what}?`;
-    const answer = await this.ask("Unsaved changes", text, ["Save first", "Without saving", "Stay"]);
-    if (answer === "Stay") return false;
-    if (answer === "Save first")
-      for (const image of unsaved) if (!(await this.labels.store("draft", image))) return false;
-    return true;
+  /** They were asked about already. */
+  #forgetChanges() {
+    this.labels.forgetChanges();
+    this.texts.forgetChanges();
   }
 
-  /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given when another question comes. */
+  #hasUnsaved() {
+    return this.labels.unsaved().length > 0 || this.texts.unsaved().length > 0;
+  }
+
+  /**
+   * Resolves to whether all masks and texts may go, or the masks of `images`: at once when they are saved, else as the
+   * annotator says.
+   */
+  async mayLeave(what, images = null) {
+    const masks = this.labels.unsaved().filter((image) => !images || images.some((one) => one.series === image.series));
+    const texts = images ? [] : this.texts.unsaved();
+    if (!masks.length && !texts.length) return true;
+    const named = (these) => these.map((image) => image.description || image.series).join(", ");
+    const unsaved = [
+      masks.length && `The masks of ${named(masks)} changed since the last version`,
+      texts.length && `The text on ${named(texts)} is not stored`,
+    ];
+    const text = `${unsaved.filter(Boolean).join(". ")}; ${what}?`;
+    const answer = await this.ask("Unsaved changes", text, ["Save first", "Without saving", "Stay"]);
+    if (answer !== "Save first") return answer !== "Stay";
+    for (const image of masks) if (!(await this.labels.store("draft", image))) return false;
+    return !texts.length || this.texts.storeAll();
+  }
+
+  /** Ask in the panel, where nothing blocks the viewer; the last of `answers` is given by Escape and when another question comes. */
   ask(title, text, answers) {
     this.dismiss?.();
     if (this.body.hidden) this.collapse(false);
+    const before = this.element.getRootNode().activeElement;
     return new Promise((resolve) => {
       const give = (answer) => {
         this.dismiss = null;
         replace(this.question);
+        before?.focus();
         resolve(answer);
       };
       this.dismiss = () => give(answers.at(-1));
@@ -206,7 +225,7 @@ class Panel {
         this.question,
         make(
           "div",
-          { role: "alertdialog", "aria-label": title },
+          { role: "alertdialog", "aria-label": title, onkeydown: (event) => event.key === "Escape" && this.dismiss() },
           make("p", {}, text),
           make("div", { class: "row" }, ...buttons),
         ),
@@ -224,10 +243,10 @@ class Panel {
     document.body.append(host);
     setInterval(() => this.#look(), LOOK_MS);
     window.addEventListener("beforeunload", (event) => {
-      if (this.labels.unsaved().length) event.preventDefault();
+      if (this.#hasUnsaved()) event.preventDefault();
     });
     new Leaving({
-      unsaved: () => this.labels.unsaved().length > 0,
+      unsaved: () => this.#hasUnsaved(),
       mayLeave: () => this.#mayGoBack(),
     });
     clientId();

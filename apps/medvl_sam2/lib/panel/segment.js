@@ -8,9 +8,10 @@ import { button, counted, field, form, make, replace, select, spoken } from "./d
 import * as labelmap from "./labelmap.js";
 import { readNrrd, writeNrrd } from "./nrrd.js";
 import { Overlay } from "./overlay.js";
+import { PlacedList } from "./placed_list.js";
 import { Placed, Prompts, fingerprints } from "./prompts.js";
 import { Structures } from "./structures.js";
-import { gridOf, jumpTo } from "./viewer.js";
+import { gridOf, jumpTo, onTool } from "./viewer.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
@@ -25,6 +26,7 @@ export class Segment {
     this.again = new Map(); // structures whose prompts were not asked for yet, with their image
     this.asking = false;
     this.placing = Promise.resolve();
+    this.named = null; // the structure that words chose, while nobody chose another or placed something for it
     this.overlay = new Overlay({
       image: () => panel.image(),
       marks: () => this.placed(),
@@ -34,6 +36,10 @@ export class Segment {
       onMiss: () => panel.work.complain("That place is outside the image; click on it"),
     });
     this.#build();
+    onTool(
+      () => panel.image(),
+      (tool) => this.#toolTaken(tool),
+    );
     panel.work.onChange(() => this.#buttons());
   }
 
@@ -63,7 +69,8 @@ export class Segment {
       },
       changed: () => this.refresh(),
     });
-    this.placedList = make("ul", { class: "placed", "aria-label": "Placed prompts" });
+    this.placedList = new PlacedList((edit) => this.place(edit));
+    this.wordsLabel = make("label", { for: "medvl-words" });
     const words = form(() => this.segmentWords(), this.words, this.run);
     const adding = form(() => this.addName(), this.newName, make("button", { type: "submit" }, "Add"));
     this.element = make(
@@ -72,11 +79,11 @@ export class Segment {
       field("Structure", this.target),
       make("label", { for: "medvl-new", class: "hidden" }, "Name of another structure"),
       adding,
-      make("label", { for: "medvl-words" }, "In words"),
+      this.wordsLabel,
       words,
       make("div", { class: "row", role: "group", "aria-label": "Prompts on the image" }, ...this.tools),
       make("div", { class: "row" }, this.undo, this.redo, this.clear),
-      this.placedList,
+      this.placedList.element,
       make("h3", {}, "Automatically"),
       this.automatic.element,
       this.brush.element,
@@ -110,25 +117,13 @@ export class Segment {
     const busy = this.panel.work.busy(KIND);
     const prompts = this.#placedNow();
     this.run.disabled = busy;
+    this.wordsLabel.textContent = this.#wordsChoose() ? "In words" : `In words, for ${spoken(this.target.value)}`;
     this.automatic.refresh(this.target.value);
     this.undo.disabled = busy || !prompts?.canUndo;
     this.redo.disabled = busy || !prompts?.canRedo;
     this.clear.disabled = busy || !this.target.value;
-    this.#listPlaced(prompts);
+    this.placedList.refresh(prompts);
     this.overlay.draw();
-  }
-
-  #listPlaced(prompts) {
-    const item = (text, remove) =>
-      make("li", {}, make("span", {}, text), button("×", remove, { "aria-label": `Remove ${text}` }));
-    const points = (prompts?.points ?? []).map(({ voxel, label }, n) =>
-      item(`${label ? "inside" : "outside"} ${voxel.join(", ")}`, () => this.place((all) => all.removePoint(n))),
-    );
-    const without = (key, empty) => () => this.place((all) => Object.assign(all, { [key]: empty }));
-    if (prompts?.box)
-      points.push(item(`box ${prompts.box.map((corner) => corner.join(", ")).join(" to ")}`, without("box", null)));
-    if (prompts?.words) points.push(item(`“${prompts.words}”`, without("words", "")));
-    replace(this.placedList, ...points);
   }
 
   placed() {
@@ -148,6 +143,7 @@ export class Segment {
 
   #targetChosen() {
     const image = this.panel.image();
+    this.named = null;
     if (image && this.target.value) labelmap.activate(image, this.target.value);
     this.#buttons();
   }
@@ -175,6 +171,12 @@ export class Segment {
     for (const control of this.tools) control.setAttribute("aria-pressed", String(control.dataset.tool === chosen));
   }
 
+  /** A tool of OHIF's takes the mouse; ours would hold its clicks back. */
+  #toolTaken(tool) {
+    if (this.overlay.tool) this.useTool(this.overlay.tool);
+    this.brush.show(tool);
+  }
+
   #beginByHand() {
     if (this.overlay.tool) this.useTool(this.overlay.tool);
     if (!this.target.value) this.choose(ANYTHING);
@@ -186,7 +188,7 @@ export class Segment {
   async segmentWords() {
     const [image, words] = [this.panel.image(), this.words.value.trim()];
     if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in the liver");
-    if (this.target.value) {
+    if (!this.#wordsChoose()) {
       return this.place((prompts) => {
         prompts.words = words;
       });
@@ -202,10 +204,16 @@ export class Segment {
       this.panel.work.say(found.length ? `Found ${found.map(spoken).join(", ")}` : `Nothing found for “${words}”`);
       if (found.length) {
         this.choose(found[0]);
+        this.named = found[0];
         this.goTo(found[0]);
       }
     });
     this.refresh();
+  }
+
+  /** Whether the next words choose the structure: they chose the present one, or there is none. */
+  #wordsChoose() {
+    return [AS_WORDS_SAY, this.named].includes(this.target.value);
   }
 
   /** The structure a described thing belongs to: "the cyst in the liver" is a lesion, unless somebody named one so. */
@@ -231,6 +239,7 @@ export class Segment {
     const image = this.panel.image();
     if (!image) return;
     if (!this.target.value) this.choose(ANYTHING);
+    this.named = null;
     const name = this.target.value;
     if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
       return this.panel.work.complain(`${spoken(name)} is protected; open its lock to change it`);

@@ -1,225 +1,56 @@
-// The tab "Text": questions and reports, each sentence with the structures it rests on; corrected texts are stored.
+// The tab "Text": the page of the image on screen. Every series keeps its own, with what was typed and not stored.
 
-import * as api from "./api.js";
-import { author, clientId } from "./annotator.js";
-import { button, clock, form, make, replace, spoken } from "./dom.js";
-import * as labelmap from "./labelmap.js";
-import { readNrrd } from "./nrrd.js";
-import { jumpTo } from "./viewer.js";
-
-const KIND = "text";
-
-/** What a stored text keeps of the draft it was made from. */
-const origin = (reply, evidence) => ({
-  model_version: reply.model_version,
-  structures: [...new Set(evidence.map((item) => item.name))],
-});
+import { make, replace } from "./dom.js";
+import { TextPage } from "./text_page.js";
 
 export class Texts {
-  /** `panel` has `image()`, `work` and `askAuthor()`. */
+  /** `panel` has `image()` and what a page needs. */
   constructor(panel) {
     this.panel = panel;
-    this.answered = null;
-    this.drafted = null;
-    this.known = ""; // the report as it was drafted or stored: what differs from it was typed
-    this.question = make("input", {
-      id: "medvl-question",
-      placeholder: "Is there a lesion in the liver?",
-      maxlength: 2000,
-    });
-    this.askButton = make("button", { type: "submit", class: "primary" }, "Ask");
-    this.answer = make("textarea", { id: "medvl-answer", rows: 2, maxlength: 10000 });
-    this.answerEvidence = make("div", { class: "evidence" });
-    this.storeAnswer = button("Store the answer", () => this.store("answer"));
-    this.answerBox = make(
-      "div",
-      { hidden: true },
-      make("label", { for: "medvl-answer" }, "Answer (correct it where it is wrong)"),
-      this.answer,
-      this.answerEvidence,
-      this.storeAnswer,
-    );
-    this.draftButton = button("Draft a report", () => this.draftReport(), { class: "primary" });
-    this.report = make("textarea", { id: "medvl-report", rows: 8, maxlength: 10000, oninput: () => this.#buttons() });
-    this.sentences = make("ul", { class: "sentences", "aria-label": "Sentences and what they rest on" });
-    this.storeReport = button("Store the report", () => this.store("report"));
-    this.hide = button("Hide the evidence", () => this.hideEvidence(), { hidden: true });
-    this.stored = make("ol", { class: "versions", "aria-label": "Stored texts of this case" });
-    const asking = form(() => this.ask(), this.question, this.askButton);
-    this.element = make(
-      "div",
-      {},
-      make("label", { for: "medvl-question" }, "Question"),
-      asking,
-      this.answerBox,
-      make("h3", {}, "Report"),
-      make("div", { class: "row" }, this.draftButton, this.hide),
-      make("label", { for: "medvl-report" }, "Text (correct it before you store it)"),
-      this.report,
-      this.sentences,
-      this.storeReport,
-      make("h3", {}, "Stored texts"),
-      this.stored,
-    );
-    panel.work.onChange(() => this.#buttons());
-    this.#buttons();
+    this.pages = new Map(); // by series
+    this.page = null;
+    this.others = make("p", { class: "hint" });
+    this.place = make("div", {}, make("p", { class: "hint" }, "No image on screen yet"));
+    this.element = make("div", {}, this.place, this.others);
+    panel.work.onChange(() => this.page?.refresh());
   }
 
-  #buttons() {
-    const busy = this.panel.work.busy(KIND);
-    for (const control of [this.askButton, this.draftButton]) control.disabled = busy;
-    this.storeAnswer.disabled = busy;
-    this.storeReport.disabled = busy || !this.report.value.trim();
+  /** Images with a text that was typed or corrected and not stored. */
+  unsaved() {
+    return this.#unsavedPages().map((page) => page.image);
   }
 
-  async ask() {
-    const [image, question] = [this.panel.image(), this.question.value.trim()];
-    if (!question) return this.panel.work.complain("Type a question first");
-    await this.panel.work.run(KIND, "Asking", async (signal) => {
-      const reply = await api.askQuestion({ image: image.series, question, client_id: clientId() }, { signal });
-      signal.throwIfAborted();
-      this.answered = { question, draft: reply.answer, ...origin(reply, reply.evidence) };
-      this.answer.value = reply.answer;
-      this.answerBox.hidden = false;
-      replace(
-        this.answerEvidence,
-        ...this.#evidence(image, reply.evidence),
-        reply.notice && make("p", { class: "hint" }, reply.notice),
-      );
-      this.panel.work.say("Answered");
-    });
+  #unsavedPages() {
+    return [...this.pages.values()].filter((page) => page.unsaved().length);
   }
 
-  /** Resolves to whether a new text may take the place of the report. */
-  async #mayReplace() {
-    const text = this.report.value.trim();
-    if (!text || text === this.known) return true;
-    const answers = ["Replace it", "Keep it"];
-    return (await this.panel.ask("Replace the report", "The report was changed and not stored.", answers)) === answers[0];
+  /** Store them all; resolves to whether every one is. */
+  async storeAll() {
+    for (const page of this.#unsavedPages())
+      for (const kind of page.unsaved()) if (!(await page.store(kind))) return false;
+    return true;
   }
 
-  async draftReport() {
-    const image = this.panel.image();
-    if (!(await this.#mayReplace())) return;
-    await this.panel.work.run(KIND, "Drafting", async (signal) => {
-      const reply = await api.draftReport({ image: image.series, client_id: clientId() }, { signal });
-      signal.throwIfAborted();
-      this.drafted = {
-        question: "",
-        draft: reply.text,
-        ...origin(
-          reply,
-          reply.sentences.flatMap((item) => item.evidence),
-        ),
-      };
-      this.#put(reply.text);
-      const lines = reply.sentences.map((sentence) =>
-        make("li", {}, `${sentence.text} `, ...this.#evidence(image, sentence.evidence)),
-      );
-      replace(this.sentences, ...lines, reply.notice && make("li", { class: "hint" }, reply.notice));
-      this.panel.work.say("Drafted");
-    });
+  /** The annotator lets go what is not stored. */
+  forgetChanges() {
+    this.pages.clear();
   }
 
-  #put(report) {
-    this.report.value = report;
-    this.known = report.trim();
-  }
-
-  /** A chip for every structure a text rests on; a click shows its mask beside the label map and goes there. */
-  #evidence(image, evidence) {
-    return evidence.map((item) =>
-      button(spoken(item.name), () => this.showEvidence(image, item), {
-        class: "evidence-chip",
-        disabled: !item.voxels,
-        "data-evidence": item.name,
-        title: item.voxels ? item.why : `${item.why}; the image map does not show it`,
-      }),
-    );
-  }
-
-  async showEvidence(image, item) {
-    await this.panel.work.run("evidence", `Showing ${spoken(item.name)}`, async (signal) => {
-      const mask = await readNrrd(await api.evidenceMask(image.series, item.name, { signal }));
-      labelmap.checkGrid(image, mask);
-      await labelmap.showEvidence(image, mask.voxels, item.name);
-      this.hide.hidden = false;
-      const voxel = item.centroid_voxel ?? labelmap.centre(mask.voxels, image.volume.dimensions, (value) => value > 0);
-      if (voxel) jumpTo(image, voxel.map(Math.round));
-      this.panel.work.say(`${spoken(item.name)}: ${item.why ?? ""}`);
-    });
-  }
-
-  hideEvidence() {
-    labelmap.hideEvidence();
-    this.hide.hidden = true;
-  }
-
-  async store(kind) {
-    const image = this.panel.image();
-    if (!author()) return this.panel.askAuthor();
-    const report = kind === "report";
-    const text = (report ? this.report : this.answer).value.trim();
-    if (!text) return this.panel.work.complain("There is no text to store");
-    await this.panel.work.run(KIND, report ? "Storing the report" : "Storing the answer", async (signal) => {
-      const body = { kind, text, author: author(), ...(report ? (this.drafted ?? {}) : this.answered) };
-      const record = await api.storeText(image.series, body, { signal });
-      if (report) this.known = text;
-      await this.#load(image, signal);
-      if (record.sr_error)
-        throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
-      const waiting = record.sr?.waiting ? ` (waits: ${record.sr.waiting})` : "";
-      this.panel.work.say(
-        `Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`,
-      );
-    }, { keeps: true });
-  }
-
+  /** Another image came on screen. */
   async refresh() {
     const image = this.panel.image();
-    this.answered = this.drafted = null; // what was drafted for one image must not be stored with another
-    this.answerBox.hidden = true;
-    this.answer.value = "";
-    this.#put("");
-    replace(this.sentences);
-    if (image) await this.panel.work.run("texts", "Reading the texts", (signal) => this.#load(image, signal));
-    this.#buttons();
+    if (!image) return;
+    this.page?.hideEvidence();
+    this.page = this.pages.get(image.series) ?? new TextPage(this.panel, image, () => this.#tellOthers());
+    this.pages.set(image.series, this.page);
+    replace(this.place, this.page.element);
+    this.#tellOthers();
+    await this.panel.work.run("texts", "Reading the texts", (signal) => this.page.load(signal));
   }
 
-  async #load(image, signal) {
-    let versions;
-    try {
-      versions = (await api.texts(image.series, { signal })).versions;
-      if (image.series !== this.panel.image()?.series) return; // another one is on screen now
-    } catch (error) {
-      if (error.status !== 404) throw error;
-      replace(this.stored, make("li", { class: "hint" }, `No stored texts: ${error.message}`));
-      return;
-    }
-    replace(
-      this.stored,
-      ...[...versions]
-        .reverse()
-        .map((version) =>
-          make(
-            "li",
-            { "data-text": version.version },
-            make("div", {}, make("strong", {}, `${version.kind} ${version.version}`), version.sr ? " DICOM SR" : ""),
-            make("div", { class: "hint" }, `${version.author || "unknown"}, ${clock(version.time)}`),
-            version.question ? make("div", { class: "hint" }, version.question) : null,
-            make("div", { class: "note" }, version.text),
-            version.kind === "report" ? button("Edit", () => this.edit(version)) : null,
-          ),
-        ),
-    );
-    if (!versions.length) replace(this.stored, make("li", { class: "hint" }, "none yet"));
-  }
-
-  async edit(version) {
-    if (!(await this.#mayReplace())) return;
-    this.#put(version.text);
-    this.drafted = { question: "", draft: version.draft, model_version: version.model_version };
-    replace(this.sentences);
-    this.#buttons();
+  #tellOthers() {
+    const others = this.unsaved().filter((image) => image !== this.page?.image);
+    const named = others.map((image) => image.description || image.series);
+    this.others.textContent = named.length ? `Not stored either: ${named.join(", ")}` : "";
   }
 }

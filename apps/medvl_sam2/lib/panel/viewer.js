@@ -121,6 +121,14 @@ export function useTool(image, tool) {
   window.commandsManager.runCommand("setToolActiveToolbar", { toolName: tool, toolGroupIds });
 }
 
+/** Call `then(name)` when a tool of OHIF's is put on the left mouse button of `image()`, by whomever. */
+export function onTool(image, then) {
+  window.cornerstone.eventTarget.addEventListener(window.cornerstoneTools.Enums.Events.TOOL_ACTIVATED, ({ detail }) => {
+    const groups = image() ? toolGroups(image()) : [];
+    if (groups.some((group) => group.getActivePrimaryMouseButtonTool() === detail.toolName)) then(detail.toolName);
+  });
+}
+
 export function setBrushSize(image, millimetres) {
   const { setBrushSizeForToolGroup } = window.cornerstoneTools.utilities.segmentation;
   for (const group of toolGroups(image)) setBrushSizeForToolGroup(group.id, millimetres / 2);
