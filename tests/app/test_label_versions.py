@@ -299,6 +299,7 @@ def test_a_consensus_that_a_client_saves_is_nobodys_vote(running: Running, tmp_p
     assert (restored.json()["made_from"], restored.json()["restored_from"]) == ([2, 4], 5)
     for wrong in (3, "2", ["2"], [0], [True], [2.0]):
         assert post(running, file, made_from=wrong).status_code == 400, wrong
+        assert running.submit("case_a", file, made_from=wrong).status_code == 400, wrong
     assert post(running, file, author="ann", made_from=[], label_info=LIVER).json()["made_from"] == []
     latest = running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()["latest"]
     assert latest == before | {"ann": 7}

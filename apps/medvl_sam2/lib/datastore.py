@@ -231,7 +231,7 @@ class GuardedStore(VersionedStore):
             structures=named_structures(stated, checked.voxels),
             prompts=tuple(prompts),
             restored_from=restored if isinstance(restored, int) else None,
-            made_from=tuple(int(number) for number in info.get("made_from") or ()),
+            made_from=_made_from(info.get("made_from")),
             info=kept,
         )
 
@@ -343,6 +343,14 @@ def open_local_store(folder: str, geometry_of: GeometryOf) -> GuardedLocalStore:
 def _check_name(what: str, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name) or ".." in name:
         raise PromptError(f"{what} {name!r} is no plain name; use letters, digits, '.', '_', '-' and blanks")
+
+
+def _made_from(numbers: Any) -> tuple[int, ...]:
+    if numbers is None:
+        return ()
+    if not isinstance(numbers, list) or not all(type(one) is int and one > 0 for one in numbers):
+        raise PromptError(f"made_from {numbers!r} must be a list of numbers of versions, as [1, 2]")
+    return tuple(dict.fromkeys(numbers))
 
 
 def _plain(tag: str) -> str:

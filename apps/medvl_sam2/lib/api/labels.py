@@ -173,12 +173,12 @@ def save_version(
     ``made_from``: numbers of the versions it is a consensus of, which makes it nobody's own.
     """
     sent = json_object(params, "params")
-    info = {key: sent[key] for key in ("note", "client_id", "model_version", "segmentationMeta") if key in sent}
+    known = ("note", "client_id", "model_version", "segmentationMeta", "made_from")
+    info = {key: sent[key] for key in known if key in sent}
     if isinstance(sent.get("prompts"), list):
         info["prompts"] = sent["prompts"]
     info["source"] = str(sent.get("source") or "api")
     info["label_info"] = _numbered(sent.get("label_info"))
-    info["made_from"] = _made_from(sent.get("made_from"))
     with tempfile.TemporaryDirectory(prefix="medvl-label-") as folder:
         suffix = next((known for known in (*MASKS, ".bin") if (label.filename or "").endswith(known)), "")
         file = Path(folder) / f"label{suffix or Path(label.filename or '').suffix}"
@@ -309,14 +309,6 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
     if not whole:
         raise HTTPException(400, 'label_info must be a list of {"name": "liver", "idx": 1}, idx being the mask value')
     return [{**one, "value": one["idx"]} for one in label_info]
-
-
-def _made_from(numbers: Any) -> list[int]:
-    if numbers is None:
-        return []
-    if not isinstance(numbers, list) or not all(type(one) is int and one > 0 for one in numbers):
-        raise HTTPException(400, "made_from must be a list of numbers of versions, as [1, 2]")
-    return list(dict.fromkeys(numbers))
 
 
 def _stated_names(record: LabelVersion) -> dict[str, Any]:
