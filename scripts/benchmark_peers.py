@@ -23,10 +23,11 @@ from medvl_sam2.errors import ConfigError, MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, EvaluationCase, generated_cases, real_cases
 from medvl_sam2.evaluation.html_report import About, html_report
 from medvl_sam2.evaluation.peers.benchmark import figures, score, text
-from medvl_sam2.evaluation.peers.contenders import OWN, SHIPPED, Conditions, contenders, processor_name
+from medvl_sam2.evaluation.peers.contenders import OWN, SHIPPED, Conditions, contenders
 from medvl_sam2.evaluation.peers.view_peers import ViewConfig
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.files import write_json_atomically
+from medvl_sam2.modeling.compute import processor_name
 from medvl_sam2.training.run_settings import require_same
 from medvl_sam2.training.volume_sources import SourceConfig
 

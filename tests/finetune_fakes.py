@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from medvl_sam2.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
 from medvl_sam2.config import ModelConfig
+from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.synthesis.records import Case
 from medvl_sam2.training.finetune import FinetuneBackend, FinetuneData, FinetuneStage
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneSample
@@ -95,8 +96,9 @@ class FakePredictor:
 
     classes = CLASSES
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, device: str = "cpu", precision: Precision = "float32") -> None:
         self.skill = load_checkpoint(checkpoint).state["skill"].tolist()
+        self.device, self.precision = device, precision
 
     def open(self, volume: Volume) -> Volume:
         return volume

@@ -18,6 +18,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def package_sha256() -> str:
+    """SHA-256 over the source of this package: of what is kept it tells whether other code made it."""
+    here = Path(__file__).parent
+    sources = [(str(path.relative_to(here)), file_sha256(path)) for path in sorted(here.rglob("*.py"))]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
 @contextmanager
 def atomic_writer(path: Path, sync_folder: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends, on disk before the old content goes.

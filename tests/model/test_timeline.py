@@ -10,7 +10,8 @@ import pytest
 
 from medvl_sam2.errors import PromptError
 from medvl_sam2.predictor import Predictor, Session, SessionConfig
-from medvl_sam2.predictor.holdings import Tally
+from medvl_sam2.predictor.holdings import Held, Tally, arrays_of
+from medvl_sam2.predictor.objects import ObjectState
 from medvl_sam2.predictor.timeline import Timeline, prompt_key
 from medvl_sam2.strokes import Plane, Stroke, StrokeKind
 from medvl_sam2.types import Prompt, Segmentation, Volume
@@ -179,6 +180,43 @@ def test_what_states_share_counts_once(predictor: Predictor, volume: Volume) -> 
     assert len(states) == 2
     assert Tally(states).bytes < sum(Tally([state]).bytes for state in states)
     assert Tally([*states, *states]).bytes == Tally(states).bytes
+
+
+@pytest.mark.parametrize("megabytes", [0.2, 100.0])
+def test_counting_states_as_they_come_finds_what_counting_all_finds(volume: Volume, megabytes: float) -> None:
+    predictor = small_predictor()
+    predictor = Predictor(predictor.model, predictor.meta, sessions=SessionConfig(history_megabytes=megabytes))
+    session = predictor.open(volume)
+    begun = [replace(clicks((15, 20, 9, 0)), box=BOX), Prompt(box=BOX)]  # a start that was not shown, then it is
+    for n, prompt in enumerate([*begun, *mixed(13)]):
+        predictor.segment_prompt(session, prompt, "first" if n < 8 else "second")
+        if n in (6, 13):
+            predictor.undo(session, "first", 3)
+        everything = Tally(session.states()).bytes
+        packed = {id(s.packed): s.packed for line in session.timelines.values() for s in line.steps if s.packed}
+        assert session.own_bytes == everything + sum(len(mask.content) for mask in packed.values())
+    session.reset()
+    assert session.own_bytes == 0
+
+
+def test_a_next_prompt_counts_only_what_is_new(
+    predictor: Predictor, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, counted = predictor.open(volume), 0
+
+    def noted(state: ObjectState) -> Iterator[Held]:
+        nonlocal counted
+        counted += 1
+        yield from arrays_of(state)
+
+    monkeypatch.setattr("medvl_sam2.predictor.holdings.arrays_of", noted)
+    seen = []
+    for prompt in mixed(9):
+        predictor.segment_prompt(session, prompt)
+        assert session.own_bytes > 0
+        seen.append(counted)
+    assert len(session.states()) > 5
+    assert max(np.diff(seen)) <= 2  # the new state, and the one before when its mask was pasted for it
 
 
 def test_masks_of_prompts_are_held_as_compressed_bits(predictor: Predictor, volume: Volume) -> None:

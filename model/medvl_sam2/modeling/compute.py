@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,6 +36,15 @@ def compute_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= usable:
         raise ConfigError(f"device {name!r} is not there: torch finds {usable} CUDA devices; use auto or cpu")
     return device
+
+
+def processor_name(device: str) -> str:
+    """Name of the GPU, or of the processor with the widest instructions that torch uses on it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    listing = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def has_bfloat16_units(device: torch.device | str, capabilities: Mapping[str, Any] | None = None) -> bool:

@@ -42,7 +42,9 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
 _CHOICES = re.compile(r"\bchoices:.*", re.IGNORECASE | re.DOTALL)
 _LETTER = re.compile(r"^[A-H]\.\s+")
-_NUMBER = r"(?<!\d)\d+(?:[.,]\d+)?"
+_THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)"
+"""Commas of an English report: 1,200 is twelve hundred, but 1,2 and 0,125 are decimal numbers."""
+_NUMBER = rf"(?<!\d)(?:{_THOUSANDS}(?:\.\d+)?|\d+(?:[.,]\d+)?)"
 _FACTOR = re.compile(rf"({_NUMBER})[\s-]*(cm|mm)?", re.IGNORECASE)
 _SIZE = re.compile(
     rf"(?:{_NUMBER}(?:[\s-]*(?:cm|mm))?\s*(?:x|×|by|to|-|–)\s*)*{_NUMBER}[\s-]*(?:cm|mm)\b", re.IGNORECASE
@@ -164,7 +166,8 @@ def _largest_mm(size: str) -> float:
     largest, scale = 0.0, 1.0
     for number, unit in reversed(_FACTOR.findall(size)):
         scale = {"cm": 10.0, "mm": 1.0}.get(unit.lower(), scale)
-        largest = max(largest, scale * float(number.replace(",", ".")))
+        plain = number.replace(",", "" if re.match(_THOUSANDS, number) else ".")
+        largest = max(largest, scale * float(plain))
     return largest
 
 

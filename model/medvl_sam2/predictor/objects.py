@@ -170,7 +170,7 @@ class ObjectState:
         self.pasted[z] = replace(self.pasted[z], inside=shown)
 
     def paste_changed(self) -> None:
-        """Bring ``pasted`` up to date for every slice low..high."""
+        """Bring ``pasted`` up to date for every slice low..high; another dict where that changes anything."""
         if not self.logits:
             return
         known = sorted(self.logits)
@@ -185,6 +185,7 @@ class ObjectState:
         if stale:
             logits = interpolate_logits(self.logits, list(stale))
             values, _ = self.stack.crop.paste_region(logits, self.stack.plane)
+            self.pasted = dict(self.pasted)
             for (z, source), inside in zip(stale.items(), values.numpy() > 0, strict=True):
                 self.pasted[z] = PastedSlice(*source, inside.copy())
             finer = [(n, z) for n, z in enumerate(stale) if z in self.kept]

@@ -40,6 +40,8 @@ class Session:
     recorder: Callable[[Change], None] | None = None
     """Told of every change of a timeline."""
     _order: int = 0
+    _tally: Tally = field(default_factory=Tally)
+    """Memory of the states, as far as it was counted: counting all of them anew would cost as much as a click."""
 
     @property
     def objects(self) -> dict[str, ObjectState]:
@@ -85,6 +87,7 @@ class Session:
     def reset(self) -> None:
         """Forget the objects; what is encoded stays good."""
         self.timelines.clear()
+        self._tally.follow(())
 
     def states(self) -> list[ObjectState]:
         """Every state in memory once, oldest first."""
@@ -101,8 +104,11 @@ class Session:
 
     def trim(self, budget: int) -> None:
         """Hold at most ``budget`` bytes of states that do not stand: the oldest go."""
-        states, standing = self.states(), {id(state) for state in self.objects.values()}
-        tally = Tally(states)
+        states, tally = self.states(), self._tally
+        tally.follow(states)
+        if tally.bytes <= budget:
+            return
+        standing = {id(state) for state in self.objects.values()}
         spare = budget + Tally(state for state in states if id(state) in standing).bytes
         gone: set[int] = set()
         for state in states:
@@ -160,4 +166,5 @@ class Session:
         """The part of :attr:`bytes` that no other session on the volume shares."""
         steps = [step for timeline in self.timelines.values() for step in timeline.steps]
         masks = {id(step.packed): len(step.packed.content) for step in steps if step.packed is not None}
-        return Tally(self.states()).bytes + sum(masks.values())
+        self._tally.follow(self.states())
+        return self._tally.bytes + sum(masks.values())

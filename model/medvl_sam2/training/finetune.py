@@ -1,7 +1,7 @@
 """One finetuning from corrected labels: the only training entry of the app and of ``scripts/finetune.py``.
 
 1. Read the labels; patients go to training or hold-out, for ever (:mod:`~medvl_sam2.training.holdout`).
-2. Measure the served model on the hold-out and on generated cases.
+2. Measure the served model on the hold-out and on generated cases, if an earlier run has not done so.
 3. Train on the corrected labels, at least half of every batch on generated cases; an epoch ends with a saved state
    and the loss on the hold-out.
 4. Measure the candidate in the same way; publish it if every gate lets it pass
@@ -50,6 +50,7 @@ from medvl_sam2.training.finetune_records import (
 from medvl_sam2.training.finetune_run import FinetuneRun, fingerprint
 from medvl_sam2.training.finetune_samples import LoadedSample, load_samples
 from medvl_sam2.training.holdout import HoldoutSplit, assign_patients
+from medvl_sam2.training.kept_scores import KeptScores, score_key
 from medvl_sam2.training.measure import LabelledCase, Measurement, ServedPredictor, measure
 from medvl_sam2.training.ranks import Ranks
 from medvl_sam2.training.run_settings import plain_settings
@@ -177,7 +178,8 @@ class _Finetuning:
         self.served = published or backend.shipped()
         self.base = self.served if base is None else Path(base)
         self.meta = verify_checkpoint(self.base)
-        self.served_sha256 = verify_checkpoint(self.served).sha256
+        verify_checkpoint(self.served)
+        self.scores = KeptScores(store)
         loaded, self.skipped = load_samples(samples)
         patients = [one.sample.patient for one in loaded]
         self.split = assign_patients(store / "holdout.json", patients, config.holdout_fraction)
@@ -245,27 +247,33 @@ class _Finetuning:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def _measure_served(self) -> tuple[Measurement | None, Measurement]:
-        known = self.run_folder.served(self.served_sha256)
-        if known is None:
-            known = self._measure(self.served, "served")
-            self.run_folder.keep_served(self.served_sha256, *known)
-        if known[0] is not None:
-            self._best = known[0].overall
-        return known
+        holdout, generated = self._measure(self.served, "served")
+        if holdout is not None:
+            self._best = holdout.overall
+        return holdout, generated
 
     def _measure(self, checkpoint: Path, who: str) -> tuple[Measurement | None, Measurement]:
         """Scores on the hold-out (None without one) and on generated cases."""
         self._tell("measure", message=f"measuring the {who} model")
         predictor = self.backend.predictor(checkpoint)
-        holdout = self._score(predictor, [one.case for one in self.holdout]) if self.holdout else None
+        holdout = self._score(checkpoint, predictor, [one.case for one in self.holdout]) if self.holdout else None
         cases = [generated_case(self.backend.generate(GATE_SEED + n)) for n in range(self.config.gate_cases)]
-        generated = self._score(predictor, cases)
+        generated = self._score(checkpoint, predictor, cases)
         self.run_folder.log(measured=who, **figures(holdout, generated))
         return holdout, generated
 
-    def _score(self, predictor: ServedPredictor, cases: Sequence[LabelledCase]) -> Measurement:
+    def _score(self, checkpoint: Path, predictor: ServedPredictor, cases: Sequence[LabelledCase]) -> Measurement:
+        """Scores on ``cases``, measured only where the store has none of this model under these conditions."""
         config = self.config
-        return measure(predictor, cases, config.clicks, config.objects, config.min_voxels, self._should_stop)
+        settings = {"clicks": config.clicks, "objects": config.objects, "min_voxels": config.min_voxels}
+        key = score_key(checkpoint, predictor, cases, settings)
+        found = self.scores.known(key)
+        if found is None:
+            found = measure(predictor, cases, **settings, should_stop=self._should_stop)
+            self.scores.keep(key, found)
+        else:
+            logger.info("%d cases are not measured again: their scores stand in %s", len(cases), key)
+        return found
 
     def _gates(
         self,

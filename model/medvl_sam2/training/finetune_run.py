@@ -5,7 +5,6 @@
     <store>/runs/<time>-<fingerprint>/
         config.json      settings, inputs, versions
         metrics.jsonl    the trainer's log, one line an epoch, and one line a measurement
-        served.json      scores of the served model (not measured twice when resumed)
         finetune_resume.safetensors    the trainer's state
         candidate/       the checkpoint that was trained
         result.json      how it ended; a run without it was interrupted
@@ -26,12 +25,10 @@ from typing import Any
 
 import torch
 
-from medvl_sam2 import __version__
 from medvl_sam2.files import file_sha256, write_json_atomically
 from medvl_sam2.training.finetune_records import FREE_SETTINGS, FinetuneConfig, FinetuneResult
 from medvl_sam2.training.finetune_samples import LoadedSample
 from medvl_sam2.training.holdout import HoldoutSplit
-from medvl_sam2.training.measure import Measurement, Naming, Score
 from medvl_sam2.training.run_settings import plain_settings
 
 
@@ -65,23 +62,6 @@ class FinetuneRun:
         """Append one line to ``metrics.jsonl``."""
         with open(self.path / self.METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
-
-    def served(self, weights: str) -> tuple[Measurement | None, Measurement] | None:
-        """Scores of the served ``weights`` (SHA-256) on hold-out and generated cases, if this release measured them."""
-        path = self.path / "served.json"
-        if not path.exists():
-            return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if (data.get("weights"), data.get("release")) != (weights, __version__):
-            return None
-        holdout = None if data["holdout"] is None else _measurement(data["holdout"])
-        return holdout, _measurement(data["generated"])
-
-    def keep_served(self, weights: str, holdout: Measurement | None, generated: Measurement) -> None:
-        """Remember the scores of the served ``weights`` (SHA-256): another release may click and segment otherwise."""
-        plain = None if holdout is None else dataclasses.asdict(holdout)
-        record = {"weights": weights, "release": __version__, "holdout": plain}
-        write_json_atomically(self.path / "served.json", {**record, "generated": dataclasses.asdict(generated)})
 
     def finish(self, result: FinetuneResult) -> None:
         """Write ``result.json`` and drop the state: this run is not resumed any more."""
@@ -118,8 +98,3 @@ def _content(path: Path) -> str:
         return file_sha256(path)
     parts = [f"{member.name}:{file_sha256(member)}" for member in sorted(path.iterdir()) if member.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _measurement(data: Mapping[str, Any]) -> Measurement:
-    naming = Naming(int(data["naming"]["placed"]), tuple((w[0], w[1], w[2]) for w in data["naming"]["wrong"]))
-    return Measurement(tuple(Score(**score) for score in data["scores"]), naming)

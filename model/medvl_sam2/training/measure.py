@@ -10,6 +10,7 @@ import numpy as np
 
 from medvl_sam2.errors import Cancelled
 from medvl_sam2.geometry import CanonicalTransform
+from medvl_sam2.modeling.compute import Precision
 from medvl_sam2.training.clicks import box_prompt, next_click
 from medvl_sam2.types import Prompt, Segmentation, Volume
 
@@ -23,6 +24,14 @@ class ServedPredictor(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names :meth:`segment_classes` takes."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes, as torch names it."""
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of slices."""
 
     def open(self, volume: Volume) -> Any:
         """A session on a volume."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from medvl_sam2.checkpoint import shipped_checkpoint
@@ -128,15 +125,6 @@ def contenders(conditions: Conditions) -> list[Contender]:
             lambda out: Trained(None, engines=(ShapeControl(), GrowControl())),
         ),
     ]
-
-
-def processor_name(device: str) -> str:
-    """Name of the GPU, or of the processor with the widest instructions that torch uses on it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    listing = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def size(module: nn.Module) -> int:

@@ -1,0 +1,80 @@
+"""Scores of models in a store, kept by everything they depend on.
+
+::
+
+    <store>/scores/<key>.json
+
+The same weights on the same cases are measured once, whichever run asks. Of what may change a score nothing is left out
+of the key, so other weights, labels, settings, devices, number formats or code are measured anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medvl_sam2.checkpoint import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from medvl_sam2.files import file_sha256, package_sha256, write_json_atomically
+from medvl_sam2.modeling.compute import processor_name
+from medvl_sam2.training.measure import LabelledCase, Measurement, Naming, Score, ServedPredictor
+
+logger = logging.getLogger(__name__)
+
+
+class KeptScores:
+    """Reads and writes the scores of one store."""
+
+    def __init__(self, store: Path) -> None:
+        self._folder = store / "scores"
+
+    def known(self, key: str) -> Measurement | None:
+        """The scores kept under ``key``; None where there are none, or none that can be read."""
+        path = self._folder / f"{key}.json"
+        if not path.exists():
+            return None
+        try:
+            return _measurement(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The scores in %s cannot be read and are measured anew: %r", path, error)
+            return None
+
+    def keep(self, key: str, measurement: Measurement) -> None:
+        """Keep scores under ``key``."""
+        write_json_atomically(self._folder / f"{key}.json", dataclasses.asdict(measurement))
+
+
+def score_key(
+    checkpoint: Path, predictor: ServedPredictor, cases: Sequence[LabelledCase], settings: Mapping[str, int]
+) -> str:
+    """SHA-256 over all that a measurement of ``checkpoint``, loaded as ``predictor``, depends on.
+
+    ``settings``: how it is measured. Cases count by every voxel of image and masks.
+    """
+    facts: list[Any] = [file_sha256(checkpoint / name) for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)]
+    facts += [package_sha256(), torch.__version__, np.__version__, dict(settings)]
+    facts += [predictor.device, predictor.precision, processor_name(predictor.device)]
+    for case in cases:
+        volume = case.volume
+        content = [
+            hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in (volume.array, *_ordered(case))
+        ]
+        kind = (str(volume.array.dtype), volume.modality.value, volume.geometry.affine.tolist())
+        facts.append((case.name, volume.geometry.shape, *kind, sorted(case.masks), content))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _ordered(case: LabelledCase) -> list[np.ndarray]:
+    return [case.masks[name] for name in sorted(case.masks)]
+
+
+def _measurement(data: Mapping[str, Any]) -> Measurement:
+    naming = Naming(int(data["naming"]["placed"]), tuple((w[0], w[1], w[2]) for w in data["naming"]["wrong"]))
+    return Measurement(tuple(Score(**score) for score in data["scores"]), naming)
