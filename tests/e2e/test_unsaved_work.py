@@ -70,12 +70,16 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     viewer.tab("Text")
     report = viewer.panel.get_by_label("Text (correct")
     viewer.type("Text (correct", "Typed, not stored.")
+    viewer.tab("Save")
+    viewer.type("Note", "about the first")
     viewer.tab("Segment")
 
     show_series(viewer, "later CT")
     viewer.tab("Text")
     assert report.input_value() == ""
     assert viewer.panel.get_by_text("Not stored either: generated CT").is_visible()
+    viewer.tab("Save")
+    assert viewer.panel.get_by_label("Note").input_value() == ""
     viewer.tab("Segment")
     other = f"medvl-{second.series}"
     assert not viewer.labelmap(other)[0].any()
@@ -119,8 +123,15 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
         (saved,) = versions(site, study.series)
         assert sum(item["voxels"] for item in saved["structures"]) == (mask > 0).sum()
         assert [item["structure"] for item in saved["prompts"]] == [placed]
+        assert saved["note"] == ("about the first" if study is first else "")
     stored = [requests.get(f"{site.address}/medvl/texts", params={"image": one.series}, timeout=60) for one in both]
     assert [[item["text"] for item in reply.json()["versions"]] for reply in stored] == [["Typed, not stored."], []]
+    viewer.open_from_list(first.study)
+    assert not viewer.labelmap()[0].any()
+    viewer.press("Open version 1")
+    assert "Version 1 is on screen" in viewer.status
+    assert viewer.panel.get_by_label("In words").is_visible(), "the tab is still Segment"
+    assert (viewer.labelmap()[0] > 0).sum() in ((one > 0).sum(), (two > 0).sum())
 
 
 def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:

@@ -130,6 +130,8 @@ export const voxels = (image = null) =>
     .getLabelmapVolume(image ? idOf(image) : shown)
     .voxelManager.getCompleteScalarDataArray();
 
+export const isEmpty = (image) => voxels(image).every((value) => !value);
+
 export function put(values, id = shown) {
   segmentationService().getLabelmapVolume(id).voxelManager.setCompleteScalarDataArray(values);
   const { eventTarget, triggerEvent } = window.cornerstone;
