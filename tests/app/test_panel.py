@@ -150,9 +150,13 @@ def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> 
         map.layers.reset(Uint8Array.from([2, 2, 0, 0, 0]));    // another version was opened
         map.now = Uint8Array.from([2, 2, 0, 0, 0]);
         map.place(none, [2]).tell();
+        map = covered();
+        map.now[1] = 3;                                        // painted over by hand: that is all there is
+        map.layers.settle(map.now);
+        map.place(none, [3]).tell();
         console.log(states.join(" "));
     """
-    assert _node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000"
+    assert _node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000 10220"
 
 
 def test_what_is_no_longer_automatic(node: str) -> None:
@@ -173,6 +177,27 @@ def test_what_is_no_longer_automatic(node: str) -> None:
     """
     # The last: 2 went from the third voxel, and the 1 that came to light under it is as automatic as it was.
     assert _node(node, script) == "112000 4 34 124 14 24 1 112440 211000"
+
+
+def test_what_words_take(node: str) -> None:
+    """1 is an organ, 2 and 3 are lesions."""
+    script = f"""
+        import {{ changedBy, lesionFor }} from "{(PANEL / "words.js").as_uri()}";
+        const map = (text) => Uint8Array.from(text, Number);
+        const told = (...values) => Uint8Array.from({{ length: 256 }}, (_, n) => (values.includes(n) ? 1 : 0));
+        const named = (table) => Array.from(table).flatMap((is, value) => (is ? [value] : [])).join("") || "none";
+        const change = (wanted, ...values) => named(changedBy(map("11230"), map(wanted), told(...values), told(2, 3)));
+        const lesions = {{ lesion: 2, "lesion 2": 3 }};
+        const lesion = (mask, ...taken) => lesionFor(map("0223000"), (n) => mask[n] === "1", lesions, taken);
+        console.log(
+            change("11100", 1), change("11000", 1), change("10000", 1), change("02200", 2), change("00220", 2),
+            change("00200", 2), change("00000", 1, 2), "/",
+            lesion("0111000"), lesion("0001000"), lesion("0000110"), lesion("0000110", "lesion 3"),
+            lesion("0100000", "lesion"), lesionFor(map("00"), () => true, {{}}, []),
+        );
+    """
+    taken = "12 none 01 2 23 none 012"  # 0 is what is nothing
+    assert _node(node, script) == f"{taken} / lesion lesion 2 lesion 3 lesion 4 lesion 3 lesion"
 
 
 def test_prompts_stay_with_their_series(node: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import requests
 
 from e2e.browser import PATIENCE_MS, Viewer
 from e2e.conftest import SEEDS, Site, store_case
-from e2e.content import middle, organ
+from e2e.content import dice, middle, organ
 from medvl_sam2.synthesis import generate_case
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
@@ -69,12 +70,16 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     viewer.tab("Text")
     report = viewer.panel.get_by_label("Text (correct")
     viewer.type("Text (correct", "Typed, not stored.")
+    viewer.tab("Save")
+    viewer.type("Note", "about the first")
     viewer.tab("Segment")
 
     show_series(viewer, "later CT")
     viewer.tab("Text")
     assert report.input_value() == ""
     assert viewer.panel.get_by_text("Not stored either: generated CT").is_visible()
+    viewer.tab("Save")
+    assert viewer.panel.get_by_label("Note").input_value() == ""
     viewer.tab("Segment")
     other = f"medvl-{second.series}"
     assert not viewer.labelmap(other)[0].any()
@@ -118,8 +123,77 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
         (saved,) = versions(site, study.series)
         assert sum(item["voxels"] for item in saved["structures"]) == (mask > 0).sum()
         assert [item["structure"] for item in saved["prompts"]] == [placed]
+        assert saved["note"] == ("about the first" if study is first else "")
     stored = [requests.get(f"{site.address}/medvl/texts", params={"image": one.series}, timeout=60) for one in both]
     assert [[item["text"] for item in reply.json()["versions"]] for reply in stored] == [["Typed, not stored."], []]
+    viewer.open_from_list(first.study)
+    assert not viewer.labelmap()[0].any()
+    viewer.press("Open version 1")
+    assert "Version 1 is on screen" in viewer.status
+    assert viewer.panel.get_by_label("In words").is_visible(), "the tab is still Segment"
+    assert (viewer.labelmap()[0] > 0).sum() in ((one > 0).sum(), (two > 0).sum())
+
+
+def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:
+    """What the annotator made is named and asked about, a second lesion joins the first, and undo brings all back."""
+    study = site.studies["ann"]
+    viewer.open_from_list(study.study)
+
+    def say(words: str) -> None:
+        viewer.choose("")
+        viewer.type("In words", words)
+        viewer.press("Segment")
+
+    viewer.paint("lesion", [1, 1, 1])
+    painted = viewer.labelmap()[0]
+    say("the lesion in the liver")
+    assert asks_nothing(viewer), "it lies elsewhere"
+    second = viewer.mask("lesion 2")
+    assert dice(second, study.lesions > 0) > 0.7, viewer.status
+    assert viewer.mask("lesion")[1, 1, 1], "the first is as it was"
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], painted)
+    viewer.press("Redo")
+    np.testing.assert_array_equal(viewer.mask("lesion 2"), second)
+
+    before = viewer.labelmap()[0]
+    say("the liver")
+    assert "Made or changed since the last automatic masks: lesion 2." in question(viewer)
+    viewer.picture("17-words-ask")
+    viewer.press("Cancel")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    say("the liver")
+    viewer.press("Keep them")
+    kept = viewer.labelmap()[0]
+    np.testing.assert_array_equal(viewer.mask("lesion 2"), second)
+    assert dice(viewer.mask("liver") | second, organ(study, "liver")) > 0.8
+    assert "kept lesion 2" in viewer.status
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    say("the liver")
+    viewer.press("Replace")
+    assert viewer.mask("lesion 2").sum() < second.sum()
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    viewer.press("Redo")
+    viewer.press("Undo")
+    say("the liver")
+    viewer.press("Keep them")
+    np.testing.assert_array_equal(viewer.labelmap()[0], kept)
+    say("the lesion in the liver")
+    assert asks_nothing(viewer), "the lesion is the same, and the liver under it is not lost"
+
+    hole = middle(viewer.mask("liver"))
+    viewer.paint("spleen", hole)
+    changed = viewer.labelmap()[0]
+    viewer.choose("liver")
+    viewer.press("Undo")
+    assert "changed since these words" in viewer.alert
+    np.testing.assert_array_equal(viewer.labelmap()[0], changed)
+    say("the liver")
+    assert {"liver", "spleen"} <= set(re.split(r": |, |\. ", question(viewer).split("\n")[0]))
+    viewer.press("Keep them")
+    np.testing.assert_array_equal(viewer.labelmap()[0], changed)
 
 
 def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:

@@ -45,7 +45,7 @@ export class Automatic {
   }
 
   /** Structures with voxels that this model did not leave so, with their fingerprints. */
-  #byHand(image) {
+  byHand(image) {
     const voxels = labelmap.voxels();
     const [now, changed] = [fingerprints(voxels), changedSince(this.made.get(image.series), voxels)];
     const present = labelmap.structures(image).filter(({ index, locked }) => now[index] && changed[index] && !locked);
@@ -53,7 +53,7 @@ export class Automatic {
   }
 
   /** What the annotator lets go: `byHand` as it is now, or nothing; null to leave all as it is. */
-  async #mayReplace(byHand) {
+  async mayReplace(byHand) {
     if (!byHand.size) return byHand;
     const names = [...byHand.keys()].map(spoken).join(", ");
     const text = `Made or changed since the last automatic masks: ${names}. Replace them too?`;
@@ -66,14 +66,14 @@ export class Automatic {
     const image = this.panel.image();
     if (!image) return;
     const told = (name) => !classes.length || classes.includes(name);
-    const given = await this.#mayReplace(new Map([...this.#byHand(image)].filter(([name]) => told(name))));
+    const given = await this.mayReplace(new Map([...this.byHand(image)].filter(([name]) => told(name))));
     if (!given) return;
     const title = classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs";
     await this.panel.work.run(this.kind, title, async (signal) => {
       const params = { client_id: clientId(), classes: classes.join(",") };
       const reply = await api.infer("medvl_semantic", image.series, params, { signal });
       // What was painted while the model ran was not asked about: it is kept too.
-      const kept = [...this.#byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
+      const kept = [...this.byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
       const before = labelmap.voxels().slice();
       const found = await this.segment.paste(image, reply.file, reply.params.label_names, kept);
       this.#note(image, before, (name) => name in reply.params.label_names && !kept.includes(name));

@@ -130,6 +130,8 @@ export const voxels = (image = null) =>
     .getLabelmapVolume(image ? idOf(image) : shown)
     .voxelManager.getCompleteScalarDataArray();
 
+export const isEmpty = (image) => voxels(image).every((value) => !value);
+
 export function put(values, id = shown) {
   segmentationService().getLabelmapVolume(id).voxelManager.setCompleteScalarDataArray(values);
   const { eventTarget, triggerEvent } = window.cornerstone;
@@ -202,6 +204,45 @@ export function putBack(image, values) {
   checkShown(image);
   known.get(image.series).layers.reset(values);
   put(values);
+}
+
+/** Do `act`, which pastes, and return what it changed: for `takeStep`. */
+export function stepOf(image, act) {
+  const { layers } = known.get(image.series);
+  layers.settle(voxels());
+  const [values, under] = [voxels().slice(), layers.under.slice()];
+  act();
+  return { values: difference(values, voxels()), under: difference(under, layers.under) };
+}
+
+/** Go back over a step ("undo"), or over it again ("redo"). */
+export function takeStep(image, step, direction) {
+  checkShown(image);
+  const met = new Set([...step.values.before, ...step.values.after]);
+  const locked = structures(image).find((item) => item.locked && met.has(item.index));
+  if (locked) throw new Error(`${locked.name} is protected; open its lock to change it`);
+  const { layers } = known.get(image.series);
+  const [values, under] = [voxels().slice(), layers.under.slice()];
+  follow(values, step.values, direction);
+  follow(under, step.under, direction);
+  layers.reset(values);
+  layers.under = under;
+  put(values);
+}
+
+/** Where two arrays differ, and what stands there. */
+function difference(before, after) {
+  const places = [];
+  for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) places.push(n);
+  const at = (values) => Uint8Array.from(places, (n) => values[n]);
+  return { places: Uint32Array.from(places), before: at(before), after: at(after) };
+}
+
+function follow(values, { places, before, after }, direction) {
+  const wanted = direction === "undo" ? before : after;
+  places.forEach((place, n) => {
+    values[place] = wanted[n];
+  });
 }
 
 /** Centre of the set voxels, moved to the nearest set one: a place to jump to. Null for an empty mask. */

@@ -24,7 +24,14 @@ export class Labels {
     this.edits = 0;
     this.consensusOn = new Map(); // by series, where an unedited consensus is on screen: `{versions, source}` of it
     this.list = [];
-    this.note = make("textarea", { id: "medvl-note", rows: 2, maxlength: 2000, placeholder: "for the reviewer" });
+    this.notes = new Map(); // by series, as typed and not stored
+    this.note = make("textarea", {
+      id: "medvl-note",
+      rows: 2,
+      maxlength: 2000,
+      placeholder: "for the reviewer",
+      oninput: () => this.panel.image() && this.notes.set(this.panel.image().series, this.note.value),
+    });
     this.save = button("Save", () => this.store("draft"), {
       title: "A draft: a version that is not trained on; go on later",
     });
@@ -75,9 +82,11 @@ export class Labels {
   }
 
   changed(image) {
+    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
+    // The viewer tells of a change when it has made an empty label map, which is nothing to save.
+    if (!this.changes.has(image.series) && labelmap.isEmpty(image)) return;
     this.edits += 1;
     this.changes.set(image.series, { image, edits: this.edits });
-    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
     this.#buttons();
   }
 
@@ -104,7 +113,6 @@ export class Labels {
     if (!image) return null;
     if (!author()) return this.panel.askAuthor();
     return this.panel.work.run(KIND, status === "submitted" ? "Submitting" : "Saving", async (signal) => {
-      const onScreen = () => image.series === this.panel.image()?.series;
       const [state, voxels] = [this.stateOf(image), labelmap.voxels(image).slice()];
       const consensus = this.consensusOn.get(image.series);
       const counts = labelmap.counts(voxels);
@@ -115,7 +123,7 @@ export class Labels {
         client_id: clientId(),
         source: consensus?.source ?? "ohif",
         made_from: consensus?.versions ?? [],
-        note: onScreen() ? this.note.value.trim() : "",
+        note: this.#noteOn(image),
         segmentationMeta: { status },
         model_version: this.panel.modelVersion(),
         prompts: this.panel.segment.record(image),
@@ -125,7 +133,7 @@ export class Labels {
         signal,
       });
       if (this.stateOf(image) === state) this.saved(image); // what was painted during the upload is not in it
-      if (this.note.value.trim() === params.note) this.note.value = ""; // not one typed during the upload
+      this.#noteStored(image, params.note);
       if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
       await this.load(image, signal);
       this.#buttons();
@@ -136,16 +144,39 @@ export class Labels {
     }, { keeps: true });
   }
 
+  #noteOn(image) {
+    return (this.notes.get(image.series) ?? "").trim();
+  }
+
+  /** It is in a version now, unless another one was typed during the upload. */
+  #noteStored(image, note) {
+    if (this.#noteOn(image) === note) this.notes.delete(image.series);
+    this.#showNote();
+  }
+
+  #showNote() {
+    const text = this.notes.get(this.panel.image()?.series) ?? "";
+    if (this.note.value !== text) this.note.value = text; // else the caret would jump
+  }
+
   /** Read the history of the case on screen. */
   async refresh() {
     const image = this.panel.image();
     replace(this.figures);
     this.consensus.forget();
+    this.#showNote();
     if (!image) return;
     await this.panel.work.run("versions", "Reading the versions", async (signal) => {
       await this.load(image, signal);
-      if (this.list.length) this.panel.work.say(`${counted(this.list.length, "version")} of this case: open one in Save`);
+      if (this.list.length) this.panel.work.say(`${counted(this.list.length, "version")} of this case. `, this.#openLast());
     });
+  }
+
+  /** Opens the version that counts, from whatever tab: the final one, else the newest. */
+  #openLast() {
+    const last = Math.max(...this.list.map(({ version }) => version));
+    const version = this.list.find((item) => item.version === (this.final ?? last));
+    return button(`Open version ${version.version}`, () => this.reopen(version));
   }
 
   async load(image, signal) {
@@ -197,7 +228,7 @@ export class Labels {
   /** Put a version on screen in place of the present label map. */
   async reopen(version) {
     const image = this.panel.image();
-    if (!(await this.panel.mayLeave("open another version", [image]))) return;
+    if (!image || !(await this.panel.mayLeave("open another version", [image]))) return;
     const state = this.stateOf(image);
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
       const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
@@ -221,8 +252,10 @@ export class Labels {
     const image = this.panel.image();
     if (!author()) return this.panel.askAuthor();
     await this.panel.work.run(KIND, `Restoring version ${version}`, async (signal) => {
-      const body = { author: author(), note: this.note.value.trim() || `version ${version} restored` };
+      const note = this.#noteOn(image);
+      const body = { author: author(), note: note || `version ${version} restored` };
       const record = await api.restore(image.series, version, body, { signal });
+      this.#noteStored(image, note);
       await this.load(image, signal);
       this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);
     }, { keeps: true });

@@ -9,14 +9,13 @@ export class Layers {
   /**
    * The label map after every structure of `replaced` got exactly the voxels where `wanted` has its value. All arrays
    * are of values: `now` and `wanted` a voxel, `replaced` and `locked` tables of 256; locked ones stay as they are.
-   * A hand edit is final: nothing is under it.
    */
   place(now, wanted, replaced, locked) {
-    const { under, top } = this;
+    this.settle(now);
+    const { under } = this;
     const next = new Uint8Array(now.length);
     for (let n = 0; n < now.length; n++) {
       const old = now[n];
-      if (top && old !== top[n]) under[n] = 0;
       if (replaced[under[n]]) under[n] = 0; // it is told anew, and is not here unless `wanted` says so
       if (locked[old]) next[n] = old;
       else if (wanted[n]) {
@@ -29,6 +28,13 @@ export class Layers {
     }
     this.top = next.slice();
     return next;
+  }
+
+  /** A hand edit since we left it is final: nothing is under it. */
+  settle(now) {
+    const { under, top } = this;
+    if (top) for (let n = 0; n < now.length; n++) if (now[n] !== top[n]) under[n] = 0;
+    this.top = now.slice();
   }
 
   /** Everything was replaced by `values`. */

@@ -12,11 +12,11 @@ import { PlacedList } from "./placed_list.js";
 import { Placed, Prompts, fingerprints } from "./prompts.js";
 import { Structures } from "./structures.js";
 import { gridOf, jumpTo, onTool } from "./viewer.js";
+import { Words } from "./words.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
 const KIND = "segment";
-const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
 
 export class Segment {
   /** `panel` has `image()`, `names()` (the server's labels) and `work`. */
@@ -60,6 +60,7 @@ export class Segment {
       title: "Take all prompts and the mask of this structure away",
     });
     this.automatic = new Automatic(this, KIND);
+    this.byWords = new Words(this, KIND);
     this.run = make("button", { type: "submit", class: "primary" }, "Segment");
     this.brush = new Brush(this.panel, () => this.#beginByHand());
     this.structures = new Structures({
@@ -119,8 +120,9 @@ export class Segment {
     this.run.disabled = busy;
     this.wordsLabel.textContent = this.#wordsChoose() ? "In words" : `In words, for ${spoken(this.target.value)}`;
     this.automatic.refresh(this.target.value);
-    this.undo.disabled = busy || !prompts?.canUndo;
-    this.redo.disabled = busy || !prompts?.canRedo;
+    const image = this.panel.image();
+    this.undo.disabled = busy || !(prompts?.canUndo || this.byWords.can(image, "undo"));
+    this.redo.disabled = busy || !(prompts?.canRedo || this.byWords.can(image, "redo"));
     this.clear.disabled = busy || !this.target.value;
     this.placedList.refresh(prompts);
     this.overlay.draw();
@@ -186,28 +188,19 @@ export class Segment {
   // --- requests -------------------------------------------------------------------------------------------------
 
   async segmentWords() {
-    const [image, words] = [this.panel.image(), this.words.value.trim()];
+    const words = this.words.value.trim();
     if (!words) return this.panel.work.complain("Type what to segment, for example: the lesion in the liver");
     if (!this.#wordsChoose()) {
       return this.place((prompts) => {
         prompts.words = words;
       });
     }
-    await this.panel.work.run(KIND, `Segmenting “${words}”`, async (signal) => {
-      const { params, file } = await api.infer(
-        "medvl_referring",
-        image.series,
-        { client_id: clientId(), prompt: words },
-        { signal },
-      );
-      const found = await this.paste(image, file, params.label_names);
-      this.panel.work.say(found.length ? `Found ${found.map(spoken).join(", ")}` : `Nothing found for “${words}”`);
-      if (found.length) {
-        this.choose(found[0]);
-        this.named = found[0];
-        this.goTo(found[0]);
-      }
-    });
+    const [found] = await this.byWords.run(words);
+    if (found) {
+      this.choose(found);
+      this.named = found;
+      this.goTo(found);
+    }
     this.refresh();
   }
 
@@ -216,22 +209,13 @@ export class Segment {
     return [AS_WORDS_SAY, this.named].includes(this.target.value);
   }
 
-  /** The structure a described thing belongs to: "the cyst in the liver" is a lesion, unless somebody named one so. */
-  #structureOf(name) {
-    const known = labelmap.structures(this.panel.image()).some((item) => item.name === name);
-    return !known && LESION.test(spoken(name)) ? "lesion" : name;
-  }
-
   /** Paste a reply, but for structures named in `kept`, and say which structures have voxels in it. */
   async paste(image, file, names, kept = []) {
     const mask = await readNrrd(file);
     labelmap.checkGrid(image, mask);
-    const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, this.#structureOf(name)]));
-    labelmap.paste(image, mask.voxels, byValue, kept);
+    labelmap.paste(image, mask.voxels, Object.fromEntries(Object.entries(names).map(([name, n]) => [n, name])), kept);
     const counts = labelmap.counts(mask.voxels);
-    return Object.entries(byValue)
-      .filter(([value]) => counts[value])
-      .map(([, name]) => name);
+    return Object.keys(names).filter((name) => counts[names[name]]);
   }
 
   /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, after it. */
@@ -257,6 +241,7 @@ export class Segment {
     const prompts = await placed;
     this.#buttons();
     this.again.set(name, image);
+    this.byWords.placed(image);
     if (this.asking) return;
     this.asking = true;
     try {
@@ -337,6 +322,11 @@ export class Segment {
     const [image, name] = [this.panel.image(), this.target.value];
     const prompts = this.#placedNow();
     if (this.asking) return; // between two requests the buttons are open for a moment
+    const said = direction === "undo" ? "One step back" : "One step forward";
+    if (await this.#moveWords(image, direction, said)) return;
+    if (!prompts?.[direction === "undo" ? "canUndo" : "canRedo"]) {
+      return this.panel.work.complain("The masks were changed since these words; undo that first");
+    }
     const before = this.#standing(image, name);
     if (before !== (prompts.fingerprint ?? "")) {
       return this.panel.work.complain(`${spoken(name)} was changed by hand since; undo that with the viewer's own tools`);
@@ -351,9 +341,20 @@ export class Segment {
       if (direction === "undo") prompts.undone();
       else prompts.redone();
       this.#note(image, name, prompts);
-      this.panel.work.say(direction === "undo" ? "One step back" : "One step forward");
+      this.panel.work.say(said);
     });
     this.refresh();
+  }
+
+  /** Whether words were the step before or after, which need no request. */
+  async #moveWords(image, direction, said) {
+    let moved = true; // when it fails, that is said and nothing else is tried
+    await this.panel.work.run("paste", direction === "undo" ? "Undoing" : "Redoing", async () => {
+      moved = this.byWords.move(image, direction);
+      if (moved) this.panel.work.say(said);
+    });
+    if (moved) this.refresh();
+    return moved;
   }
 
   /** `mask` is a NRRD Blob, or null for nothing. */
@@ -388,6 +389,7 @@ export class Segment {
     this.leave();
     this.placements.forget(image);
     this.automatic.forget(image);
+    this.byWords.forget(image);
   }
 
   /** Another image comes on screen. */

@@ -47,8 +47,9 @@ export class Work {
     }
   }
 
-  say(text) {
-    this.said = text;
+  /** `more`: what stands after the text, a button. */
+  say(text, ...more) {
+    this.said = [text, ...more];
     this.show();
   }
 
@@ -77,14 +78,14 @@ export class Work {
         stop,
       );
     });
-    replace(this.status, ...(lines.length ? lines : [make("span", {}, this.said ?? "Ready")]));
+    replace(this.status, ...(lines.length ? lines : [make("span", {}, ...(this.said ?? ["Ready"]))]));
     for (const listener of this.listeners) listener();
     this.poll();
   }
 
   stop(kind) {
     this.running.get(kind)?.abort.abort();
-    this.said = "No longer waiting; what the server still computes is not used";
+    this.said = ["No longer waiting; what the server still computes is not used"];
   }
 
   /** Give up what only shows something, for its image is no longer on screen: what replies late is not used. */
