@@ -54,6 +54,10 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     both = (first, second)
     viewer.open_from_list(first.study)
     viewer.type("Your name", "Dr. Ada")
+    viewer.tab("Server")
+    for study, name in ((first, "1 generated CT"), (second, "2 later CT")):
+        assert name in viewer.panel.locator(f'[data-image="{study.series}"]').inner_text()
+    viewer.tab("Segment")
     viewer.page.locator('[data-cy="side-panel-header-left"]').click()
     show_series(viewer, "generated CT")
     viewer.choose("spleen")
