@@ -158,6 +158,21 @@ def test_new_study_is_served_and_a_bad_one_explained(orthanc: Orthanc, served: T
     assert sample["SeriesInstanceUID"] == good
 
 
+def test_series_are_told_apart_before_they_are_fetched(orthanc: Orthanc, served: TestClient, tmp_path: Path) -> None:
+    one = phantom()
+    early = write_series(tmp_path / "early", one.image, one.affine, SeriesDescription="native")
+    late = {"SeriesDescription": "portal venous", "SeriesNumber": 2}
+    later = write_series(tmp_path / "late", one.image, one.affine, study=early.study, **late)
+    for series in (early, later):
+        orthanc.store(series.files)
+    told = {case["image"]: case for case in served.get("/medvl/cases").json()}
+    names = ("PatientID", "StudyDate", "SeriesNumber", "SeriesDescription")
+    assert [[told[series.series][name] for name in names] for series in (early, later)] == [
+        ["phantom", "20240102", "1", "native"],
+        ["phantom", "20240102", "2", "portal venous"],
+    ]
+
+
 def test_report_lies_beside_its_study(orthanc: Orthanc, over_orthanc: Open, tmp_path: Path) -> None:
     image = put_phantom(orthanc, tmp_path / "s", phantom())
     stored = store_report_sr(over_orthanc(), image, Report("report", "Liver: läsion.", "reader1", "demo-4"))

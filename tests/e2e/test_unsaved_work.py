@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from e2e.browser import PATIENCE_MS, Viewer
-from e2e.conftest import SEEDS, Site, store_case
+from e2e.conftest import SEEDS, Site, Study, store_case
 from e2e.content import dice, middle, organ
 from medvl_sam2.synthesis import generate_case
 
@@ -54,6 +54,10 @@ def test_two_series_of_a_study(site: Site, viewer: Viewer, tmp_path: Path) -> No
     both = (first, second)
     viewer.open_from_list(first.study)
     viewer.type("Your name", "Dr. Ada")
+    viewer.tab("Server")
+    for study, name in ((first, "1 generated CT"), (second, "2 later CT")):
+        assert name in viewer.panel.locator(f'[data-image="{study.series}"]').inner_text()
+    viewer.tab("Segment")
     viewer.page.locator('[data-cy="side-panel-header-left"]').click()
     show_series(viewer, "generated CT")
     viewer.choose("spleen")
@@ -162,6 +166,8 @@ def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:
     viewer.picture("17-words-ask")
     viewer.press("Cancel")
     np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    _words_for_a_chosen_structure(viewer, study)
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
     say("the liver")
     viewer.press("Keep them")
     kept = viewer.labelmap()[0]
@@ -194,6 +200,32 @@ def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:
     assert {"liver", "spleen"} <= set(re.split(r": |, |\. ", question(viewer).split("\n")[0]))
     viewer.press("Keep them")
     np.testing.assert_array_equal(viewer.labelmap()[0], changed)
+
+
+def _words_for_a_chosen_structure(viewer: Viewer, study: Study) -> None:
+    """They ask for the others, which a click on the answer leaves alone, too."""
+    second = viewer.mask("lesion 2")
+    viewer.choose("liver")
+    viewer.type("In words", "the liver")
+    viewer.press("Segment")
+    assert "lesion 2" in question(viewer)
+    viewer.press("Cancel")
+    assert not viewer.mask("liver").any()
+    viewer.press("Segment")
+    viewer.press("Keep them")
+    kept = viewer.labelmap()[0]
+    assert dice(viewer.mask("liver"), organ(study, "liver") & ~second) > 0.8
+    np.testing.assert_array_equal(viewer.mask("lesion 2"), second)
+    inside = middle(viewer.mask("liver"))
+    viewer.show(inside)
+    viewer.press("+ Inside")
+    viewer.click(inside)
+    viewer.press("+ Inside")
+    assert viewer.mask("liver")[tuple(inside)]
+    np.testing.assert_array_equal(viewer.mask("lesion 2"), second)
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], kept)
+    viewer.press("Undo")
 
 
 def test_a_consensus_is_nobodys_own(site: Site, viewer: Viewer) -> None:

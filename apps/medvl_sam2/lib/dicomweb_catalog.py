@@ -16,16 +16,21 @@ from pydicom.dataset import Dataset
 from medvl_sam2.dicom_io import NOT_IMAGES
 
 logger = logging.getLogger(__name__)
+_SAID = ("PatientID", "StudyDate", "SeriesDescription", "SeriesNumber")
 
 
 @dataclass(frozen=True)
 class SeriesRecord:
-    """An image series; ``instances`` is None where the server does not count."""
+    """An image series; ``instances`` is None where the server does not count.
+
+    ``said`` has more of what the server's answer states, by DICOM keyword: for lists that people read.
+    """
 
     series: str
     study: str
     modality: str
     instances: int | None
+    said: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ class Catalog:
                     study=str(header.StudyInstanceUID),
                     modality=str(header.get("Modality") or ""),
                     instances=int(count) if count is not None else None,
+                    said={name: str(header[name].value) for name in _SAID if header.get(name) is not None},
                 )
             )
         return found

@@ -105,8 +105,8 @@ class GuardedDicomWebStore(SeriesStore):
         found = {}
         for image, series in listed.items():
             known = here.get(image, KnownImage({}, {}))
-            said = {"SeriesInstanceUID": image, "StudyInstanceUID": series.study, "Modality": series.modality}
-            found[image] = KnownImage({**said, **known.info}, known.labels)
+            named = {"SeriesInstanceUID": image, "StudyInstanceUID": series.study, "Modality": series.modality}
+            found[image] = KnownImage({**series.said, **named, **known.info}, known.labels)
         return found
 
     def status(self) -> dict[str, Any]:

@@ -18,10 +18,14 @@ from lib.label_versions import version_number
 router = APIRouter(prefix="/medvl/cases", tags=["MedVL"])
 
 _FINAL = DefaultLabelTag.FINAL.value
+_SAID = (
+    *("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "StudyDate"),
+    *("SeriesDescription", "SeriesNumber"),
+)
 
 
 class Case(BaseModel):
-    """An image and its labels; texts are empty where the image's file or its headers do not say."""
+    """An image and its labels; texts are empty where the image's file, its headers and the DICOM server do not say."""
 
     image: str
     labelled: bool
@@ -36,6 +40,8 @@ class Case(BaseModel):
     SeriesInstanceUID: str
     Modality: str
     StudyDate: str
+    SeriesDescription: str
+    SeriesNumber: str
 
 
 _CASES = TypeAdapter(list[Case])
@@ -55,10 +61,7 @@ def cases(user: AsUser) -> Response:
 
 def _case(image: str, info: Mapping[str, Any], labels: Mapping[str, Mapping[str, Any]], labelled: set[str]) -> Case:
     saved = labels.get(_FINAL, {}).get("ts")
-    said = {
-        name: str(info.get(name) or "")
-        for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "StudyDate")
-    }
+    said = {name: str(info.get(name) or "") for name in _SAID}
     return Case(
         image=image,
         labelled=image in labelled,

@@ -1,11 +1,14 @@
 // What an annotator has placed for one structure, and the steps back and forth through it.
 
+const NOTHING = { points: [], box: null, words: "", kept: [] };
+
 /** Prompts of one structure; `start` is the mask (NRRD Blob) they build on, `base` the one before the first of them. */
 export class Prompts {
   constructor() {
     this.points = [];
     this.box = null;
     this.words = "";
+    this.kept = []; // other structures that keep their voxels: the annotator said so when the words came
     this.start = null;
     this.base = null;
     this.past = [];
@@ -31,7 +34,7 @@ export class Prompts {
 
   /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand. */
   startFrom(mask) {
-    [this.points, this.box, this.words, this.start] = [[], null, "", mask];
+    Object.assign(this, NOTHING, { start: mask });
   }
 
   /** As `medvl_interactive` takes them: what stands, or what a step to go to holds. */
@@ -59,7 +62,7 @@ export class Prompts {
 
   /** What stands at this moment. */
   snapshot() {
-    return { points: this.points, box: this.box, words: this.words, start: this.start };
+    return { points: this.points, box: this.box, words: this.words, kept: this.kept, start: this.start };
   }
 
   /** The server answered what was sent, which more may have joined since: one more step to go back to. */
@@ -84,7 +87,7 @@ export class Prompts {
   /** Go a step back; the prompts of the step before count again (none before the first). */
   undone() {
     this.future.push(this.past.pop());
-    Object.assign(this, this.past.at(-1) ?? { points: [], box: null, words: "", start: this.base });
+    Object.assign(this, this.past.at(-1) ?? { ...NOTHING, start: this.base });
   }
 
   redone() {
@@ -94,7 +97,7 @@ export class Prompts {
 
   /** Drop what was placed but never answered. */
   revert() {
-    Object.assign(this, this.past.at(-1) ?? { points: [], box: null, words: "", start: this.base });
+    Object.assign(this, this.past.at(-1) ?? { ...NOTHING, start: this.base });
   }
 }
 

@@ -12,7 +12,7 @@ import { PlacedList } from "./placed_list.js";
 import { Placed, Prompts, fingerprints } from "./prompts.js";
 import { Structures } from "./structures.js";
 import { gridOf, jumpTo, onTool } from "./viewer.js";
-import { Words } from "./words.js";
+import { Words, readMask } from "./words.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
@@ -211,10 +211,9 @@ export class Segment {
 
   /** Paste a reply, but for structures named in `kept`, and say which structures have voxels in it. */
   async paste(image, file, names, kept = []) {
-    const mask = await readNrrd(file);
-    labelmap.checkGrid(image, mask);
-    labelmap.paste(image, mask.voxels, Object.fromEntries(Object.entries(names).map(([name, n]) => [n, name])), kept);
-    const counts = labelmap.counts(mask.voxels);
+    const mask = await readMask(image, file);
+    labelmap.paste(image, mask, Object.fromEntries(Object.entries(names).map(([name, n]) => [n, name])), kept);
+    const counts = labelmap.counts(mask);
     return Object.keys(names).filter((name) => counts[names[name]]);
   }
 
@@ -288,17 +287,25 @@ export class Segment {
     const first = !prompts.past.length;
     const sent = prompts.snapshot();
     const before = this.#standing(image, name);
-    const answered = await this.panel.work.run(KIND, `Segmenting ${spoken(name)}`, async (signal) => {
+    const title = `Segmenting ${spoken(name)}`;
+    const mask = await this.panel.work.run(KIND, title, async (signal) => {
       const params = { client_id: clientId(), ...prompts.asParams(name) };
       const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
-      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
-      await this.paste(image, file, { [name]: 1 });
-      return true;
+      return readMask(image, file, signal);
     });
+    if (mask && sent.words !== (prompts.past.at(-1)?.words ?? "")) {
+      sent.kept = await this.byWords.keeps(image, mask, { 1: name }, name);
+    }
+    const answered = mask && sent.kept && (await this.panel.work.run("paste", title, async () => {
+      if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
+      labelmap.paste(image, mask, { 1: name }, sent.kept);
+      return true;
+    }));
     if (!answered) {
       prompts.revert();
       return;
     }
+    prompts.kept = sent.kept;
     prompts.answered(sent);
     this.#note(image, name, prompts);
     if (first && prompts.words && !prompts.points.length) this.goTo(name);
@@ -323,7 +330,7 @@ export class Segment {
     const prompts = this.#placedNow();
     if (this.asking) return; // between two requests the buttons are open for a moment
     const said = direction === "undo" ? "One step back" : "One step forward";
-    if (await this.#moveWords(image, direction, said)) return;
+    if (await this.byWords.move(image, direction, said)) return this.refresh();
     if (!prompts?.[direction === "undo" ? "canUndo" : "canRedo"]) {
       return this.panel.work.complain("The masks were changed since these words; undo that first");
     }
@@ -336,7 +343,7 @@ export class Segment {
       const params = step && { client_id: clientId(), ...prompts.asParams(name, step) };
       const reply = step && (await api.infer("medvl_interactive", image.series, params, { mask: step.start, signal }));
       if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
-      if (reply) await this.paste(image, reply.file, { [name]: 1 });
+      if (reply) await this.paste(image, reply.file, { [name]: 1 }, step.kept);
       else await this.#pasteMask(image, name, prompts.base);
       if (direction === "undo") prompts.undone();
       else prompts.redone();
@@ -344,17 +351,6 @@ export class Segment {
       this.panel.work.say(said);
     });
     this.refresh();
-  }
-
-  /** Whether words were the step before or after, which need no request. */
-  async #moveWords(image, direction, said) {
-    let moved = true; // when it fails, that is said and nothing else is tried
-    await this.panel.work.run("paste", direction === "undo" ? "Undoing" : "Redoing", async () => {
-      moved = this.byWords.move(image, direction);
-      if (moved) this.panel.work.say(said);
-    });
-    if (moved) this.refresh();
-    return moved;
   }
 
   /** `mask` is a NRRD Blob, or null for nothing. */

@@ -55,7 +55,9 @@ export class Server {
       ...list.map((item) => {
         const study = item.StudyInstanceUID;
         const versions = item.versions ? counted(item.versions, "version") : item.labelled ? "labelled" : "no label";
-        const name = [item.PatientID, item.Modality, item.StudyDate].filter(Boolean).join(", ") || item.image;
+        const series = [item.SeriesNumber, item.SeriesDescription].filter(Boolean).join(" ");
+        const told = [item.PatientID, item.Modality, item.StudyDate, series];
+        const name = told.filter(Boolean).join(", ") || item.image;
         const go = () => this.panel.goToStudy(study);
         return make(
           "li",

@@ -11,6 +11,14 @@ const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
 const A_LESION = /^lesion( \d+)?$/;
 const stateOf = (image) => fingerprints(labelmap.voxels(image)).join();
 
+/** Voxels of a reply on the grid of `image`, unless nobody waits for them any more. */
+export async function readMask(image, file, signal = null) {
+  const mask = await readNrrd(file);
+  signal?.throwIfAborted();
+  labelmap.checkGrid(image, mask);
+  return mask.voxels;
+}
+
 /**
  * Values that gain or lose voxels when those of `told` get exactly the voxels of `wanted`, as a table of 256. A value of
  * `lesions` takes nothing from another kind of structure: it lies in an organ, which is whole again when it goes.
@@ -60,9 +68,8 @@ export class Words {
     const reply = await work.run(this.kind, `Segmenting “${words}”`, async (signal) => {
       const asked = { client_id: clientId(), prompt: words };
       const { params, file } = await api.infer("medvl_referring", image.series, asked, { signal });
-      const mask = await readNrrd(file);
-      labelmap.checkGrid(image, mask);
-      return { voxels: mask.voxels, names: this.#structuresOf(image, mask.voxels, params.label_names) };
+      const voxels = await readMask(image, file, signal);
+      return { voxels, names: this.#structuresOf(image, voxels, params.label_names) };
     });
     if (!reply) return [];
     const { voxels, names } = reply;
@@ -139,14 +146,17 @@ export class Words {
     this.#stepsOf(image).future = [];
   }
 
-  /** Undo or redo words when the masks are as they left them, or as they found them; returns whether it did. */
-  move(image, direction) {
+  /** Undo or redo words, and `say` so, when the masks are as they left or found them; returns whether they are. */
+  async move(image, direction, say) {
     if (!this.can(image, direction)) return false;
     const { past, future } = this.#stepsOf(image);
     const [from, to, end] = direction === "undo" ? [past, future, "after"] : [future, past, "before"];
     if (from.at(-1)[end] !== stateOf(image)) return false;
-    labelmap.takeStep(image, from.at(-1), direction);
-    to.push(from.pop());
+    await this.panel.work.run("paste", direction === "undo" ? "Undoing" : "Redoing", async () => {
+      labelmap.takeStep(image, from.at(-1), direction);
+      to.push(from.pop());
+      this.panel.work.say(say);
+    });
     return true;
   }
 
