@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmark_latency import generated_volume
+from computing import computing, said
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -215,9 +216,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
     for name, reason in refused.items():
         print(f"{name:14} not measured: {reason}")
+    facts = computing(None)
+    print(said(facts))
     if options.json is not None:
         settings = {name: getattr(options, name) for name in ("preset", "image_size", "repeats", "threads", "seed")}
         figures = {"settings": settings, "rows": [asdict(row) for row in rows], "not_measured": refused}
+        figures["computing"] = facts
         write_json_atomically(options.json, figures)
     return 0
 

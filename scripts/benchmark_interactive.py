@@ -149,7 +149,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             cpu, wall = medians(row, "cpu"), medians(row, "wall")
             slices = medians(row, "decoded")
             costs = "".join(f"{m} {cpu[m]:8.2f} s ({wall[m]:8.2f} s, {slices[m]:g} decoded)  " for m in cpu)
-            lines.append(f"  {name:26}{costs}peak {row['peak_gib']:.2f} GiB  {row['slices']} slices in the mask")
+            mask = f"{row['slices']} slices in the mask"
+            numbers = f"  {row['precision']}" if row.get("precision") else ""  # older files do not say
+            lines.append(f"  {name:26}{costs}peak {row['peak_gib']:.2f} GiB  {mask}{numbers}")
         for ours in (name for name in here if name.startswith("ours")):
             for peer in (name for name in here if not name.startswith("ours")):
                 lines.append(f"  {f'{peer} / {ours}':26}{ratios(here[peer], here[ours])}")
@@ -193,7 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmark_interactive: {error}", file=sys.stderr)
         return 2
     print(table(rows))
-    print(f"image size {options.image_size}, threads {options.threads}; seconds of the processor, of the clock in ()")
+    print(
+        f"image size {options.image_size}, on the processor, threads {options.threads}; its seconds, the clock's in ()"
+    )
     if options.plot is not None:
         plot(rows, options.plot)
     return 0

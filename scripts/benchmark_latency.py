@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from computing import add_model_options, computing, load_predictor, said, use_threads
 from tqdm import tqdm
 
 from medvl_sam2.errors import MedVLError
@@ -48,8 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_click_options(parser, objects=6)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
+    add_model_options(parser)
     options = parser.parse_args(arguments)
     if options.objects < 1 or options.clicks < 2:
         parser.error("give at least one object and two clicks, else there is no next click to time")
@@ -112,11 +111,10 @@ def peak_memory_gib() -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 0 on success, 2 with a message on a bad input."""
     options = parse(arguments)
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     rng = np.random.default_rng(options.seed)
     try:
-        predictor = Predictor.load(options.checkpoint)
+        predictor = load_predictor(options)
         volumes = named_volumes(options)
         results = []
         with tqdm(total=len(volumes) * options.objects * options.clicks, unit="click") as bar:
@@ -141,12 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"{result['volume']} {result['shape']}: first click p50 {head['p50']:.2f} s, p95 {head['p95']:.2f} s; "
             f"next click p50 {after['p50']:.2f} s, p95 {after['p95']:.2f} s (n={after['count']})"
         )
-    print(f"threads {torch.get_num_threads()}, peak resident memory {peak_memory_gib():.2f} GiB")
+    facts = computing(predictor)
+    print(f"{said(facts)}, peak resident memory {peak_memory_gib():.2f} GiB")
     if options.json is not None:
         write_json_atomically(
             options.json,
             {
-                "threads": torch.get_num_threads(),
+                "computing": facts,
                 "checkpoint": predictor.meta.version,
                 "peak_rss_gib": peak_memory_gib(),
                 "volumes": results,

@@ -121,7 +121,8 @@ def about(options: argparse.Namespace, conditions: Conditions) -> dict[str, Any]
     machine = f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
     return {
         "options": {name: str(value) for name, value in vars(options).items()},
-        "machine": f"{machine}, trained on {conditions.device} ({conditions.processor})",
+        "machine": f"{machine}, trained on {conditions.device} ({conditions.processor}), "
+        f"scored on cpu ({processor_name('cpu')}) in float32",
     }
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from computing import add_model_options, computing, load_predictor, use_threads
 from tqdm import tqdm
 
 from medvl_sam2.errors import MedVLError
@@ -23,7 +23,6 @@ from medvl_sam2.evaluation.challenge.container import predict_file
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
 from medvl_sam2.evaluation.protocol import Interactive, PredictorEngine
 from medvl_sam2.files import write_json_atomically
-from medvl_sam2.predictor import Predictor
 
 CONTROLS = {"shape": ShapeControl, "grow": GrowControl}
 
@@ -33,10 +32,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, required=True, metavar="DIR", help="folder with requests")
     parser.add_argument("--outputs", type=Path, required=True, metavar="DIR", help="folder for answers")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
+    add_model_options(parser)
     parser.add_argument("--control", choices=CONTROLS, help="answer without a network")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write seconds a case, and failures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write seconds a case, failures, and how computed")
     return parser.parse_args(arguments)
 
 
@@ -45,9 +43,9 @@ def predict(options: argparse.Namespace) -> int:
     requests = sorted(options.inputs.glob("*.npz"))
     if not requests:
         raise MedVLError(f"{options.inputs} holds no npz file; give the folder with the challenge's requests")
-    engine: Interactive
-    engine = CONTROLS[options.control]() if options.control else PredictorEngine(Predictor.load(options.checkpoint))
-    figures: dict[str, Any] = {"seconds": {}, "failed": {}}
+    predictor = None if options.control else load_predictor(options)
+    engine: Interactive = CONTROLS[options.control]() if predictor is None else PredictorEngine(predictor)
+    figures: dict[str, Any] = {"computing": computing(predictor), "seconds": {}, "failed": {}}
     for source in tqdm(requests, unit="case"):
         started = time.perf_counter()
         try:
@@ -64,8 +62,7 @@ def predict(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Answer all requests; 0 on success, 1 where one failed, 2 with a message on a bad input."""
     options = parse(arguments)
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     try:
         return 1 if predict(options) else 0
     except MedVLError as error:

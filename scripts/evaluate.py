@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from computing import add_model_options, computing, load_predictor, said, use_threads
 from tqdm import tqdm
 
 from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, read_meta, shipped_checkpoint
@@ -29,14 +29,13 @@ from medvl_sam2.evaluation.protocol import Setting
 from medvl_sam2.evaluation.runner import EXTRA_TASKS, TASKS, TEXT_TASKS, Plan, Runner
 from medvl_sam2.evaluation.text_scores import TextScorer, load_bertscore
 from medvl_sam2.files import write_json_atomically
-from medvl_sam2.predictor import Predictor
 from medvl_sam2.training.real_cases import UNSEEN_REAL
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
+    add_model_options(parser)
     parser.add_argument("--controls-only", action="store_true", help="no model: only the controls' click curves")
     parser.add_argument("--generated", type=int, default=0, metavar="N", help="number of generated cases")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first generated case")
@@ -73,7 +72,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--objects-per-case", type=int, default=0, help="interactive objects a case (0: all)")
     parser.add_argument("--sentences-per-case", type=int, default=0, help="referring sentences a case (0: all)")
     parser.add_argument("--nsd", action="store_true", help="also normalised surface Dice at 2 mm (slower)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write PNG overlays")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with tables and pictures")
@@ -155,6 +153,7 @@ def about(options: argparse.Namespace, figures: dict[str, Any]) -> About:
         "retrieval pool": str(max(options.retrieval_pool, options.generated + options.text_cases)),
         "real cases": ", ".join(real) or "none",
         "seconds": f"{figures['seconds']:.0f}",
+        "computed on": said(figures["computing"]).removeprefix("computed on "),
     }
     return About(f"MedVL-SAM2 evaluation: {figures['checkpoint'] or 'controls'}", facts, figures["options"])
 
@@ -163,7 +162,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Run, print the tables, write the files asked for."""
     plan = plan_of(options)
     scorer = TextScorer(None if options.bertscore is None else load_bertscore(options.bertscore))
-    predictor = None if options.controls_only else Predictor.load(options.checkpoint)
+    predictor = None if options.controls_only else load_predictor(options)
     with tempfile.TemporaryDirectory() as scratch:
         if options.html is not None and plan.pictures is None:
             plan = dataclasses.replace(plan, pictures=Path(scratch))
@@ -175,6 +174,8 @@ def evaluate(options: argparse.Namespace) -> None:
         figures = runner.figures()
         print(overview(figures))
         print(f"\n{len(runner.left_out)} cases and {options.text_cases} text cases in {seconds:.0f} s")
+        figures["computing"] = computing(predictor)
+        print(said(figures["computing"]))
         figures["options"] = {name: str(value) for name, value in vars(options).items()}
         figures["checkpoint"] = None if predictor is None else predictor.meta.version
         figures["weights_sha256"] = None if predictor is None else predictor.meta.sha256
@@ -192,8 +193,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 2 with a message on a bad input."""
     options = parse(arguments)
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     try:
         evaluate(options)
     except MedVLError as error:

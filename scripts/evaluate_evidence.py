@@ -11,13 +11,16 @@ the model's own texts any true lesion of the organ it is said to lie in may be m
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from computing import add_model_options, computing, load_predictor, said, use_threads
 from tqdm import tqdm
 
+from medvl_sam2.errors import MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, generated_cases
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.predictor import Predictor
@@ -77,15 +80,19 @@ def _meant(item: Evidence, named: Sequence[str], case: Case, finding: int) -> li
     return [case.lesions == f.value for f in case.findings if not hosts or f.organ in hosts]
 
 
-def main() -> None:
-    """Run, print, and write the figures."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
+    add_model_options(parser)
     parser.add_argument("--cases", type=int, default=40, metavar="N")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    predictor = Predictor.load(options.checkpoint)
+    return parser.parse_args(arguments)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Run, print, and write the figures."""
+    predictor = load_predictor(options)
     tallies = {name: Tally() for name in ("own reports", "answers", "true reports")}
     for evaluated in tqdm(generated_cases(options.cases, options.first_seed), total=options.cases, unit="case"):
         case, session = evaluated.generated, predictor.open(evaluated.volume)
@@ -106,9 +113,24 @@ def main() -> None:
     for name, parts in figures.items():
         for what, counts in parts.items():
             print(f"{name}, {what}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
+    facts = computing(predictor)
+    print(said(facts))
     if options.json is not None:
-        write_json_atomically(options.json, {"cases": options.cases, "first_seed": options.first_seed, **figures})
+        head = {"cases": options.cases, "first_seed": options.first_seed, "computing": facts}
+        write_json_atomically(options.json, head | figures)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the evaluation; 0 on success, 2 with a message on a bad input."""
+    options = parse(arguments)
+    use_threads(options)
+    try:
+        evaluate(options)
+    except MedVLError as error:
+        print(f"evaluate_evidence: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

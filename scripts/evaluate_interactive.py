@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
+from computing import add_model_options, computing, load_predictor, said, use_threads
 from tqdm import tqdm
 
 from medvl_sam2.errors import MedVLError
@@ -30,7 +30,6 @@ from medvl_sam2.evaluation.challenge.results import Results, margin, row, text
 from medvl_sam2.evaluation.controls import GrowControl, ShapeControl
 from medvl_sam2.evaluation.metrics import CLICKS_IN_AUC
 from medvl_sam2.evaluation.protocol import Interactive, PredictorEngine
-from medvl_sam2.predictor import Predictor
 from medvl_sam2.synthesis.case import generate_case
 from medvl_sam2.training.real_cases import UNSEEN_REAL, RealSource, load_case
 from medvl_sam2.training.run_settings import plain_settings
@@ -53,9 +52,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-box", action="store_true", help="start with a click, also where there is a box")
     parser.add_argument("--clicks", type=int, default=CLICKS_IN_AUC, help="clicks a class (default: %(default)s)")
     parser.add_argument("--human", type=int, metavar="SEED", help="draw clicks inside the error, as people place them")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
+    add_model_options(parser)
     parser.add_argument("--controls-only", action="store_true", help="no model")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, and go on from there")
     options = parser.parse_args(arguments)
     if (options.image is None) != (options.mask is None):
@@ -145,13 +143,14 @@ def run(options: argparse.Namespace, engines: list[Interactive], results: Result
 def evaluate(options: argparse.Namespace) -> int:
     """Run, print the table, and return the number of failures."""
     controls: list[Interactive] = [ShapeControl(), GrowControl()]
-    predictor = None if options.controls_only else Predictor.load(options.checkpoint)
+    predictor = None if options.controls_only else load_predictor(options)
     engines = controls if predictor is None else [PredictorEngine(predictor), *controls]
     settings = {
         name: getattr(options, name) for name in ("clicks", "human", "no_box", "objects_per_case", "min_voxels")
     }
     if predictor is not None:
-        settings["weights_sha256"] = predictor.meta.sha256
+        settings |= {"weights_sha256": predictor.meta.sha256, "device": predictor.device}
+        settings["precision"] = predictor.precision
         engine = plain_settings(predictor.interactive.config)
         settings |= {f"interactive.{name}": value for name, value in engine.items()}
     results = Results(options.json, settings)
@@ -169,6 +168,7 @@ def evaluate(options: argparse.Namespace) -> int:
             )
     for what, reason in results.failed.items():
         print(f"failed, not scored: {what}: {reason}", file=sys.stderr)
+    print(said(computing(predictor)))
     print(f"{len(results.rows)} runs scored, {len(results.failed)} failed")
     return len(results.failed)
 
@@ -176,8 +176,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 1 where a case failed, 2 with a message on a bad input."""
     options = parse(arguments)
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     try:
         return 1 if evaluate(options) else 0
     except MedVLError as error:

@@ -74,6 +74,8 @@ class Measured:
     peak_gib: float
     slices: int
     """Slices with any voxel in the last mask."""
+    precision: str | None = None
+    """Number format of slices; None of a contender that does not choose one."""
 
 
 class Contender(Protocol):
@@ -114,6 +116,7 @@ class Ours:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)["model"]
         model.segmenter.sam2.load_state_dict(state, strict=True)
         self.predictor = Predictor(model, CheckpointMeta("random", "0", "random weights, for timing only"))
+        self.precision = self.predictor.precision
         self.image, self.session = image, None
 
     def answer(self, clicks: Clicks, undo: bool, out: Path) -> None:
@@ -225,7 +228,7 @@ def measure(name: str, folder: Path, image: Path, clicks: Clicks, image_size: in
     costs = [_timed(contender, clicks.first(n), False, out) for n in range(1, count + 1)]
     slices = int(np.asarray(nib.load(out).dataobj).any(axis=(0, 1)).sum())  # random weights may find nothing
     undo = _timed(contender, clicks.first(count - 1), True, out)
-    return Measured(costs[0], tuple(costs[1:]), undo, _peak_gib(), slices)
+    return Measured(costs[0], tuple(costs[1:]), undo, _peak_gib(), slices, getattr(contender, "precision", None))
 
 
 def _timed(contender: Contender, clicks: Clicks, undo: bool, out: Path) -> Cost:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
+from computing import add_model_options, computing, load_predictor, use_threads
 
 from medvl_sam2.errors import MedVLError, PromptError
 from medvl_sam2.evaluation.metrics import dice
@@ -33,9 +33,9 @@ QUESTIONS = ("Is there a lesion in the liver?", "Is the spleen visible?", "Which
 def main() -> int:
     """Draw and answer; 0 on success, 2 with a message on a bad input."""
     options = _options()
-    torch.set_num_threads(options.threads)
+    use_threads(options)
     try:
-        predictor = Predictor.load(options.checkpoint)
+        predictor = load_predictor(options)
         volume = read_volume(options.image)
         session = predictor.open(volume)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,7 @@ def main() -> int:
     record = {
         "image": options.image.name,
         "weights": predictor.meta.name,
+        "computing": computing(predictor),
         "notice": report.notice,
         "interactive_dice": score,
         "semantic_voxels": {n: int((semantic.mask == v).sum()) for v, n in enumerate(semantic.names, 1)},
@@ -107,13 +108,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the shipped weights)")
+    add_model_options(parser, threads=2)
     parser.add_argument("--box", help="i0,j0,k0,i1,j1,k1 in stored voxels")
     parser.add_argument("--truth", type=Path, help="label map with the true structure")
     parser.add_argument("--structure", type=int, default=1, help="its value in the label map")
     parser.add_argument("--classes", default="", help="classes of the semantic picture, comma separated (default: all)")
     parser.add_argument("--prompt", default="the right kidney", help="sentence of the referring picture")
-    parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 

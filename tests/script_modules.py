@@ -13,6 +13,7 @@ import pytest
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import ``scripts/<name>.py``; it leaves ``sys.modules`` with the test."""
     path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(path.parent))  # where the program finds its modules when it is run
     spec = importlib.util.spec_from_file_location(f"{name}_script", path)
     assert spec is not None
     assert spec.loader is not None

@@ -72,7 +72,10 @@ def test_a_better_model_is_published_and_the_run_documents_itself(tmp_path: Path
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     assert all(line["held_out_loss"] <= line["loss"] for line in lines if "loss" in line)
-    assert [line["measured"] for line in lines if "measured" in line] == ["served", "candidate"]
+    assert [(line["measured"], line["device"], line["precision"]) for line in lines if "measured" in line] == [
+        ("served", "cpu", "float32"),
+        ("candidate", "cpu", "float32"),
+    ]
     assert json.loads((result.run / "result.json").read_text())["published"] == "1"
     assert not list(result.run.glob("*.safetensors"))
 

@@ -24,6 +24,7 @@ from medvl_sam2.evaluation.peers.view import Opened, guidance
 from medvl_sam2.evaluation.peers.view_peers import ViewConfig, ViewPeer, ViewStage, turned
 from medvl_sam2.evaluation.runner import Plan
 from medvl_sam2.modeling.slice_segmenter import SliceSegmenter
+from medvl_sam2.predictor import placed_segmenter
 from medvl_sam2.training.batch_stream import BatchShape
 from medvl_sam2.training.samples import LabelledVolume, from_masks
 from medvl_sam2.training.stage import Draw
@@ -236,6 +237,13 @@ def test_sam2_alone_learns_from_prompts_and_never_from_names() -> None:
     mask = predictor.segment_prompt(predictor.open(volume), Prompt(np.array([[15.0, 20.0, 9.0]]), np.array([1]))).mask
     assert mask.shape == volume.geometry.shape
     assert mask[15, 20, 9]
+
+
+def test_prompted_peers_compute_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placed_segmenter, "has_bfloat16_units", lambda _: True)
+    monkeypatch.setattr(placed_segmenter, "CPU_BFLOAT16_PIXELS", 1)
+    model = slice_peers.without_scene(SMALL_SLICES)
+    assert slice_peers.prompted(SliceSegmenter(SMALL_SLICES), model, "own", assist=True).precision == "float32"
 
 
 # --- scores and table ---------------------------------------------------------------------------------------------

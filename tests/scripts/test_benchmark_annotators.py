@@ -18,8 +18,7 @@ ARGUMENTS = ["--annotators", "2", "--clicks", "2", "--shape", "24x20x12"]
 
 
 @pytest.fixture
-def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("benchmark_annotators", monkeypatch)
 
 

@@ -14,8 +14,7 @@ SMALL = ["--preset", "sam2.1_tiny", "--image-size", "128", "--repeats", "1", "--
 
 
 @pytest.fixture
-def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("benchmark_encoder", monkeypatch)
 
 
@@ -38,7 +37,10 @@ def test_every_form_is_compared_with_the_plain_encoder(
     assert 1e-4 < rows["bfloat16", 1]["difference"] < 0.2
     assert all(row["cpu_s"] > 0 for row in rows.values())
     assert figures["not_measured"] == {"onnx": "not installed: onnx, onnxscript, onnxruntime"}
-    assert "onnx           not measured: not installed" in capsys.readouterr().out
+    assert (figures["computing"]["device"], figures["computing"]["threads"]) == ("cpu", 1)
+    shown = capsys.readouterr().out
+    assert "onnx           not measured: not installed" in shown
+    assert "computed on cpu (" in shown
 
 
 def test_shipped_weights_keep_their_size(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

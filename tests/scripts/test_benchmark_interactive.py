@@ -17,8 +17,7 @@ LITTLE = ["--shapes", "48x40x6", "--image-size", "128", "--clicks", "2", "--thre
 
 
 @pytest.fixture
-def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "scripts"))  # where the program finds its modules when it is run
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("benchmark_interactive", monkeypatch)
 
 
@@ -27,7 +26,7 @@ def test_ratios_are_theirs_over_ours_and_finished_rows_are_not_redone(
 ) -> None:
     from interactive_contenders import Cost, Measured
 
-    ours = Measured(Cost(4.0, 2.0, 5), (Cost(1.0, 0.5, 1), Cost(3.0, 1.5, 4)), Cost(0.2, 0.1, 0), 1.0, 3)
+    ours = Measured(Cost(4.0, 2.0, 5), (Cost(1.0, 0.5, 1), Cost(3.0, 1.5, 4)), Cost(0.2, 0.1, 0), 1.0, 3, "bfloat16")
     peer = Measured(Cost(8.0, 6.0, 7), (Cost(40.0, 30.0, 8),), Cost(4.0, 3.0, 9), 2.5, 6)
     ran: list[str] = []
 
@@ -47,6 +46,8 @@ def test_ratios_are_theirs_over_ours_and_finished_rows_are_not_redone(
     costs = next(line for line in text.splitlines() if line.split()[0] == "ours")
     assert [part.split()[-2] for part in costs.split(" decoded)")[:3]] == ["s,", "s,", "s,"]
     assert [part.split()[-1] for part in costs.split(" decoded)")[:3]] == ["5", "2.5", "0"]
+    assert costs.endswith("3 slices in the mask  bfloat16")
+    assert [row["precision"] for row in json.loads(figures.read_text(encoding="utf-8"))["rows"]] == ["bfloat16", None]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert script.main(arguments) == 0
     assert ran == ["ours", "sam_3d"]

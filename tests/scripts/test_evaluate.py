@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +9,14 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+from script_modules import load_script
+
 LITTLE = ["--generated", "1", "--objects-per-case", "1", "--settings", "box", "--steps", "1"]
 
 
-@pytest.fixture(scope="module")
-def evaluate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("evaluate", monkeypatch)
 
 
 def test_controls_alone_write_figures_and_a_page(

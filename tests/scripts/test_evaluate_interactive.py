@@ -153,7 +153,7 @@ def test_another_engine_configuration_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = small_predictor()
-    monkeypatch.setattr(evaluate.Predictor, "load", lambda _: model)
+    monkeypatch.setattr(Predictor, "load", lambda *_: model)
     arguments = ["--npz", str(cases), "--cases", "boxed", "--json", str(tmp_path / "f.json")]
     assert evaluate.main(arguments) == 0
     assert evaluate.main(arguments) == 0
@@ -161,6 +161,9 @@ def test_another_engine_configuration_is_named(
     model = Predictor(model.model, model.meta, config)
     assert evaluate.main(arguments) == 2
     assert "was written with interactive.reach_mm 12.0, not 5.0" in capsys.readouterr().err
+    model = Predictor(model.model, model.meta, precision="bfloat16")
+    assert evaluate.main(arguments) == 2
+    assert "was written with precision 'float32', not 'bfloat16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["evaluate", "predict"])

@@ -20,7 +20,6 @@ def test_there_are_programs() -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     with pytest.raises(SystemExit) as ended:
         load_script(name, monkeypatch).main()
     assert ended.value.code == 0

@@ -259,7 +259,8 @@ class _Finetuning:
         holdout = self._score(checkpoint, predictor, [one.case for one in self.holdout]) if self.holdout else None
         cases = [generated_case(self.backend.generate(GATE_SEED + n)) for n in range(self.config.gate_cases)]
         generated = self._score(checkpoint, predictor, cases)
-        self.run_folder.log(measured=who, **figures(holdout, generated))
+        made = {"device": predictor.device, "precision": predictor.precision}
+        self.run_folder.log(measured=who, **made, **figures(holdout, generated))
         return holdout, generated
 
     def _score(self, checkpoint: Path, predictor: ServedPredictor, cases: Sequence[LabelledCase]) -> Measurement:

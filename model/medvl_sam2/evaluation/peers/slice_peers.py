@@ -39,10 +39,14 @@ def empty_model(config: ModelConfig) -> UnifiedModel:
 
 
 def prompted(segmenter: SliceSegmenter, config: ModelConfig, name: str, assist: bool) -> Predictor:
-    """A predictor on trained slices alone; ``assist``: with our intensity-grown start and strokes."""
+    """A predictor on trained slices alone; ``assist``: with our intensity-grown start and strokes.
+
+    In float32 wherever it runs, as the other contenders compute.
+    """
     model = empty_model(config)
     model.segmenter.load_state_dict(segmenter.state_dict())
-    return Predictor(model, CheckpointMeta(name, "0", _NOTICE), InteractiveConfig(assist=assist))
+    meta = CheckpointMeta(name, "0", _NOTICE)
+    return Predictor(model, meta, InteractiveConfig(assist=assist), precision="float32")
 
 
 class PromptStage(Stage):
