@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from computing import add_model_options, computing, load_predictor, use_threads
+from computing import add_model_options, computing, exit_code, load_predictor
 from tqdm import tqdm
 
 from medvl_sam2.errors import MedVLError
@@ -61,13 +61,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer all requests; 0 on success, 1 where one failed, 2 with a message on a bad input."""
-    options = parse(arguments)
-    use_threads(options)
-    try:
-        return 1 if predict(options) else 0
-    except MedVLError as error:
-        print(f"challenge_predict: {error}", file=sys.stderr)
-        return 2
+    return exit_code("challenge_predict", parse(arguments), predict)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""What the programs that load a model have in common: which one, on which device, in which numbers, and saying so."""
+"""What the programs that load a model have in common: which one, on which device, in which numbers; how they end."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from medvl_sam2.errors import MedVLError
 from medvl_sam2.modeling.compute import Precision, processor_name
 from medvl_sam2.predictor import Predictor
 
@@ -30,6 +33,16 @@ def use_threads(options: argparse.Namespace) -> None:
     """Compute with as many torch threads as asked for."""
     if options.threads > 0:
         torch.set_num_threads(options.threads)
+
+
+def exit_code(program: str, options: argparse.Namespace, work: Callable[[argparse.Namespace], int | None]) -> int:
+    """Do ``work``: 0, 1 where it returns a number of failures, 2 with a message on a bad input."""
+    use_threads(options)
+    try:
+        return 1 if work(options) else 0
+    except MedVLError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
 
 
 def load_predictor(options: argparse.Namespace) -> Predictor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from computing import add_model_options, computing, load_predictor, said, use_threads
+from computing import add_model_options, computing, exit_code, load_predictor, said
 from tqdm import tqdm
 
 from medvl_sam2.checkpoint import ALIGNMENT_FOLDER, read_meta, shipped_checkpoint
@@ -192,14 +192,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 2 with a message on a bad input."""
-    options = parse(arguments)
-    use_threads(options)
-    try:
-        evaluate(options)
-    except MedVLError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("evaluate", parse(arguments), evaluate)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from computing import add_model_options, computing, load_predictor, said, use_threads
+from computing import add_model_options, computing, exit_code, load_predictor, said
 from tqdm import tqdm
 
-from medvl_sam2.errors import MedVLError
 from medvl_sam2.evaluation.cases import FIRST_SEED, generated_cases
 from medvl_sam2.files import write_json_atomically
 from medvl_sam2.predictor import Predictor
@@ -122,14 +121,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 2 with a message on a bad input."""
-    options = parse(arguments)
-    use_threads(options)
-    try:
-        evaluate(options)
-    except MedVLError as error:
-        print(f"evaluate_evidence: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("evaluate_evidence", parse(arguments), evaluate)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from computing import add_model_options, computing, load_predictor, said, use_threads
+from computing import add_model_options, computing, exit_code, load_predictor, said
 from tqdm import tqdm
 
 from medvl_sam2.errors import MedVLError
@@ -175,13 +175,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 on success, 1 where a case failed, 2 with a message on a bad input."""
-    options = parse(arguments)
-    use_threads(options)
-    try:
-        return 1 if evaluate(options) else 0
-    except MedVLError as error:
-        print(f"evaluate_interactive: {error}", file=sys.stderr)
-        return 2
+    return exit_code("evaluate_interactive", parse(arguments), evaluate)
 
 
 if __name__ == "__main__":
