@@ -1,11 +1,12 @@
-"""Scores of models in a store, kept by everything they depend on.
+"""Scores of models in a store, kept by what is known to change them.
 
 ::
 
     <store>/scores/<key>.json
 
-The same weights on the same cases are measured once, whichever run asks. Of what may change a score nothing is left out
-of the key, so other weights, labels, settings, devices, number formats or code are measured anew.
+The same weights on the same cases are measured once, whichever run asks. Other weights, labels, settings, devices,
+number formats, code of this package, torch or numpy are measured anew; other versions of further libraries, and another
+number of threads, are not.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class KeptScores:
 def score_key(
     checkpoint: Path, predictor: ServedPredictor, cases: Sequence[LabelledCase], settings: Mapping[str, int]
 ) -> str:
-    """SHA-256 over all that a measurement of ``checkpoint``, loaded as ``predictor``, depends on.
+    """SHA-256 over what is known to change a measurement of ``checkpoint``, loaded as ``predictor``.
 
     ``settings``: how it is measured. Cases count by every voxel of image and masks.
     """
