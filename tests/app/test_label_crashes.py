@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ from medvl_sam2.volume_io import read_mask
 AHEAD = 6
 """Saves a child may get through before it waits to be killed."""
 WINDOW = 6.0
-"""Kills fall into this many times a save's duration after the child began, which saves slower than its parent."""
+"""Kills fall into this many times a save's duration after the first one began; a child saves slower than its parent."""
 
 
 @dataclass
@@ -122,6 +123,7 @@ class Trials:
                 os._exit(1)
         os.close(writer)
         if line is None:
+            select.select([reader], [], [], 60)  # a large process takes long to fork, and no save has begun before
             time.sleep(self.random.uniform(0, WINDOW * self.save_s))
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
