@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Locator, Page, Route, sync_playwright
+from playwright.sync_api import Locator, Page, Request, Route, sync_playwright
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -21,6 +23,8 @@ FLAGS = [
 """WebGL 2 from software, and no traffic of the browser's own."""
 PATIENCE_MS = 240_000
 """For a request to the model on a machine that others use too."""
+
+_LONG_S = 2.0
 
 _LABELMAP = """id => {
     const volume = window.services.segmentationService.getLabelmapVolume(id);
@@ -97,6 +101,29 @@ def open_page(profile: Path, problems: list[str]) -> Iterator[Page]:
         context.close()
 
 
+class Requests:
+    """What a page asked for and was refused, waits for or waited for long, and what its scripts complained of."""
+
+    def __init__(self, page: Page) -> None:
+        self._lines: deque[str] = deque(maxlen=40)
+        self._waiting: dict[Request, float] = {}
+        page.on("request", lambda request: self._waiting.update({request: time.monotonic()}))
+        page.on("requestfinished", lambda request: self._ended(request, ""))
+        page.on("requestfailed", lambda request: self._ended(request, str(request.failure)))
+        page.on("response", lambda reply: reply.ok or self._lines.append(f"{reply.status}: {reply.url}"))
+        page.on("console", lambda said: said.type == "error" and self._lines.append(f"said: {said.text}"))
+
+    def _ended(self, request: Request, failure: str) -> None:
+        took = time.monotonic() - self._waiting.pop(request, time.monotonic())
+        if failure or took > _LONG_S:
+            self._lines.append(f"{failure or 'answered'} after {took:.1f} s: {request.method} {request.url}")
+
+    def __str__(self) -> str:
+        now = time.monotonic()
+        waiting = [f"for {now - since:.1f} s: {one.method} {one.url}" for one, since in self._waiting.items()]
+        return "\n".join([*self._lines, *waiting])
+
+
 @dataclass
 class Viewer:
     """OHIF with the panel. ``pictures``: where :meth:`picture` puts what was on screen."""
@@ -104,6 +131,7 @@ class Viewer:
     page: Page
     address: str
     pictures: Path
+    requests: Requests
 
     # --- OHIF -------------------------------------------------------------------------------------------------------
 
@@ -200,6 +228,11 @@ class Viewer:
         """Until the panel does nothing."""
         self.page.wait_for_timeout(150)
         self.panel.locator(".job").first.wait_for(state="detached", timeout=PATIENCE_MS)
+
+    def last_words(self) -> str:
+        """For who cannot see the page a test failed on."""
+        shown = self.page.inner_text("body", timeout=5_000)
+        return f"{self.page.url}\n{self.requests}\n{shown[-2000:]}"
 
     @property
     def status(self) -> str:

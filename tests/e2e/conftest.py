@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import requests
+from playwright.sync_api import Error as PlaywrightError
 
-from e2e.browser import Viewer, chromium, open_page
+from e2e.browser import Requests, Viewer, chromium, open_page
 from medvl_sam2.evaluation.cases import FIRST_SEED
 from medvl_sam2.synthesis import generate_case
 from medvl_sam2.synthesis.records import QA, Case
@@ -143,6 +144,19 @@ def viewer(site: Site, tmp_path: Path) -> Iterator[Viewer]:
     PICTURES.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     with open_page(tmp_path / "profile", problems) as page:
-        yield Viewer(page, site.address, PICTURES)
+        yield Viewer(page, site.address, PICTURES, Requests(page))
         page.screenshot(path=PICTURES / "last.png")
     assert problems == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test also says what the page last asked for and showed."""
+    report = yield
+    viewer = getattr(item, "funcargs", {}).get("viewer")
+    if report.when == "call" and report.failed and isinstance(viewer, Viewer):
+        try:
+            report.sections.append(("the page, last", viewer.last_words()))
+        except PlaywrightError as error:  # whatever is wrong with the page is not what the test failed on
+            report.sections.append(("the page, last", f"cannot be asked: {error}"))
+    return report

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, Route
 
-from e2e.browser import PATIENCE_MS, Viewer
+from e2e.browser import PATIENCE_MS, Requests, Viewer
 from e2e.conftest import Site
 from e2e.content import middle, organ
 
@@ -115,7 +115,7 @@ def test_two_tabs(site: Site, viewer: Viewer) -> None:
     first = client(viewer)
     with viewer.page.expect_popup() as opened:
         viewer.page.evaluate("window.open(location.href)")  # the browser copies this tab's storage
-    other = Viewer(opened.value, viewer.address, viewer.pictures)
+    other = Viewer(opened.value, viewer.address, viewer.pictures, Requests(opened.value))
     other.wait_for_image()
     assert other.panel.get_by_label("Your name").input_value() == "Dr. Ada"
     assert client(other) != first

@@ -1,7 +1,4 @@
-"""The session the store's DICOMweb client asks with: it gives up on a server that hangs.
-
-The client itself sets no time.
-"""
+"""The sessions a DICOMweb server is asked with: one that closes connections is asked again, one that hangs given up."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ LIMITS_S = (5.0, 120.0)
 """To connect, and between two pieces of an answer."""
 BRIEF_S = (2.0, 5.0)
 """The same while somebody waits; together as long as the outbox lets a sender wait."""
+_KEPT_TRIES = 2
 _limits = ContextVar("_limits", default=LIMITS_S)
 
 
@@ -29,7 +27,25 @@ def briefly() -> Iterator[None]:
         _limits.reset(before)
 
 
-class TimedSession(requests.Session):
+class PatientSession(requests.Session):
+    """Asks again when the server closes a kept connection just as the question is on its way.
+
+    Orthanc closes one that was idle for a second: a viewer that asks a second after its last answer meets this, and
+    would be left without the study. Only GET, which may be repeated (RFC 9110 section 9.2.2).
+    """
+
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        for _ in range(_KEPT_TRIES if method == "GET" else 0):
+            try:
+                return super().request(method, url, *args, **kwargs)
+            except requests.ConnectTimeout:
+                raise
+            except requests.ConnectionError:
+                continue  # the next kept connection may be closed too; one that is new is not
+        return super().request(method, url, *args, **kwargs)
+
+
+class TimedSession(PatientSession):
     """Raises :class:`requests.Timeout` when the server is silent for too long."""
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:

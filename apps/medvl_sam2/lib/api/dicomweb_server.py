@@ -1,7 +1,8 @@
 """The DICOMweb server behind the studies: its addresses, how to ask it, and whether it answers.
 
 Concurrency: one ``requests`` session for all threads. It keeps connections open and nothing else: cookies are refused,
-and credentials are given with each request.
+and credentials are given with each request. What is not to be sent twice goes on a connection of its own, which no
+server closes under it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from urllib.parse import quote
 import requests
 from monailabel.config import settings
 from requests.adapters import HTTPAdapter
+
+from lib.dicomweb_session import PatientSession
 
 CONNECT_S = 5.0
 READ_S = 120.0
@@ -59,7 +62,8 @@ def send(
     auth = (user, password) if user and password else None
     if "googleapis.com" in url:
         headers, auth = {**headers, "Authorization": f"Bearer {_google_token()}"}, None
-    return _session().request(
+    session = _session() if method == "GET" else _new_session()
+    return session.request(
         method,
         f"{url}?{query}" if query else url,
         data=body,
@@ -72,7 +76,11 @@ def send(
 
 @cache
 def _session() -> requests.Session:
-    session = requests.Session()
+    return _new_session()
+
+
+def _new_session() -> requests.Session:
+    session = PatientSession()
     session.headers.clear()
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
