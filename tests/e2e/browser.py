@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,14 @@ _COLOURS = """() => {
     const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
     return Object.keys(one.segments).map(index => Array.from(service.getSegmentColor('mpr-axial', '1', Number(index))));
 }"""
-_PAINT = """([name, [i, j, k]]) => {
+_PAINT = """([name, [i, j, k], id]) => {
     const service = window.services.segmentationService;
-    const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
+    const [one] = service.getSegmentations().filter(one => one.segmentationId === id);
     const { segmentIndex } = Object.values(one.segments).find(segment => segment.label === name);
-    const volume = service.getLabelmapVolume('1');
+    const volume = service.getLabelmapVolume(id);
     volume.voxelManager.setAtIJK(i, j, k, segmentIndex);
     window.cornerstone.triggerEvent(window.cornerstone.eventTarget,
-        window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: '1' });
+        window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: id });
 }"""
 _PLACE = """([id, voxel]) => {
     const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
@@ -122,6 +123,11 @@ class Viewer:
         if hide.is_visible():
             hide.click()
 
+    def turn_to(self, description: str) -> None:
+        """Another series, from OHIF's own list of the study's series, until the panel has it."""
+        self.page.locator('[data-cy="study-browser-thumbnail"]', has_text=description).dblclick()
+        self.panel.locator(".case", has_text=description).wait_for()
+
     def labelmap(self, segmentation: str = "1") -> tuple[np.ndarray, dict[str, int]]:
         """Voxels (I, J, K) of a segmentation, and the value of each of its names."""
         shape, text = self.page.evaluate(_LABELMAP, segmentation)
@@ -150,9 +156,9 @@ class Viewer:
         x, y = self.page.evaluate(_PLACE, [viewport, [int(n) for n in voxel]])
         return x, y
 
-    def paint(self, name: str, voxel: Any) -> None:
+    def paint(self, name: str, voxel: Any, segmentation: str = "1") -> None:
         """Give a voxel to a structure, as a tool of the viewer does."""
-        self.page.evaluate(_PAINT, [name, [int(n) for n in voxel]])
+        self.page.evaluate(_PAINT, [name, [int(n) for n in voxel], segmentation])
 
     def drag(self, start: Any, end: Any) -> None:
         """Press the mouse on one voxel of the axial viewport and let go on another."""
@@ -200,6 +206,13 @@ class Viewer:
         """Until the panel does nothing."""
         self.page.wait_for_timeout(150)
         self.panel.locator(".job").first.wait_for(state="detached", timeout=PATIENCE_MS)
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for what the browser does meanwhile."""
+        end = time.monotonic() + PATIENCE_MS / 1000
+        while not holds():
+            assert time.monotonic() < end, "it never happened"
+            self.page.wait_for_timeout(50)
 
     @property
     def status(self) -> str:

@@ -40,9 +40,7 @@ def asks_nothing(viewer: Viewer) -> bool:
 
 
 def show_series(viewer: Viewer, description: str) -> None:
-    """From OHIF's own list of the study's series."""
-    viewer.page.locator('[data-cy="study-browser-thumbnail"]', has_text=description).dblclick()
-    viewer.panel.locator(".case", has_text=description).wait_for()
+    viewer.turn_to(description)
     viewer.wait()
 
 
