@@ -65,6 +65,7 @@ export class Words {
   async run(words) {
     const { work } = this.panel;
     const image = this.panel.image();
+    if (!image) return [];
     const reply = await work.run(this.kind, `Segmenting “${words}”`, async (signal) => {
       const asked = { client_id: clientId(), prompt: words };
       const { params, file } = await api.infer("medvl_referring", image.series, asked, { signal });
@@ -92,7 +93,7 @@ export class Words {
 
   /** The structure of every value that has voxels: "the cyst in the liver" is a lesion, unless somebody named one so. */
   #structuresOf(image, mask, described) {
-    const [counts, now, names] = [labelmap.counts(mask), labelmap.voxels(), {}];
+    const [counts, now, names] = [labelmap.counts(mask), labelmap.voxels(image), {}];
     const known = labelmap.structures(image);
     const lesions = Object.fromEntries(
       known.filter(({ name }) => A_LESION.test(name)).map(({ name, index }) => [name, index]),
@@ -110,6 +111,7 @@ export class Words {
    * null to leave all as it is. What belongs to `own` is not asked about.
    */
   async keeps(image, mask, names, own = null) {
+    if (!this.panel.shows(image)) return null;
     const affected = () => {
       const byHand = this.segment.automatic.byHand(image);
       const changed = this.#changed(image, mask, names);
@@ -122,11 +124,13 @@ export class Words {
 
   #changed(image, mask, names) {
     const [target, told, lesions] = [new Uint8Array(256), new Uint8Array(256), new Uint8Array(256)];
-    for (const [value, name] of Object.entries(names)) target[value] = labelmap.indexOf(image, name);
+    // A name is added with its voxels, not before the annotator said that they may come.
+    const known = labelmap.structuresWith(image, Object.values(names));
+    const indexOf = (wanted) => known.find(({ name }) => name === wanted).index;
+    for (const [value, name] of Object.entries(names)) target[value] = indexOf(name);
     for (const value of target) told[value] = value ? 1 : 0;
-    const known = labelmap.structures(image);
     for (const { name, index } of known) lesions[index] = A_LESION.test(name) ? 1 : 0;
-    const changed = changedBy(labelmap.voxels(), mask.map((value) => target[value]), told, lesions);
+    const changed = changedBy(labelmap.voxels(image), mask.map((value) => target[value]), told, lesions);
     return new Set(known.filter(({ index }) => changed[index]).map(({ name }) => name));
   }
 
