@@ -103,3 +103,63 @@ def test_a_point_is_taken_away_once(node: str) -> None:
         console.log(JSON.stringify(prompts.points.map(({{ voxel }}) => voxel[0])));
     """
     assert _told(node, script) == [3]
+
+
+def test_a_step_goes_back_and_forth_with_its_prompts(node: str) -> None:
+    """All organs over a click's mask, a click on what they made, and undo over both in turn; hand edits stop it."""
+    script = f"""
+        import {{ Placed, Prompts }} from "{(PANEL / "prompts.js").as_uri()}";
+        import {{ Steps }} from "{(PANEL / "steps.js").as_uri()}";
+        const placed = new Placed();
+        const work = {{ run: (kind, title, act) => act(), say: () => {{}} }};
+        const steps = new Steps(work, placed);
+        const told = [];
+        const tell = (moved) => told.push([moved, labelmap.voxels(one).join(""), placed.of(one).get("liver")?.words]);
+        const go = async (direction) => tell(await steps.move(one, direction, ""));
+        const place = (words) => placed.of(one).set("liver", Object.assign(new Prompts(), {{ words }}));
+        labelmap.paste(one, mask("1000"), {{ 1: "liver" }});
+        place("first");
+        steps.paste(one, mask("0110"), {{ 1: "liver", 2: "spleen" }});
+        tell();
+        place("second");
+        labelmap.paste(one, mask("0111"), {{ 1: "liver" }});
+        await go("undo"); // the masks are not as the step left them
+        labelmap.paste(one, mask("0110"), {{ 1: "liver" }});
+        await go("undo");
+        await go("redo");
+        steps.paste(one, mask("0110"), {{ 1: "liver" }}); // nothing changed: no step
+        await go("undo");
+        steps.placed(one);
+        await go("redo");
+        steps.paste(one, mask("1100"), {{ 1: "liver" }}, ["liver"]); // kept, and so are its prompts
+        tell(steps.can(one, "undo"));
+        console.log(JSON.stringify(told));
+    """
+    assert _told(node, script) == [
+        [None, "0110", None],
+        [False, "0111", "second"],
+        [True, "1000", "first"],
+        [True, "0110", "second"],
+        [True, "1000", "first"],
+        [False, "1000", "first"],
+        [False, "1000", "first"],
+    ]
+
+
+def test_the_oldest_steps_go_when_they_take_much(node: str) -> None:
+    script = f"""
+        import {{ Placed }} from "{(PANEL / "prompts.js").as_uri()}";
+        import {{ Steps }} from "{(PANEL / "steps.js").as_uri()}";
+        const work = {{ run: (kind, title, act) => act(), say: () => {{}} }};
+        const most = async (bytes) => {{
+            const steps = new Steps(work, new Placed(), bytes);
+            for (const one of ["1000", "1100", "0000"]) steps.paste(two, mask(one), {{ 1: "liver" }});
+            const told = [];
+            while (await steps.move(two, "undo", "")) told.push(labelmap.voxels(two).join(""));
+            return told;
+        }};
+        await labelmap.ensure(two, []);
+        console.log(JSON.stringify([await most(1e6), await most(18), await most(1)]));
+    """
+    # A changed voxel takes 6 bytes: 6, 6 and 12.
+    assert _told(node, script) == [["1100", "1000", "0000"], ["1100", "1000"], ["1100"]]

@@ -81,8 +81,13 @@ def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
     np.testing.assert_array_equal(viewer.mask("liver"), painted)
     viewer.click(other)
     assert viewer.mask("liver")[1, 0, 0], "the next click builds on what is on screen"
+    before = viewer.labelmap()[0]
     viewer.press("Clear")
     assert set(np.unique(viewer.labelmap()[0])) == {0, viewer.labelmap()[1]["spleen"]}
+    assert placed.count() == 0
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    assert placed.count() > 0
     viewer.picture("14-during-a-request")
 
 

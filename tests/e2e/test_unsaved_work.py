@@ -192,7 +192,7 @@ def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:
     changed = viewer.labelmap()[0]
     viewer.choose("liver")
     viewer.press("Undo")
-    assert "changed since these words" in viewer.alert
+    assert "changed since the last step" in viewer.alert
     np.testing.assert_array_equal(viewer.labelmap()[0], changed)
     say("the liver")
     assert {"liver", "spleen"} <= set(re.split(r": |, |\. ", question(viewer).split("\n")[0]))

@@ -4,8 +4,8 @@ import * as api from "./api.js";
 import { clientId } from "./annotator.js";
 import { button, counted, make, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
+import { readMask } from "./masks.js";
 import { fingerprints } from "./prompts.js";
-import { readMask } from "./words.js";
 
 /**
  * Values with voxels that `made` does not give them, or rubbed out since: a table of 256. A structure that only lies
@@ -78,7 +78,8 @@ export class Automatic {
       // What was painted while the model ran was not asked about: it is kept too.
       const kept = [...this.byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
       const before = labelmap.voxels(image).slice();
-      labelmap.paste(image, mask, Object.fromEntries(Object.entries(names).map(([name, n]) => [n, name])), kept);
+      const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, name]));
+      this.segment.steps.paste(image, mask, byValue, kept);
       this.#note(image, before, (name) => name in names && !kept.includes(name));
       const counts = labelmap.counts(mask);
       const segmented = Object.keys(names).filter((name) => counts[names[name]] && told(name) && !kept.includes(name));

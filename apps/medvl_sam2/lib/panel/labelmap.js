@@ -222,14 +222,16 @@ export function putBack(image, values) {
   put(values);
 }
 
-/** Do `act`, which pastes, and return what it changed: for `takeStep`. */
+/** Do `act`, which pastes, and return what it changed, with the `bytes` that takes: for `takeStep`. */
 export function stepOf(image, act) {
   checkShown(image);
   const { layers } = known.get(image.series);
   layers.settle(voxels());
-  const [values, under] = [voxels().slice(), layers.under.slice()];
+  const [now, under] = [voxels().slice(), layers.under.slice()];
   act();
-  return { values: difference(values, voxels()), under: difference(under, layers.under) };
+  const step = { values: difference(now, voxels()), under: difference(under, layers.under) };
+  const parts = Object.values(step).flatMap((one) => Object.values(one));
+  return { ...step, bytes: parts.reduce((sum, part) => sum + part.byteLength, 0) };
 }
 
 /** Go back over a step ("undo"), or over it again ("redo"). */
@@ -249,10 +251,12 @@ export function takeStep(image, step, direction) {
 
 /** Where two arrays differ, and what stands there. */
 function difference(before, after) {
-  const places = [];
-  for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) places.push(n);
+  let count = 0;
+  for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) count++;
+  const places = new Uint32Array(count);
+  for (let n = before.length - 1; n >= 0; n--) if (before[n] !== after[n]) places[--count] = n;
   const at = (values) => Uint8Array.from(places, (n) => values[n]);
-  return { places: Uint32Array.from(places), before: at(before), after: at(after) };
+  return { places, before: at(before), after: at(after) };
 }
 
 function follow(values, { places, before, after }, direction) {

@@ -6,27 +6,25 @@ import { Automatic } from "./automatic.js";
 import { Brush } from "./brush.js";
 import { button, counted, field, form, make, replace, select, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
-import { readNrrd, writeNrrd } from "./nrrd.js";
+import { maskOf, readMask, voxelsOf } from "./masks.js";
 import { Overlay } from "./overlay.js";
 import { PlacedList } from "./placed_list.js";
 import { Placed, Prompts, fingerprints } from "./prompts.js";
+import { Steps } from "./steps.js";
 import { Structures } from "./structures.js";
-import { gridOf, jumpTo, onTool } from "./viewer.js";
-import { Words, readMask } from "./words.js";
+import { jumpTo, onTool } from "./viewer.js";
+import { Words } from "./words.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
 const KIND = "segment";
-
-/** Voxels of a mask of ours: a NRRD Blob, or null for nothing. */
-const voxelsOf = async (image, mask) =>
-  mask ? (await readNrrd(await mask.arrayBuffer())).voxels : new Uint8Array(labelmap.voxels(image).length);
 
 export class Segment {
   /** `panel` has `image()`, `names()` (the server's labels) and `work`. */
   constructor(panel) {
     this.panel = panel;
     this.placements = new Placed();
+    this.steps = new Steps(panel.work, this.placements);
     this.again = new Map(); // structures whose prompts were not asked for yet, with their image
     this.asking = false;
     this.placing = Promise.resolve();
@@ -125,8 +123,8 @@ export class Segment {
     this.wordsLabel.textContent = this.#wordsChoose() ? "In words" : `In words, for ${spoken(this.target.value)}`;
     this.automatic.refresh(this.target.value);
     const image = this.panel.image();
-    this.undo.disabled = busy || !(prompts?.canUndo || this.byWords.can(image, "undo"));
-    this.redo.disabled = busy || !(prompts?.canRedo || this.byWords.can(image, "redo"));
+    this.undo.disabled = busy || !(prompts?.canUndo || this.steps.can(image, "undo"));
+    this.redo.disabled = busy || !(prompts?.canRedo || this.steps.can(image, "redo"));
     this.clear.disabled = busy || !this.target.value;
     this.placedList.refresh(prompts);
     this.overlay.draw();
@@ -239,7 +237,7 @@ export class Segment {
     if (!this.panel.shows(image)) return prompts.revert();
     this.#buttons();
     this.again.set(name, image);
-    this.byWords.placed(image);
+    this.steps.placed(image);
     if (this.asking) return;
     this.asking = true;
     try {
@@ -262,19 +260,13 @@ export class Segment {
     const placed = this.placements.of(image);
     let prompts = placed.get(name);
     const index = labelmap.indexOf(image, name);
-    const voxels = labelmap.voxels(image);
-    const now = fingerprints(voxels)[index];
+    const now = fingerprints(labelmap.voxels(image))[index];
     if (!prompts) {
       prompts = new Prompts();
       placed.set(name, prompts);
     }
     if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
-      const mask = now
-        ? await writeNrrd(
-            gridOf(image.volume),
-            voxels.map((value) => (value === index ? 1 : 0)),
-          )
-        : null;
+      const mask = now ? await maskOf(image, index) : null;
       if (!prompts.past.length) prompts.base = mask;
       prompts.startFrom(mask);
       prompts.fingerprint = now;
@@ -334,9 +326,9 @@ export class Segment {
     const prompts = this.#placedNow();
     if (this.asking) return; // between two requests the buttons are open for a moment
     const said = direction === "undo" ? "One step back" : "One step forward";
-    if (await this.byWords.move(image, direction, said)) return this.refresh();
+    if (await this.steps.move(image, direction, said)) return this.refresh();
     if (!prompts?.[direction === "undo" ? "canUndo" : "canRedo"]) {
-      return this.panel.work.complain("The masks were changed since these words; undo that first");
+      return this.panel.work.complain("The masks were changed since the last step; undo that first");
     }
     const before = this.#standing(image, name);
     if (before !== (prompts.fingerprint ?? "")) {
@@ -374,7 +366,7 @@ export class Segment {
   clearPrompts() {
     const [image, name] = [this.panel.image(), this.target.value];
     if (!image) return;
-    labelmap.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name });
+    this.steps.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name });
     this.placements.of(image).delete(name);
     this.refresh();
   }
@@ -389,7 +381,7 @@ export class Segment {
     this.leave();
     this.placements.forget(image);
     this.automatic.forget(image);
-    this.byWords.forget(image);
+    this.steps.forget(image);
   }
 
   /** Another image comes on screen. */
