@@ -62,7 +62,8 @@ def node() -> str:
     return found
 
 
-def _node(node: str, script: str) -> str:
+def run_node(node: str, script: str) -> str:
+    """What a script in the panel's folder prints."""
     command = [node, "--input-type=module", "-e", script]
     return subprocess.run(command, cwd=PANEL, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
@@ -84,7 +85,7 @@ def test_masks_survive_writing_and_reading(node: str, tmp_path: Path) -> None:
         console.log(JSON.stringify([back.sizes, back.axes, back.origin, Array.from(back.voxels)]));
     """
     expected = "[[2,3,4],[[0,2,0],[-1.5,0,0],[0,0,3]],[10,-20,30.5],[" + ",".join(map(str, range(24))) + "]]"
-    assert _node(node, script) == expected
+    assert run_node(node, script) == expected
     voxels, header = nrrd.read(str(file), index_order="F")
     np.testing.assert_array_equal(voxels, np.arange(24, dtype=np.uint8).reshape(2, 3, 4, order="F"))
     np.testing.assert_array_equal(header["space directions"], [[0, 2, 0], [-1.5, 0, 0], [0, 0, 3]])
@@ -115,7 +116,7 @@ def test_prompts_go_back_and_forth(node: str) -> None:
     """
     both = '{"label":"liver","foreground":[[1,2,3]],"background":[[4,5,6]],"box":[[2,1,5],[9,8,5]]}'
     first = '{"label":"liver","foreground":[[1,2,3]],"background":[]}'
-    assert _node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false,1]"
+    assert run_node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false,1]"
 
 
 def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> None:
@@ -156,7 +157,7 @@ def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> 
         map.place(none, [3]).tell();
         console.log(states.join(" "));
     """
-    assert _node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000 10220"
+    assert run_node(node, script) == "12220 11100 00000 10001 12220 10100 10220 00000 10220"
 
 
 def test_what_is_no_longer_automatic(node: str) -> None:
@@ -176,7 +177,7 @@ def test_what_is_no_longer_automatic(node: str) -> None:
         );
     """
     # The last: 2 went from the third voxel, and the 1 that came to light under it is as automatic as it was.
-    assert _node(node, script) == "112000 4 34 124 14 24 1 112440 211000"
+    assert run_node(node, script) == "112000 4 34 124 14 24 1 112440 211000"
 
 
 def test_what_words_take(node: str) -> None:
@@ -197,7 +198,7 @@ def test_what_words_take(node: str) -> None:
         );
     """
     taken = "12 none 01 2 23 none 012"  # 0 is what is nothing
-    assert _node(node, script) == f"{taken} / lesion lesion 2 lesion 3 lesion 4 lesion 3 lesion"
+    assert run_node(node, script) == f"{taken} / lesion lesion 2 lesion 3 lesion 4 lesion 3 lesion"
 
 
 def test_prompts_stay_with_their_series(node: str) -> None:
@@ -216,7 +217,7 @@ def test_prompts_stay_with_their_series(node: str) -> None:
         states.push(told(one));
         console.log(JSON.stringify(states));
     """
-    assert _node(node, script) == '[["123"],[],[],["123"],[]]'
+    assert run_node(node, script) == '[["123"],[],[],["123"],[]]'
 
 
 def test_a_tab_has_an_id_of_its_own(node: str) -> None:
@@ -243,4 +244,4 @@ def test_a_tab_has_an_id_of_its_own(node: str) -> None:
         const reloaded = await page(first.session);
         console.log(first.id === first.again, twin.id === first.id, reloaded.id === first.id);
     """
-    assert _node(node, script) == "true false true"
+    assert run_node(node, script) == "true false true"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +39,14 @@ _COLOURS = """() => {
     const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
     return Object.keys(one.segments).map(index => Array.from(service.getSegmentColor('mpr-axial', '1', Number(index))));
 }"""
-_PAINT = """([name, [i, j, k]]) => {
+_PAINT = """([name, [i, j, k], id]) => {
     const service = window.services.segmentationService;
-    const [one] = service.getSegmentations().filter(one => one.segmentationId === '1');
+    const [one] = service.getSegmentations().filter(one => one.segmentationId === id);
     const { segmentIndex } = Object.values(one.segments).find(segment => segment.label === name);
-    const volume = service.getLabelmapVolume('1');
+    const volume = service.getLabelmapVolume(id);
     volume.voxelManager.setAtIJK(i, j, k, segmentIndex);
     window.cornerstone.triggerEvent(window.cornerstone.eventTarget,
-        window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: '1' });
+        window.cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, { segmentationId: id });
 }"""
 _PLACE = """([id, voxel]) => {
     const viewport = window.services.cornerstoneViewportService.getCornerstoneViewport(id);
@@ -150,6 +150,11 @@ class Viewer:
         if hide.is_visible():
             hide.click()
 
+    def turn_to(self, description: str) -> None:
+        """Another series, from OHIF's own list of the study's series, until the panel has it."""
+        self.page.locator('[data-cy="study-browser-thumbnail"]', has_text=description).dblclick()
+        self.panel.locator(".case", has_text=description).wait_for()
+
     def labelmap(self, segmentation: str = "1") -> tuple[np.ndarray, dict[str, int]]:
         """Voxels (I, J, K) of a segmentation, and the value of each of its names."""
         shape, text = self.page.evaluate(_LABELMAP, segmentation)
@@ -178,9 +183,9 @@ class Viewer:
         x, y = self.page.evaluate(_PLACE, [viewport, [int(n) for n in voxel]])
         return x, y
 
-    def paint(self, name: str, voxel: Any) -> None:
+    def paint(self, name: str, voxel: Any, segmentation: str = "1") -> None:
         """Give a voxel to a structure, as a tool of the viewer does."""
-        self.page.evaluate(_PAINT, [name, [int(n) for n in voxel]])
+        self.page.evaluate(_PAINT, [name, [int(n) for n in voxel], segmentation])
 
     def drag(self, start: Any, end: Any) -> None:
         """Press the mouse on one voxel of the axial viewport and let go on another."""
@@ -233,6 +238,13 @@ class Viewer:
         """For who cannot see the page a test failed on."""
         shown = self.page.inner_text("body", timeout=5_000)
         return f"{self.page.url}\n{self.requests}\n{shown[-2000:]}"
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for what the browser does meanwhile."""
+        end = time.monotonic() + PATIENCE_MS / 1000
+        while not holds():
+            assert time.monotonic() < end, "it never happened"
+            self.page.wait_for_timeout(50)
 
     @property
     def status(self) -> str:

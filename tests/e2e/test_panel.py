@@ -45,6 +45,11 @@ def _all_organs(viewer: Viewer, study: Study) -> None:
     assert dice(viewer.mask("spleen"), organ(study, "spleen")) > 0.8, "left and right, head and feet are in place"
     viewer.show(middle(organ(study, "liver")))
     viewer.picture("2-all-organs")
+    made = viewer.labelmap()[0]
+    viewer.press("Undo")
+    assert not viewer.labelmap()[0].any()
+    viewer.press("Redo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], made)
 
 
 def _words(viewer: Viewer, study: Study) -> None:
@@ -138,10 +143,16 @@ def _kept_by_all_organs(viewer: Viewer) -> None:
         np.testing.assert_array_equal(viewer.mask(name), mask, err_msg=name)
     assert "kept" in viewer.status
     viewer.choose("spleen")
+    whole, placed = viewer.labelmap()[0], viewer.panel.get_by_label("Placed prompts").get_by_role("listitem")
+    assert placed.count() == 1
     viewer.press("This structure")
     viewer.press("Replace")
     assert (viewer.mask("spleen") != by_hand).any(), "the model's own again"
+    assert placed.count() == 0, "it is no longer what the click made"
     assert not question.is_visible()
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], whole)
+    assert placed.count() == 1
 
 
 def _save_and_submit(site: Site, viewer: Viewer, study: Study) -> None:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from playwright.sync_api import Page, Route
 
-from e2e.browser import PATIENCE_MS, Requests, Viewer
+from e2e.browser import Requests, Viewer
 from e2e.conftest import Site
 from e2e.content import middle, organ
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
-
-
-def _until(viewer: Viewer, holds: Callable[[], bool]) -> None:
-    """Wait for what the browser does meanwhile."""
-    end = time.monotonic() + PATIENCE_MS / 1000
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        viewer.page.wait_for_timeout(50)
 
 
 def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
@@ -37,7 +28,7 @@ def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
     address = re.compile("/infer/medvl_interactive")
 
     def sent(number: int) -> None:
-        _until(viewer, lambda: len(held) >= number)
+        viewer.until(lambda: len(held) >= number)
 
     def release(number: int) -> None:
         sent(number)
@@ -66,7 +57,7 @@ def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
     lost: list[int] = []
     viewer.page.route(address, lambda route: lost.append(route.fetch().status))  # the server answers, nobody hears it
     viewer.panel.get_by_role("button", name="Undo", exact=True).click()
-    _until(viewer, lambda: lost == [200])
+    viewer.until(lambda: lost == [200])
     viewer.press("Stop waiting")
     np.testing.assert_array_equal(viewer.mask("liver"), both)
     viewer.page.unroute(address)
@@ -90,8 +81,13 @@ def test_what_happens_during_a_request(site: Site, viewer: Viewer) -> None:
     np.testing.assert_array_equal(viewer.mask("liver"), painted)
     viewer.click(other)
     assert viewer.mask("liver")[1, 0, 0], "the next click builds on what is on screen"
+    before = viewer.labelmap()[0]
     viewer.press("Clear")
     assert set(np.unique(viewer.labelmap()[0])) == {0, viewer.labelmap()[1]["spleen"]}
+    assert placed.count() == 0
+    viewer.press("Undo")
+    np.testing.assert_array_equal(viewer.labelmap()[0], before)
+    assert placed.count() > 0
     viewer.picture("14-during-a-request")
 
 

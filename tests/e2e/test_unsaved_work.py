@@ -40,9 +40,7 @@ def asks_nothing(viewer: Viewer) -> bool:
 
 
 def show_series(viewer: Viewer, description: str) -> None:
-    """From OHIF's own list of the study's series."""
-    viewer.page.locator('[data-cy="study-browser-thumbnail"]', has_text=description).dblclick()
-    viewer.panel.locator(".case", has_text=description).wait_for()
+    viewer.turn_to(description)
     viewer.wait()
 
 
@@ -194,7 +192,7 @@ def test_words_ask_before_they_replace(site: Site, viewer: Viewer) -> None:
     changed = viewer.labelmap()[0]
     viewer.choose("liver")
     viewer.press("Undo")
-    assert "changed since these words" in viewer.alert
+    assert "changed since the last step" in viewer.alert
     np.testing.assert_array_equal(viewer.labelmap()[0], changed)
     say("the liver")
     assert {"liver", "spleen"} <= set(re.split(r": |, |\. ", question(viewer).split("\n")[0]))

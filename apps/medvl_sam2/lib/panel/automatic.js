@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { clientId } from "./annotator.js";
 import { button, counted, make, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
+import { readMask } from "./masks.js";
 import { fingerprints } from "./prompts.js";
 
 /**
@@ -46,7 +47,7 @@ export class Automatic {
 
   /** Structures with voxels that this model did not leave so, with their fingerprints. */
   byHand(image) {
-    const voxels = labelmap.voxels();
+    const voxels = labelmap.voxels(image);
     const [now, changed] = [fingerprints(voxels), changedSince(this.made.get(image.series), voxels)];
     const present = labelmap.structures(image).filter(({ index, locked }) => now[index] && changed[index] && !locked);
     return new Map(present.map(({ name, index }) => [name, now[index]]));
@@ -67,17 +68,21 @@ export class Automatic {
     if (!image) return;
     const told = (name) => !classes.length || classes.includes(name);
     const given = await this.mayReplace(new Map([...this.byHand(image)].filter(([name]) => told(name))));
-    if (!given) return;
+    if (!given || !this.panel.stillShows(image)) return;
     const title = classes.length ? `Segmenting ${spoken(classes[0])}` : "Segmenting all organs";
     await this.panel.work.run(this.kind, title, async (signal) => {
       const params = { client_id: clientId(), classes: classes.join(",") };
       const reply = await api.infer("medvl_semantic", image.series, params, { signal });
+      const mask = await readMask(image, reply.file, signal);
+      const names = reply.params.label_names;
       // What was painted while the model ran was not asked about: it is kept too.
       const kept = [...this.byHand(image)].filter(([name, now]) => now !== given.get(name)).map(([name]) => name);
-      const before = labelmap.voxels().slice();
-      const found = await this.segment.paste(image, reply.file, reply.params.label_names, kept);
-      this.#note(image, before, (name) => name in reply.params.label_names && !kept.includes(name));
-      const segmented = found.filter((name) => told(name) && !kept.includes(name));
+      const before = labelmap.voxels(image).slice();
+      const byValue = Object.fromEntries(Object.entries(names).map(([name, value]) => [value, name]));
+      this.segment.steps.paste(image, mask, byValue, kept);
+      this.#note(image, before, (name) => name in names && !kept.includes(name));
+      const counts = labelmap.counts(mask);
+      const segmented = Object.keys(names).filter((name) => counts[names[name]] && told(name) && !kept.includes(name));
       const said = kept.filter(told).map(spoken).join(", ");
       this.panel.work.say(`Segmented ${counted(segmented.length, "structure")}${said ? `; kept ${said}` : ""}`);
     });
@@ -87,7 +92,7 @@ export class Automatic {
   #note(image, before, isTold) {
     const told = new Uint8Array(256);
     for (const { name, index } of labelmap.structures(image)) if (isTold(name)) told[index] = 1;
-    this.made.set(image.series, madeAnew(this.made.get(image.series), before, labelmap.voxels(), told));
+    this.made.set(image.series, madeAnew(this.made.get(image.series), before, labelmap.voxels(image), told));
   }
 
   forget(image) {

@@ -35,6 +35,7 @@ export class Brush {
   }
 
   use(tool) {
+    if (!this.panel.image()) return;
     const pressed = this.tools.find((control) => control.dataset.brush === tool).getAttribute("aria-pressed");
     if (pressed === "true") return this.putAway();
     this.begin();

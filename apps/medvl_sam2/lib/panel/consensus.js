@@ -23,7 +23,8 @@ export class Consensus {
   /** Put the consensus on screen in place of the masks, with the annotators' agreement. */
   async look() {
     const image = this.panel.image();
-    if (!(await this.panel.mayLeave("look at the consensus", [image]))) return;
+    if (!image || !(await this.panel.mayLeave("look at the consensus", [image]))) return;
+    if (!this.panel.stillShows(image)) return;
     const state = this.labels.stateOf(image);
     await this.panel.work.run(KIND, "Making the consensus", async (signal) => {
       const { versions, structures, file } = await api.consensus(image.series, { signal });
@@ -32,12 +33,12 @@ export class Consensus {
       signal.throwIfAborted();
       labelmap.checkGrid(image, mask);
       this.labels.checkUnchanged(image, state);
-      const [before, saved] = [labelmap.voxels().slice(), state === undefined];
+      const [before, saved] = [labelmap.voxels(image).slice(), state === undefined];
       const consensus = this.labels.consensusOn.get(image.series);
       labelmap.pasteAll(image, mask.voxels, Object.fromEntries(structures.map(({ name, value }) => [value, name])));
       const said = { versions, source: "consensus-majority" };
       this.#unedited(image, said);
-      this.shown = { image, said, made: labelmap.voxels().slice(), before, saved, consensus };
+      this.shown = { image, said, made: labelmap.voxels(image).slice(), before, saved, consensus };
       this.labels.showFigures("Agreement", figures);
       replace(
         this.element,
@@ -81,7 +82,7 @@ export class Consensus {
     const shown = this.shown;
     const { image, before, saved, consensus } = shown;
     if (!(await this.panel.mayLeave("put back what was here", [image]))) return;
-    if (this.shown && this.shown !== shown) return;
+    if (!this.panel.stillShows(image) || (this.shown && this.shown !== shown)) return;
     labelmap.putBack(image, before);
     this.panel.segment.forget(image);
     if (saved) this.labels.saved(image);

@@ -16,7 +16,13 @@ const segmentation = (id) =>
   segmentationService()
     .getSegmentations()
     .find((item) => item.segmentationId === id);
-const idOf = (image) => known.get(image.series)?.id ?? shown;
+
+/** Id of the label map of an image; the viewer drops it with its study. */
+function idOf(image) {
+  const found = known.get(image.series);
+  if (!found) throw new Error("the masks of this image are no longer in the viewer");
+  return found.id;
+}
 
 /** Colours far apart for neighbouring numbers. */
 function colour(index) {
@@ -91,35 +97,45 @@ export function structures(image) {
     }));
 }
 
+/** The structures, and what those of `names` that are missing would be: `{name, index, missing}`; none is added. */
+export function structuresWith(image, names) {
+  const all = structures(image);
+  for (const name of names) {
+    if (all.some((item) => item.name === name)) continue;
+    const index = all.reduce((most, item) => Math.max(most, item.index), 0) + 1;
+    if (index > 254) throw new Error("the label map is full: it holds 254 structures");
+    all.push({ name, index, missing: true });
+  }
+  return all;
+}
+
 /** Value of a structure, which is added when the label map lacks it. */
 export function indexOf(image, name) {
-  const known = structures(image);
-  const found = known.find((item) => item.name === name);
-  if (found) return found.index;
-  const index = known.reduce((most, item) => Math.max(most, item.index), 0) + 1;
-  if (index > 254) throw new Error("the label map is full: it holds 254 structures");
-  segmentationService().addSegment(shown, { segmentIndex: index, label: name, color: colour(index) });
+  const { index, missing } = structuresWith(image, [name]).find((item) => item.name === name);
+  if (missing)
+    segmentationService().addSegment(idOf(image), { segmentIndex: index, label: name, color: colour(index) });
   return index;
 }
 
 /** Make a structure the one the viewer's own brush paints. */
 export function activate(image, name) {
-  const index = indexOf(image, name);
-  for (const { id } of viewports(image)) segmentationService().setActiveSegmentation(id, shown);
-  segmentationService().setActiveSegment(shown, index);
+  const [id, index] = [idOf(image), indexOf(image, name)];
+  for (const viewport of viewports(image)) segmentationService().setActiveSegmentation(viewport.id, id);
+  segmentationService().setActiveSegment(id, index);
 }
 
-export const setLocked = (index, locked) => segmentationService().setSegmentLocked(shown, index, locked);
+export const setLocked = (image, index, locked) =>
+  segmentationService().setSegmentLocked(idOf(image), index, locked);
 
 export function setVisible(image, index, visible) {
   for (const { id } of viewports(image))
-    segmentationService().setSegmentVisibility(id, shown, index, visible, "Labelmap");
+    segmentationService().setSegmentVisibility(id, idOf(image), index, visible, "Labelmap");
 }
 
 /** Whether a structure is drawn; another panel of the viewer may have hidden it, and shown it again. */
 export function isVisible(image, index) {
   const representations = viewports(image).flatMap(({ id }) =>
-    segmentationService().getSegmentationRepresentations(id, { segmentationId: shown }),
+    segmentationService().getSegmentationRepresentations(id, { segmentationId: idOf(image) }),
   );
   return representations.every((one) => one.segments?.[index]?.visible !== false);
 }
@@ -206,13 +222,16 @@ export function putBack(image, values) {
   put(values);
 }
 
-/** Do `act`, which pastes, and return what it changed: for `takeStep`. */
+/** Do `act`, which pastes, and return what it changed, with the `bytes` that takes: for `takeStep`. */
 export function stepOf(image, act) {
+  checkShown(image);
   const { layers } = known.get(image.series);
   layers.settle(voxels());
-  const [values, under] = [voxels().slice(), layers.under.slice()];
+  const [now, under] = [voxels().slice(), layers.under.slice()];
   act();
-  return { values: difference(values, voxels()), under: difference(under, layers.under) };
+  const step = { values: difference(now, voxels()), under: difference(under, layers.under) };
+  const parts = Object.values(step).flatMap((one) => Object.values(one));
+  return { ...step, bytes: parts.reduce((sum, part) => sum + part.byteLength, 0) };
 }
 
 /** Go back over a step ("undo"), or over it again ("redo"). */
@@ -232,10 +251,12 @@ export function takeStep(image, step, direction) {
 
 /** Where two arrays differ, and what stands there. */
 function difference(before, after) {
-  const places = [];
-  for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) places.push(n);
+  let count = 0;
+  for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) count++;
+  const places = new Uint32Array(count);
+  for (let n = before.length - 1; n >= 0; n--) if (before[n] !== after[n]) places[--count] = n;
   const at = (values) => Uint8Array.from(places, (n) => values[n]);
-  return { places: Uint32Array.from(places), before: at(before), after: at(after) };
+  return { places, before: at(before), after: at(after) };
 }
 
 function follow(values, { places, before, after }, direction) {
@@ -276,8 +297,15 @@ const EVIDENCE_VALUE = 255;
 
 /** Show a mask beside the label map, never in it: the structure an answer rests on. */
 export async function showEvidence(image, values, name) {
-  await hideEvidence();
+  hideEvidence();
+  checkShown(image);
   await create(image, EVIDENCE, "Evidence", { [EVIDENCE_VALUE]: name }, () => EVIDENCE_COLOUR);
+  try {
+    checkShown(image);
+  } catch (error) {
+    hideEvidence(); // it was made on the viewport of the other one
+    throw error;
+  }
   put(
     values.map((value) => (value ? EVIDENCE_VALUE : 0)),
     EVIDENCE,

@@ -17,13 +17,13 @@ const consensusOf = ({ made_from, restored_from, source }) => ({
 });
 
 export class Labels {
-  /** `panel` has `image()`, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
+  /** `panel` has `image()`, `shows(image)` and its like, `work`, `segment`, `modelVersion()` and `askAuthor()`. */
   constructor(panel) {
     this.panel = panel;
     this.changes = new Map(); // by series, those with unsaved changes: `{image, edits}`
     this.edits = 0;
     this.consensusOn = new Map(); // by series, where an unedited consensus is on screen: `{versions, source}` of it
-    this.list = [];
+    this.list = []; // the versions of the image on screen, once they are read
     this.notes = new Map(); // by series, as typed and not stored
     this.note = make("textarea", {
       id: "medvl-note",
@@ -59,6 +59,7 @@ export class Labels {
       this.figures,
       this.history,
     );
+    this.#list(null, [], null, "");
     panel.work.onChange(() => this.#buttons());
   }
 
@@ -139,7 +140,7 @@ export class Labels {
       this.#buttons();
       const done = status === "submitted" ? "ubmitted" : "aved";
       const said = consensus ? `The consensus is s${done}` : `S${done}`;
-      this.panel.work.say(`${said} as version ${record.version}`);
+      this.panel.work.say(`${said} as version ${record.version}${this.panel.ofOther(image)}`);
       return record;
     }, { keeps: true });
   }
@@ -159,44 +160,57 @@ export class Labels {
     if (this.note.value !== text) this.note.value = text; // else the caret would jump
   }
 
-  /** Read the history of the case on screen. */
+  /** Read the history of the case on screen; that of the case before, of whatever image it was, is gone at once. */
   async refresh() {
     const image = this.panel.image();
-    replace(this.figures);
     this.consensus.forget();
     this.#showNote();
+    replace(this.figures);
+    this.#list(image, [], null, image ? "not read yet" : "");
     if (!image) return;
-    await this.panel.work.run("versions", "Reading the versions", async (signal) => {
-      await this.load(image, signal);
-      if (this.list.length) this.panel.work.say(`${counted(this.list.length, "version")} of this case. `, this.#openLast());
+    const read = await this.panel.work.run("versions", "Reading the versions", async (signal) => {
+      if (!(await this.load(image, signal))) return false;
+      const count = counted(this.list.length, "version");
+      if (this.list.length) this.panel.work.say(`${count} of this case. `, this.#openLast(image));
+      return true;
     });
+    if (!read && this.panel.shows(image)) {
+      this.history.append(make("li", {}, button("Read the versions again", () => this.refresh())));
+    }
   }
 
   /** Opens the version that counts, from whatever tab: the final one, else the newest. */
-  #openLast() {
+  #openLast(image) {
     const last = Math.max(...this.list.map(({ version }) => version));
     const version = this.list.find((item) => item.version === (this.final ?? last));
-    return button(`Open version ${version.version}`, () => this.reopen(version));
+    return button(`Open version ${version.version}`, () => this.reopen(image, version));
   }
 
+  /** Read the history of an image; resolves to whether it is shown, which it is for the image on screen alone. */
   async load(image, signal) {
+    let [versions, final, none] = [[], null, "none yet"];
     try {
-      const { versions, final } = await api.versions(image.series, { signal });
-      if (image.series !== this.panel.image()?.series) return; // another one is on screen now
-      [this.list, this.final] = [versions, final];
+      ({ versions, final } = await api.versions(image.series, { signal }));
     } catch (error) {
       if (error.status !== 404) throw error;
-      this.list = [];
-      replace(this.history, make("li", { class: "hint" }, `No versions: ${error.message}`));
-      return;
+      none = `No versions: ${error.message}`;
     }
-    const newest = [...this.list].sort((a, b) => b.version - a.version);
-    replace(this.history, ...newest.map((version) => this.#version(version)));
-    if (!newest.length) replace(this.history, make("li", { class: "hint" }, "none yet"));
-    this.agree.hidden = this.consensus.show.hidden = new Set(this.list.map((version) => version.author)).size < 2;
+    if (!this.panel.shows(image)) return false;
+    this.#list(image, versions, final, none);
+    return true;
   }
 
-  #version(version) {
+  /** Show these versions, whose buttons are for `image` and no other; `none` is said where there are none. */
+  #list(image, versions, final, none) {
+    [this.list, this.final] = [versions, final];
+    const newest = [...versions].sort((a, b) => b.version - a.version);
+    const items = newest.map((version) => this.#version(image, version));
+    replace(this.history, ...(items.length ? items : [make("li", { class: "hint" }, none)]));
+    this.agree.hidden = this.consensus.show.hidden = new Set(versions.map((version) => version.author)).size < 2;
+    this.#buttons();
+  }
+
+  #version(image, version) {
     const number = version.version;
     const marks = [
       version.status,
@@ -216,22 +230,24 @@ export class Labels {
       make(
         "div",
         { class: "row" },
-        button("Open", () => this.reopen(version), { "aria-label": `Open version ${number}` }),
-        previous ? button(`Compare with ${previous}`, () => this.compare(previous, number)) : null,
+        button("Open", () => this.reopen(image, version), { "aria-label": `Open version ${number}` }),
+        previous ? button(`Compare with ${previous}`, () => this.compare(image, previous, number)) : null,
         number === this.final
           ? null
-          : button("Restore", () => this.restore(number), { "aria-label": `Restore version ${number}` }),
+          : button("Restore", () => this.restore(image, number), { "aria-label": `Restore version ${number}` }),
       ),
     );
   }
 
-  /** Put a version on screen in place of the present label map. */
-  async reopen(version) {
-    const image = this.panel.image();
-    if (!image || !(await this.panel.mayLeave("open another version", [image]))) return;
+  /** Put a version of an image, which must be on screen, in place of its present label map. */
+  async reopen(its, version) {
+    if (!this.panel.stillShows(its)) return;
+    const image = this.panel.image(); // its volume may be another than when the version was listed
+    if (!(await this.panel.mayLeave("open another version", [image])) || !this.panel.stillShows(image)) return;
     const state = this.stateOf(image);
     await this.panel.work.run(KIND, `Opening version ${version.version}`, async (signal) => {
       const mask = await readNrrd(await api.labelFile(image.series, version.version, { signal }));
+      signal.throwIfAborted();
       labelmap.checkGrid(image, mask);
       this.checkUnchanged(image, state);
       labelmap.pasteAll(
@@ -248,8 +264,8 @@ export class Labels {
     this.panel.segment.refresh();
   }
 
-  async restore(version) {
-    const image = this.panel.image();
+  async restore(image, version) {
+    if (!this.panel.stillShows(image)) return null;
     if (!author()) return this.panel.askAuthor();
     await this.panel.work.run(KIND, `Restoring version ${version}`, async (signal) => {
       const note = this.#noteOn(image);
@@ -257,21 +273,27 @@ export class Labels {
       const record = await api.restore(image.series, version, body, { signal });
       this.#noteStored(image, note);
       await this.load(image, signal);
-      this.panel.work.say(`Version ${version} is final again, as version ${record.version}`);
+      const said = `Version ${version} is final again, as version ${record.version}`;
+      this.panel.work.say(`${said}${this.panel.ofOther(image)}`);
     }, { keeps: true });
   }
 
-  async compare(a, b) {
-    const image = this.panel.image();
+  async compare(image, a, b) {
+    if (!this.panel.stillShows(image)) return;
     await this.panel.work.run(KIND, `Comparing ${a} and ${b}`, async (signal) => {
-      this.showFigures(`Version ${a} against ${b}`, await api.compare(image.series, a, b, { signal }));
+      const figures = await api.compare(image.series, a, b, { signal });
+      signal.throwIfAborted();
+      this.showFigures(`Version ${a} against ${b}`, figures);
     });
   }
 
   async showAgreement() {
     const image = this.panel.image();
+    if (!image) return;
     await this.panel.work.run(KIND, "Comparing the annotators", async (signal) => {
-      this.showFigures("Agreement", await api.agreement(image.series, { signal }));
+      const figures = await api.agreement(image.series, { signal });
+      signal.throwIfAborted();
+      this.showFigures("Agreement", figures);
     });
   }
 

@@ -50,25 +50,27 @@ export class Overlay {
     if (!viewport) return;
     this.#swallow(event);
     const mark = event.target.closest?.("[data-medvl-point]");
-    if (mark) return this.onRemovePoint(Number(mark.dataset.medvlPoint));
-    const voxel = voxelAt(this.image(), viewport, event.clientX, event.clientY);
+    if (mark) return this.onRemovePoint(this.marks().points[mark.dataset.medvlPoint]);
+    const image = this.image();
+    const voxel = voxelAt(image, viewport, event.clientX, event.clientY);
     if (!voxel) return this.onMiss();
-    if (this.tool === "box") this.drag = { viewport, from: voxel, to: voxel };
+    if (this.tool === "box") this.drag = { image, viewport, from: voxel, to: voxel };
     else this.onPoint(voxel, this.tool === "add" ? 1 : 0);
   }
 
   #move(event) {
     if (!this.drag) return;
-    const voxel = voxelAt(this.image(), this.drag.viewport, event.clientX, event.clientY);
+    const voxel = voxelAt(this.drag.image, this.drag.viewport, event.clientX, event.clientY);
     if (voxel) this.drag.to = voxel;
     this.draw();
   }
 
   #up() {
     if (!this.drag) return;
-    const { from, to } = this.drag;
+    const { image, from, to } = this.drag;
     this.drag = null;
-    if (from.every((n, axis) => n === to[axis])) this.draw();
+    const left = this.image()?.series !== image.series;
+    if (left || from.every((n, axis) => n === to[axis])) this.draw();
     else this.onBox(from, to);
   }
 
@@ -76,7 +78,7 @@ export class Overlay {
     const image = this.image();
     if (!image) return;
     const { points, box } = this.marks();
-    const drawn = this.drag ? [this.drag.from, this.drag.to] : box;
+    const drawn = this.drag?.image.series === image.series ? [this.drag.from, this.drag.to] : box;
     for (const viewport of viewports(image)) {
       let layer = viewport.element.querySelector(":scope > svg.medvl-marks");
       if (!layer) {

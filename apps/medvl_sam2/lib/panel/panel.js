@@ -33,6 +33,22 @@ class Panel {
     return this.shown;
   }
 
+  /** Whether an image is on screen, for what waited meanwhile. */
+  shows(image) {
+    return Boolean(image) && this.shown?.series === image.series;
+  }
+
+  /** As `shows`; says so when it is not. */
+  stillShows(image) {
+    if (!this.shows(image)) this.work.complain("That image is no longer on screen; nothing was done");
+    return this.shows(image);
+  }
+
+  /** What is said of an image ends with its name when another one is on screen: ` of later CT`, else nothing. */
+  ofOther(image) {
+    return this.shows(image) ? "" : ` of ${image.description || image.series}`;
+  }
+
   info() {
     return this.served;
   }
@@ -281,7 +297,7 @@ class Panel {
 
   async #show(image) {
     if (!image || !this.served) {
-      this.shown = null;
+      this.#leaveImage();
       const study = studyInAddress();
       const link = make("a", { href: studyAddress(study) }, "Open this study for annotation");
       replace(this.caseLine, !study || location.pathname.endsWith("/monai-label") ? "No image on screen yet" : link);
@@ -289,11 +305,7 @@ class Panel {
     }
     if (await labelmap.ensure(image, this.names())) this.segment.forget(image);
     const other = image.series !== this.shown?.series;
-    if (other) {
-      this.work.leaveImage();
-      this.segment.leave();
-      this.dismiss?.();
-    }
+    if (other) this.#leaveImage();
     this.shown = image;
     replace(this.caseLine, [image.patient, image.description].filter(Boolean).join(", "));
     if (!other) return;
@@ -303,7 +315,20 @@ class Panel {
       labelmap.onChange((image) => this.#edited(image));
     }
     this.segment.refresh();
-    await Promise.all([this.labels.refresh(), this.texts.refresh(), this.#version()]);
+    // Not waited for: yet another image may come on screen before they are read.
+    Promise.all([this.labels.refresh(), this.texts.refresh(), this.#version()]).catch((error) =>
+      this.work.complain(error.message),
+    );
+  }
+
+  /** No image is on screen: what waits for the one before is given up. */
+  #leaveImage() {
+    if (!this.shown) return;
+    this.shown = null;
+    this.work.leaveImage();
+    this.segment.leave();
+    this.labels.refresh();
+    this.dismiss?.();
   }
 
   async #version() {

@@ -16,8 +16,8 @@ export class PlacedList {
 
   /** `prompts` may be undefined: nothing was placed. */
   refresh(prompts) {
-    const items = (prompts?.points ?? []).map(({ voxel, label }, n) =>
-      this.#item(`${label ? "inside" : "outside"} ${voxel.join(", ")}`, (all) => all.removePoint(n)),
+    const items = (prompts?.points ?? []).map((point) =>
+      this.#item(`${point.label ? "inside" : "outside"} ${point.voxel.join(", ")}`, (all) => all.removePoint(point)),
     );
     const without = (key, empty) => (all) => Object.assign(all, { [key]: empty });
     if (prompts?.box)

@@ -28,8 +28,9 @@ export class Prompts {
     this.box = [a.map((n, axis) => Math.min(n, b[axis])), a.map((n, axis) => Math.max(n, b[axis]))];
   }
 
-  removePoint(index) {
-    this.points = this.points.filter((_, n) => n !== index);
+  /** `point` is one of `points`: its number would be another's once one before it went. */
+  removePoint(point) {
+    this.points = this.points.filter((one) => one !== point);
   }
 
   /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand. */

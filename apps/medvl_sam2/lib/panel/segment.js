@@ -6,13 +6,14 @@ import { Automatic } from "./automatic.js";
 import { Brush } from "./brush.js";
 import { button, counted, field, form, make, replace, select, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
-import { readNrrd, writeNrrd } from "./nrrd.js";
+import { maskOf, readMask, voxelsOf } from "./masks.js";
 import { Overlay } from "./overlay.js";
 import { PlacedList } from "./placed_list.js";
 import { Placed, Prompts, fingerprints } from "./prompts.js";
+import { Steps } from "./steps.js";
 import { Structures } from "./structures.js";
-import { gridOf, jumpTo, onTool } from "./viewer.js";
-import { Words, readMask } from "./words.js";
+import { jumpTo, onTool } from "./viewer.js";
+import { Words } from "./words.js";
 
 const AS_WORDS_SAY = "";
 const ANYTHING = "object";
@@ -23,6 +24,7 @@ export class Segment {
   constructor(panel) {
     this.panel = panel;
     this.placements = new Placed();
+    this.steps = new Steps(panel.work, this.placements);
     this.again = new Map(); // structures whose prompts were not asked for yet, with their image
     this.asking = false;
     this.placing = Promise.resolve();
@@ -32,7 +34,7 @@ export class Segment {
       marks: () => this.placed(),
       onPoint: (voxel, label) => this.place((prompts) => prompts.addPoint(voxel, label)),
       onBox: (a, b) => this.place((prompts) => prompts.setBox(a, b)),
-      onRemovePoint: (index) => this.place((prompts) => prompts.removePoint(index)),
+      onRemovePoint: (point) => this.place((prompts) => prompts.removePoint(point)),
       onMiss: () => panel.work.complain("That place is outside the image; click on it"),
     });
     this.#build();
@@ -121,8 +123,8 @@ export class Segment {
     this.wordsLabel.textContent = this.#wordsChoose() ? "In words" : `In words, for ${spoken(this.target.value)}`;
     this.automatic.refresh(this.target.value);
     const image = this.panel.image();
-    this.undo.disabled = busy || !(prompts?.canUndo || this.byWords.can(image, "undo"));
-    this.redo.disabled = busy || !(prompts?.canRedo || this.byWords.can(image, "redo"));
+    this.undo.disabled = busy || !(prompts?.canUndo || this.steps.can(image, "undo"));
+    this.redo.disabled = busy || !(prompts?.canRedo || this.steps.can(image, "redo"));
     this.clear.disabled = busy || !this.target.value;
     this.placedList.refresh(prompts);
     this.overlay.draw();
@@ -137,6 +139,7 @@ export class Segment {
   }
 
   choose(name) {
+    if (!this.panel.image()) return;
     labelmap.indexOf(this.panel.image(), name);
     this.refresh();
     this.target.value = name;
@@ -157,10 +160,10 @@ export class Segment {
     this.choose(name);
   }
 
-  goTo(name) {
-    const image = this.panel.image();
+  goTo(name, image = this.panel.image()) {
+    if (!image) return;
     const index = labelmap.indexOf(image, name);
-    const voxel = labelmap.centre(labelmap.voxels(), image.volume.dimensions, (value) => value === index);
+    const voxel = labelmap.centre(labelmap.voxels(image), image.volume.dimensions, (value) => value === index);
     if (voxel) jumpTo(image, voxel);
   }
 
@@ -195,8 +198,9 @@ export class Segment {
         prompts.words = words;
       });
     }
+    const image = this.panel.image();
     const [found] = await this.byWords.run(words);
-    if (found) {
+    if (found && this.panel.shows(image)) {
       this.choose(found);
       this.named = found;
       this.goTo(found);
@@ -207,14 +211,6 @@ export class Segment {
   /** Whether the next words choose the structure: they chose the present one, or there is none. */
   #wordsChoose() {
     return [AS_WORDS_SAY, this.named].includes(this.target.value);
-  }
-
-  /** Paste a reply, but for structures named in `kept`, and say which structures have voxels in it. */
-  async paste(image, file, names, kept = []) {
-    const mask = await readMask(image, file);
-    labelmap.paste(image, mask, Object.fromEntries(Object.entries(names).map(([name, n]) => [n, name])), kept);
-    const counts = labelmap.counts(mask);
-    return Object.keys(names).filter((name) => counts[names[name]]);
   }
 
   /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, after it. */
@@ -238,9 +234,10 @@ export class Segment {
     });
     this.placing = placed.catch(() => {});
     const prompts = await placed;
+    if (!this.panel.shows(image)) return prompts.revert();
     this.#buttons();
     this.again.set(name, image);
-    this.byWords.placed(image);
+    this.steps.placed(image);
     if (this.asking) return;
     this.asking = true;
     try {
@@ -263,19 +260,13 @@ export class Segment {
     const placed = this.placements.of(image);
     let prompts = placed.get(name);
     const index = labelmap.indexOf(image, name);
-    const voxels = labelmap.voxels(image);
-    const now = fingerprints(voxels)[index];
+    const now = fingerprints(labelmap.voxels(image))[index];
     if (!prompts) {
       prompts = new Prompts();
       placed.set(name, prompts);
     }
     if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
-      const mask = now
-        ? await writeNrrd(
-            gridOf(image.volume),
-            voxels.map((value) => (value === index ? 1 : 0)),
-          )
-        : null;
+      const mask = now ? await maskOf(image, index) : null;
       if (!prompts.past.length) prompts.base = mask;
       prompts.startFrom(mask);
       prompts.fingerprint = now;
@@ -289,9 +280,7 @@ export class Segment {
     const before = this.#standing(image, name);
     const title = `Segmenting ${spoken(name)}`;
     const mask = await this.panel.work.run(KIND, title, async (signal) => {
-      const params = { client_id: clientId(), ...prompts.asParams(name) };
-      const { file } = await api.infer("medvl_interactive", image.series, params, { mask: prompts.start, signal });
-      return readMask(image, file, signal);
+      return this.#infer(image, prompts.asParams(name), prompts.start, signal);
     });
     if (mask && sent.words !== (prompts.past.at(-1)?.words ?? "")) {
       sent.kept = await this.byWords.keeps(image, mask, { 1: name }, name);
@@ -308,13 +297,20 @@ export class Segment {
     prompts.kept = sent.kept;
     prompts.answered(sent);
     this.#note(image, name, prompts);
-    if (first && prompts.words && !prompts.points.length) this.goTo(name);
+    if (first && prompts.words && !prompts.points.length) this.goTo(name, image);
     this.panel.work.say(`Segmented ${spoken(name)}`);
+  }
+
+  /** Voxels that the model answers; `start` is the mask (NRRD Blob, or null) to build on. */
+  async #infer(image, prompts, start, signal) {
+    const params = { client_id: clientId(), ...prompts };
+    const { file } = await api.infer("medvl_interactive", image.series, params, { mask: start, signal });
+    return readMask(image, file, signal);
   }
 
   /** Tells the voxels of a structure on screen from any others. */
   #standing(image, name) {
-    return fingerprints(labelmap.voxels())[labelmap.indexOf(image, name)];
+    return fingerprints(labelmap.voxels(image))[labelmap.indexOf(image, name)];
   }
 
   #note(image, name, prompts) {
@@ -330,9 +326,9 @@ export class Segment {
     const prompts = this.#placedNow();
     if (this.asking) return; // between two requests the buttons are open for a moment
     const said = direction === "undo" ? "One step back" : "One step forward";
-    if (await this.byWords.move(image, direction, said)) return this.refresh();
+    if (await this.steps.move(image, direction, said)) return this.refresh();
     if (!prompts?.[direction === "undo" ? "canUndo" : "canRedo"]) {
-      return this.panel.work.complain("The masks were changed since these words; undo that first");
+      return this.panel.work.complain("The masks were changed since the last step; undo that first");
     }
     const before = this.#standing(image, name);
     if (before !== (prompts.fingerprint ?? "")) {
@@ -340,11 +336,12 @@ export class Segment {
     }
     await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
       const step = prompts.stepTo(direction);
-      const params = step && { client_id: clientId(), ...prompts.asParams(name, step) };
-      const reply = step && (await api.infer("medvl_interactive", image.series, params, { mask: step.start, signal }));
+      const mask = step
+        ? await this.#infer(image, prompts.asParams(name, step), step.start, signal)
+        : await voxelsOf(image, prompts.base);
+      signal.throwIfAborted();
       if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
-      if (reply) await this.paste(image, reply.file, { [name]: 1 }, step.kept);
-      else await this.#pasteMask(image, name, prompts.base);
+      labelmap.paste(image, mask, { 1: name }, step?.kept);
       if (direction === "undo") prompts.undone();
       else prompts.redone();
       this.#note(image, name, prompts);
@@ -353,24 +350,23 @@ export class Segment {
     this.refresh();
   }
 
-  /** `mask` is a NRRD Blob, or null for nothing. */
-  async #pasteMask(image, name, mask) {
-    const voxels = mask
-      ? (await readNrrd(await mask.arrayBuffer())).voxels
-      : new Uint8Array(labelmap.voxels().length);
-    labelmap.paste(image, voxels, { 1: name });
-  }
-
   /** The last prompt was taken away: the mask is what they built on, which may have been edited by hand. */
   async #toStart(image, name, prompts) {
-    await this.#pasteMask(image, name, prompts.start);
-    this.placements.of(image).delete(name);
+    const done = await this.panel.work.run("paste", `Taking the prompts of ${spoken(name)} away`, async (signal) => {
+      const mask = await voxelsOf(image, prompts.start);
+      signal.throwIfAborted();
+      labelmap.paste(image, mask, { 1: name });
+      return true;
+    });
+    if (done) this.placements.of(image).delete(name);
+    else prompts.revert();
     this.refresh();
   }
 
   clearPrompts() {
     const [image, name] = [this.panel.image(), this.target.value];
-    labelmap.paste(image, new Uint8Array(labelmap.voxels().length), { 1: name });
+    if (!image) return;
+    this.steps.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name });
     this.placements.of(image).delete(name);
     this.refresh();
   }
@@ -385,7 +381,7 @@ export class Segment {
     this.leave();
     this.placements.forget(image);
     this.automatic.forget(image);
-    this.byWords.forget(image);
+    this.steps.forget(image);
   }
 
   /** Another image comes on screen. */

@@ -39,7 +39,7 @@ export class Structures {
         labelmap.setVisible(image, index, hidden),
       ),
       toggle(locked ? "unlock" : "lock", locked, locked ? "Release" : "Protect from being overwritten:", () =>
-        labelmap.setLocked(index, !locked),
+        labelmap.setLocked(image, index, !locked),
       ),
     );
   }

@@ -16,7 +16,10 @@ const origin = (reply, evidence) => ({
 });
 
 export class TextPage {
-  /** `panel` has `work`, `ask()` and `askAuthor()`; `changed()` is called when a text may have become unsaved or saved. */
+  /**
+   * `panel` has `stillShows(image)` and its like, `work`, `ask()` and `askAuthor()`; `changed()` is called when a text may
+   * have become unsaved or saved.
+   */
   constructor(panel, image, changed) {
     Object.assign(this, { panel, image, changed });
     this.answered = null;
@@ -159,9 +162,11 @@ export class TextPage {
   }
 
   async showEvidence(item) {
+    if (!this.panel.stillShows(this.image)) return null;
     const image = this.panel.image(); // its volume may be another than when this page was made
     return this.panel.work.run("evidence", `Showing ${spoken(item.name)}`, async (signal) => {
       const mask = await readNrrd(await api.evidenceMask(image.series, item.name, { signal }));
+      signal.throwIfAborted();
       labelmap.checkGrid(image, mask);
       await labelmap.showEvidence(image, mask.voxels, item.name);
       this.hide.hidden = false;
@@ -194,7 +199,7 @@ export class TextPage {
         throw new Error(`stored as version ${record.version}, but not as DICOM SR: ${record.sr_error}`);
       const waiting = record.sr?.waiting ? ` (waits: ${record.sr.waiting})` : "";
       this.panel.work.say(
-        `Stored as version ${record.version}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`,
+        `Stored as version ${record.version}${this.panel.ofOther(image)}${record.sr ? ` and as DICOM SR beside the study${waiting}` : ""}`,
       );
       return record;
     }, { keeps: true });

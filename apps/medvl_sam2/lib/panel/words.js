@@ -4,20 +4,10 @@ import * as api from "./api.js";
 import { clientId } from "./annotator.js";
 import { spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
-import { readNrrd } from "./nrrd.js";
-import { fingerprints } from "./prompts.js";
+import { readMask } from "./masks.js";
 
 const LESION = /\b(lesion|cyst|tumou?r|mass|nodule|metastas[ie]s|finding)s?\b/i;
 const A_LESION = /^lesion( \d+)?$/;
-const stateOf = (image) => fingerprints(labelmap.voxels(image)).join();
-
-/** Voxels of a reply on the grid of `image`, unless nobody waits for them any more. */
-export async function readMask(image, file, signal = null) {
-  const mask = await readNrrd(file);
-  signal?.throwIfAborted();
-  labelmap.checkGrid(image, mask);
-  return mask.voxels;
-}
 
 /**
  * Values that gain or lose voxels when those of `told` get exactly the voxels of `wanted`, as a table of 256. A value of
@@ -58,13 +48,13 @@ export class Words {
     this.segment = segment;
     this.panel = segment.panel;
     this.kind = kind;
-    this.steps = new Map(); // by series: what words changed, back and forth
   }
 
   /** Paste what `words` say, and return the names of what was found; nothing when the annotator would not have it. */
   async run(words) {
     const { work } = this.panel;
     const image = this.panel.image();
+    if (!image) return [];
     const reply = await work.run(this.kind, `Segmenting “${words}”`, async (signal) => {
       const asked = { client_id: clientId(), prompt: words };
       const { params, file } = await api.infer("medvl_referring", image.series, asked, { signal });
@@ -79,10 +69,7 @@ export class Words {
     if (!kept) return [];
     // Of a kind of its own: a click may have been placed while the question stood.
     const pasted = await work.run("paste", `Segmenting “${words}”`, async () => {
-      const before = stateOf(image);
-      const step = labelmap.stepOf(image, () => labelmap.paste(image, voxels, names, kept));
-      this.#stepsOf(image).past.push({ ...step, before, after: stateOf(image) });
-      this.placed(image);
+      this.segment.steps.paste(image, voxels, names, kept);
       const said = kept.length ? `; kept ${kept.map(spoken).join(", ")}` : "";
       work.say(`Found ${found.map(spoken).join(", ")}${said}`);
       return true;
@@ -92,7 +79,7 @@ export class Words {
 
   /** The structure of every value that has voxels: "the cyst in the liver" is a lesion, unless somebody named one so. */
   #structuresOf(image, mask, described) {
-    const [counts, now, names] = [labelmap.counts(mask), labelmap.voxels(), {}];
+    const [counts, now, names] = [labelmap.counts(mask), labelmap.voxels(image), {}];
     const known = labelmap.structures(image);
     const lesions = Object.fromEntries(
       known.filter(({ name }) => A_LESION.test(name)).map(({ name, index }) => [name, index]),
@@ -110,6 +97,7 @@ export class Words {
    * null to leave all as it is. What belongs to `own` is not asked about.
    */
   async keeps(image, mask, names, own = null) {
+    if (!this.panel.shows(image)) return null;
     const affected = () => {
       const byHand = this.segment.automatic.byHand(image);
       const changed = this.#changed(image, mask, names);
@@ -122,45 +110,13 @@ export class Words {
 
   #changed(image, mask, names) {
     const [target, told, lesions] = [new Uint8Array(256), new Uint8Array(256), new Uint8Array(256)];
-    for (const [value, name] of Object.entries(names)) target[value] = labelmap.indexOf(image, name);
+    // A name is added with its voxels, not before the annotator said that they may come.
+    const known = labelmap.structuresWith(image, Object.values(names));
+    const indexOf = (wanted) => known.find(({ name }) => name === wanted).index;
+    for (const [value, name] of Object.entries(names)) target[value] = indexOf(name);
     for (const value of target) told[value] = value ? 1 : 0;
-    const known = labelmap.structures(image);
     for (const { name, index } of known) lesions[index] = A_LESION.test(name) ? 1 : 0;
-    const changed = changedBy(labelmap.voxels(), mask.map((value) => target[value]), told, lesions);
+    const changed = changedBy(labelmap.voxels(image), mask.map((value) => target[value]), told, lesions);
     return new Set(known.filter(({ index }) => changed[index]).map(({ name }) => name));
-  }
-
-  // --- back and forth -------------------------------------------------------------------------------------------
-
-  #stepsOf(image) {
-    if (!this.steps.has(image.series)) this.steps.set(image.series, { past: [], future: [] });
-    return this.steps.get(image.series);
-  }
-
-  can(image, direction) {
-    return Boolean(image) && this.#stepsOf(image)[direction === "undo" ? "past" : "future"].length > 0;
-  }
-
-  /** Something else was placed or told: what was undone does not come again. */
-  placed(image) {
-    this.#stepsOf(image).future = [];
-  }
-
-  /** Undo or redo words, and `say` so, when the masks are as they left or found them; returns whether they are. */
-  async move(image, direction, say) {
-    if (!this.can(image, direction)) return false;
-    const { past, future } = this.#stepsOf(image);
-    const [from, to, end] = direction === "undo" ? [past, future, "after"] : [future, past, "before"];
-    if (from.at(-1)[end] !== stateOf(image)) return false;
-    await this.panel.work.run("paste", direction === "undo" ? "Undoing" : "Redoing", async () => {
-      labelmap.takeStep(image, from.at(-1), direction);
-      to.push(from.pop());
-      this.panel.work.say(say);
-    });
-    return true;
-  }
-
-  forget(image) {
-    this.steps.delete(image.series);
   }
 }

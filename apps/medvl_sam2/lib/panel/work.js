@@ -95,6 +95,7 @@ export class Work {
       job.abort.abort();
       this.running.delete(kind);
     }
+    this.said = null; // it was of that image, and so is a button in it
     this.show();
   }
 
