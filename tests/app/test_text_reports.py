@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +67,67 @@ def test_a_text_does_not_wait_for_the_header_of_the_segmentation(
     assert "made later" in stored["sr_error"]
     assert "it hangs" in stored["sr_error"]
     assert (listed(running, image)[0]["text"], listed(running, image)[0]["sr"]) == ("The liver is normal.", None)
+    assert listed(running, image)[0]["sr_error"] == stored["sr_error"]
     silent = False
     over_dicom._look_back()
     assert limits == [BRIEF_S, LIMITS_S]
     (document,) = server.series("SR")
     assert listed(running, image)[0]["sr"]["SOPInstanceUID"] == document.SOPInstanceUID
+    assert listed(running, image)[0]["sr_error"] is None
     (evidence,) = document.CurrentRequestedProcedureEvidenceSequence
     assert server.series("SEG")[0].SeriesInstanceUID in [
         one.SeriesInstanceUID for one in evidence.ReferencedSeriesSequence
     ]
+
+
+def test_a_text_is_kept_while_the_server_hangs_that_should_send_its_series(
+    running: Running, tmp_path: Path, server: FakeDicomWeb, over_dicom: GuardedDicomWebStore
+) -> None:
+    """Also while another request waits for that series."""
+    image = add(server, tmp_path / "s")
+    assert over_dicom.list_images() == [image]
+    server.stalled = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            opening = pool.submit(over_dicom.get_image_uri, image)
+            stored = pool.submit(store_text, running, image).result(20)
+            assert pool.submit(listed, running, image).result(20)[0]["sr_error"] == stored.json()["sr_error"]
+            assert not opening.done()
+        finally:
+            server.stalled.set()
+    assert (stored.status_code, stored.json()["sr"]) == (200, None)
+    assert "not fetched yet" in stored.json()["sr_error"]
+    over_dicom._look_back()
+    (document,) = server.series("SR")
+    assert listed(running, image)[0]["sr"]["SOPInstanceUID"] == document.SOPInstanceUID
+
+
+def test_a_text_about_a_series_that_nobody_can_be_asked_about_is_kept(
+    running: Running, tmp_path: Path, server: FakeDicomWeb, over_dicom: GuardedDicomWebStore
+) -> None:
+    assert store_text(running, "1.2.3").status_code == 404
+    assert store_text(running, "nobody").status_code == 404
+    server.down = True
+    assert store_text(running, "1.2.3").json()["version"] == 1
+    assert store_text(running, "nobody").status_code == 404
+
+
+def test_the_outbox_is_listed_once_for_all_texts(
+    running: Running,
+    tmp_path: Path,
+    server: FakeDicomWeb,
+    over_dicom: GuardedDicomWebStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = add(server, tmp_path / "s")
+    over_dicom.get_image_uri(image)
+    server.refuses = True
+    for _ in range(3):
+        store_text(running, image)
+    looks, waiting = [], over_dicom._outbox.waiting
+    monkeypatch.setattr(over_dicom._outbox, "waiting", lambda: looks.append(1) or waiting())
+    assert ["failure reason" in text["sr"]["waiting"] for text in listed(running, image)] == [True] * 3
+    assert len(looks) == 1
 
 
 def test_a_damaged_text_is_passed_over_by_the_next_one(
@@ -84,6 +138,7 @@ def test_a_damaged_text_is_passed_over_by_the_next_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     image = add(server, tmp_path / "s")
+    over_dicom.get_image_uri(image)
     store_text(running, image, text="Damaged.")
     second = store_text(running, image, text="Whole.").json()["sr"]
     damage(over_dicom.folder, image)

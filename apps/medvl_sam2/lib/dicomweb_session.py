@@ -29,6 +29,11 @@ def briefly() -> Iterator[None]:
         _limits.reset(before)
 
 
+def is_brief() -> bool:
+    """Whether somebody waits for what this thread asks."""
+    return _limits.get() == BRIEF_S
+
+
 class TimedSession(requests.Session):
     """Raises :class:`requests.Timeout` when the server is silent for too long."""
 
