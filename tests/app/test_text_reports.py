@@ -112,6 +112,33 @@ def test_a_text_about_a_series_that_nobody_can_be_asked_about_is_kept(
     assert store_text(running, "nobody").status_code == 404
 
 
+@pytest.mark.parametrize(("status", "refused"), [(404, True), (503, False)])
+def test_a_text_whose_segmentation_was_deleted_has_no_report_for_good(
+    running: Running,
+    tmp_path: Path,
+    server: FakeDicomWeb,
+    over_dicom: GuardedDicomWebStore,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    refused: bool,
+) -> None:
+    """A server that fails for now may have it."""
+    image = add(server, tmp_path / "s")
+    submit(over_dicom, image, tmp_path)
+
+    def asked(*_: str) -> Any:
+        answer = requests.Response()
+        answer.status_code = status
+        raise requests.HTTPError(f"{status} Error", response=answer)
+
+    monkeypatch.setattr(server, "retrieve_instance_metadata", asked)
+    stored = store_text(running, image, structures=["liver"]).json()
+    assert ("not on the DICOMweb server any more" in stored["sr_error"]) is refused
+    assert listed(running, image)[0]["sr_error"] == stored["sr_error"]
+    unnoted = [text.version for _, text in TextVersions(over_dicom.folder).without_sr()]
+    assert unnoted == ([] if refused else [1])
+
+
 def test_the_outbox_is_listed_once_for_all_texts(
     running: Running,
     tmp_path: Path,

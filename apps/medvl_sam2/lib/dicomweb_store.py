@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
@@ -248,7 +249,11 @@ class GuardedDicomWebStore(SeriesStore):
         return bool(self._client.retrieve_instance_metadata(*map(str, uids)))
 
     def stored_segmentation(self, image_id: str) -> Dataset | None:
-        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one."""
+        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one.
+
+        Raises:
+            HTTPException: 404 the server has it no more, 502 the server fails.
+        """
         note = self.dicom_note(image_id)
         instance = note.get("SOPInstanceUID")
         if not instance:
@@ -258,7 +263,12 @@ class GuardedDicomWebStore(SeriesStore):
             return waiting
         with reachable():
             study, series = note["StudyInstanceUID"], note["SeriesInstanceUID"]
-            return header_of(self._client.retrieve_instance_metadata(study, series, instance))
+            try:
+                return header_of(self._client.retrieve_instance_metadata(study, series, instance))
+            except requests.HTTPError as error:
+                if error.response is None or error.response.status_code != requests.codes.not_found:
+                    raise
+                raise HTTPException(404, f"DICOM SEG {instance} is not on the DICOMweb server any more") from error
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Path of a label: ``label_id`` is an image, or with tag ``final`` also the series of a DICOM SEG."""
