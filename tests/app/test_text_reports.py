@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from lib.dicom_sr import report_text
 from lib.dicomweb_session import BRIEF_S, LIMITS_S, TimedSession
 from lib.dicomweb_store import GuardedDicomWebStore
 from lib.text_versions import TextVersions
+from medvl_sam2 import dicom_io
 
 
 @pytest.fixture
@@ -137,6 +139,33 @@ def test_a_text_whose_segmentation_was_deleted_has_no_report_for_good(
     assert listed(running, image)[0]["sr_error"] == stored["sr_error"]
     unnoted = [text.version for _, text in TextVersions(over_dicom.folder).without_sr()]
     assert unnoted == ([] if refused else [1])
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(OSError(errno.EIO, "Input/output error"), True), (OSError("unexpected end"), False), (EOFError(), False)],
+    ids=["disk", "content", "end"],
+)
+def test_slices_that_cannot_be_read_for_now_do_not_refuse_a_report_for_good(
+    running: Running,
+    tmp_path: Path,
+    server: FakeDicomWeb,
+    over_dicom: GuardedDicomWebStore,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    passes: bool,
+) -> None:
+    image = add(server, tmp_path / "s")
+    over_dicom.get_image_uri(image)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(dicom_io.pydicom, "dcmread", fails)
+        assert store_text(running, image).json()["sr"] is None
+    over_dicom._look_back()
+    assert len(server.series("SR")) == int(passes)
 
 
 def test_the_outbox_is_listed_once_for_all_texts(
