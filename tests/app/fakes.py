@@ -49,6 +49,7 @@ class FakePredictor:
     """Marks exactly the voxels a prompt names; a class is the slice ``k = value - 1`` of the stored grid."""
 
     device = "cpu"
+    precision = "float32"
 
     def __init__(self, version: str = "shipped-1") -> None:
         self.meta = CheckpointMeta("fake", version, NOTICE)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import requests
-from monailabel.config import settings
 
-from lib.api import dicomweb_server
-from lib.dicomweb_session import PatientSession, TimedSession
+from lib.dicomweb_session import TimedSession
 
 
 @dataclass
@@ -53,12 +51,9 @@ def closing() -> Iterator[tuple[str, _Closing]]:
         listening.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("kind", [PatientSession, TimedSession])
-def test_what_a_closed_connection_swallowed_is_asked_again(
-    closing: tuple[str, _Closing], kind: type[requests.Session]
-) -> None:
+def test_what_a_closed_connection_swallowed_is_asked_again(closing: tuple[str, _Closing]) -> None:
     url, server = closing
-    with kind() as session:
+    with TimedSession() as session:
         for _ in range(3):
             assert session.get(url, timeout=30).json() == []
     assert server.questions == ["GET"] * 5, "the second and third were asked twice"
@@ -68,20 +63,15 @@ def test_what_a_closed_connection_swallowed_is_asked_again(
 def test_a_server_that_closes_every_connection_is_an_error(closing: tuple[str, _Closing]) -> None:
     url, server = closing
     server.rude = True
-    with PatientSession() as session, pytest.raises(requests.ConnectionError):
+    with TimedSession() as session, pytest.raises(requests.ConnectionError):
         session.get(url, timeout=30)
     assert server.questions == ["GET"] * 3
 
 
-def test_what_is_stored_is_sent_once_on_a_connection_of_its_own(
-    closing: tuple[str, _Closing], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_DICOMWEB_USERNAME", "")
+def test_what_is_stored_is_sent_once(closing: tuple[str, _Closing]) -> None:
     url, server = closing
-    for method in ("GET", "POST", "POST", "GET"):
-        assert dicomweb_server.send(method, url, "", {}).json() == []
-    assert server.questions == ["GET", "POST", "POST", "GET", "GET"]
-    server.rude = True
-    with pytest.raises(requests.ConnectionError):
-        dicomweb_server.send("POST", url, "", {})
-    assert server.questions[5:] == ["POST"]
+    with TimedSession() as session:
+        assert session.get(url, timeout=30).json() == []
+        with pytest.raises(requests.ConnectionError):
+            session.post(url, timeout=30)
+    assert server.questions == ["GET", "POST"]

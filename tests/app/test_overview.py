@@ -136,11 +136,12 @@ def test_health(running: Running) -> None:
     assert (response.status_code, said["status"], said["reasons"]) == (200, "ok", [])
     assert said["store_writable"] is True
     assert said["disk_free_mb"] >= health.LEAST_FREE_MB
-    assert (said["model_version"], said["device"], said["sessions"]) == ("shipped", None, 0)
+    assert (said["model_version"], said["device"], said["precision"], said["sessions"]) == ("shipped", None, None, 0)
     assert running.predictors == []  # nothing was loaded for it
     running.slicer("medvl_semantic", classes="liver")
     said = running.client.get("/medvl/health").json()
-    assert (said["model_version"], said["device"], said["sessions"]) == ("shipped-1", "cpu", 1)
+    assert (said["model_version"], said["device"], said["precision"]) == ("shipped-1", "cpu", "float32")
+    assert said["sessions"] == 1
 
 
 def test_health_names_what_is_wrong(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

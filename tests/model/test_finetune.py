@@ -21,11 +21,9 @@ from medvl_sam2.publishing import publish, read_published
 from medvl_sam2.training import finetune
 from medvl_sam2.training.finetune import run_finetune
 from medvl_sam2.training.finetune_records import FinetuneConfig, FinetuneProgress, FinetuneResult, FinetuneSample
-from medvl_sam2.training.finetune_samples import label_names, load_samples, samples_from_folder
+from medvl_sam2.training.finetune_samples import label_names, samples_from_folder
 from medvl_sam2.training.holdout import assign_patients
-from medvl_sam2.training.kept_scores import score_key
 from medvl_sam2.training.measure import LabelledCase, Measurement, ServedPredictor, measure
-from medvl_sam2.types import Geometry
 from medvl_sam2.vocabulary import CLASSES
 
 QUICK = FinetuneConfig(epochs=3, steps_per_epoch=4, replay_cases=2, gate_cases=1, clicks=1, min_voxels=50)
@@ -279,40 +277,6 @@ def test_the_served_model_is_measured_once_whichever_run_asks(tmp_path: Path, mo
     third = run(tmp_path, samples, FakeBackend(gain=-0.02), dataclasses.replace(QUICK, seed=2))
     assert third.served == again.candidate  # what is served now was measured as a candidate
     assert len(counts) == 8
-
-
-def test_everything_a_score_depends_on_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, base = make_samples(tmp_path, 5), write_model(tmp_path / "base", 0.6)
-    predictor = FakePredictor(base)
-    split = assign_patients(tmp_path / "holdout.json", [sample.patient for sample in samples])
-    held = next(sample for sample in samples if sample.patient in split.holdout)
-    (loaded,), _ = load_samples([held])
-    settings = {"clicks": 1, "objects": 24, "min_voxels": 50}
-    key = score_key(base, predictor, [loaded.case], settings)
-    assert key == score_key(base, FakePredictor(base), [load_samples([held])[0][0].case], dict(settings))
-    volume, masks = loaded.case.volume, loaded.case.masks
-    other_voxel = volume.array.copy()
-    other_voxel[0, 0, 0] += 1
-    name = next(iter(masks))
-    others = {
-        "weights": score_key(write_model(tmp_path / "other", 0.7), predictor, [loaded.case], settings),
-        "device": score_key(base, FakePredictor(base, "meta"), [loaded.case], settings),
-        "precision": score_key(base, FakePredictor(base, precision="bfloat16"), [loaded.case], settings),
-        "settings": score_key(base, predictor, [loaded.case], {**settings, "clicks": 2}),
-        "cases": score_key(base, predictor, [loaded.case] * 2, settings),
-    }
-    for what, case in {
-        "image": dataclasses.replace(loaded.case, volume=dataclasses.replace(volume, array=other_voxel)),
-        "place": dataclasses.replace(
-            loaded.case, volume=dataclasses.replace(volume, geometry=Geometry(SHAPE, np.diag([2.0, 2, 3, 1])))
-        ),
-        "mask": dataclasses.replace(loaded.case, masks={**masks, name: ~masks[name]}),
-        "name": dataclasses.replace(loaded.case, masks={f"not {n}": mask for n, mask in masks.items()}),
-    }.items():
-        others[what] = score_key(base, predictor, [case], settings)
-    monkeypatch.setattr("medvl_sam2.training.kept_scores.package_sha256", lambda: "other code")
-    others["code"] = score_key(base, predictor, [loaded.case], settings)
-    assert len({key, *others.values()}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("elsewhere", [{"device": "meta"}, {"precision": "bfloat16"}])

@@ -73,6 +73,10 @@ class GuardedStore(VersionedStore):
         """What the server knows of a label by this client on this image."""
         super().__init__(*args, **kwargs)
 
+    def may_have(self, image_id: str) -> bool:
+        """Whether ``image_id`` is an image; nothing is fetched for it."""
+        return bool(self.get_image_uri(image_id))
+
     # --- labels -----------------------------------------------------------------------------------------------------
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: Any, *more: Any) -> SavedLabel:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fastapi import HTTPException
 
-from medvl_sam2.errors import MedVLError
+from medvl_sam2.errors import MedVLError, VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -44,4 +44,6 @@ def _passes(error: Exception) -> bool:
     """Whether it may go well later: a server, a disk or a lock failed, and not the object."""
     if isinstance(error, HTTPException):
         return error.status_code >= 500
+    if isinstance(error, VolumeError):  # the disk, and not what the file holds: that has no number
+        return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
     return isinstance(error, OSError | MemoryError)

@@ -26,6 +26,7 @@ from lib.datastore import GeometryOf, GuardedStore
 from lib.dicom_objects import is_uid, source_headers
 from lib.dicomweb_catalog import Catalog
 from lib.dicomweb_series import fetch_series, series_files, series_to_nifti
+from lib.dicomweb_session import briefly, is_brief
 from lib.result_writing import http_error
 from medvl_sam2.dicom_io import DicomGrid, read_dicom_grid
 from medvl_sam2.errors import VolumeError
@@ -94,6 +95,23 @@ class SeriesStore(GuardedStore, DICOMWebDatastore):
                 self.add_image(image_id, str(converted), self._dicom_info(image_id))
             return str(volume)
 
+    def may_have(self, image_id: str) -> bool:
+        """Whether it is a series that was listed or fetched here; of another one, what the server says.
+
+        One that does not answer soon may have it.
+        """
+        if not is_uid(image_id):
+            return False
+        listed, _ = self._catalog.last_known(image_id)
+        if listed is not None or image_id in self._datastore.objects or series_files(self.folder / image_id):
+            return True
+        try:
+            with briefly():
+                return self._catalog.find(image_id) is not None
+        except requests.RequestException as error:
+            logger.warning("Whether there is a series %s is not known: %s", image_id, error)
+            return True
+
     def remove_image(self, image_id: str) -> None:
         """Refused (409): the series would be listed again at once, and its labels taken over from the server anew."""
         remedy = "delete it there, and labels with DELETE /datastore/label"
@@ -104,11 +122,13 @@ class SeriesStore(GuardedStore, DICOMWebDatastore):
 
         Raises:
             VolumeError: the series is no volume. DataError: its headers lack an identifier.
-            HTTPException: 404 no such series, 502 the server fails.
+            HTTPException: 404 no such series, 502 the server fails, 503 it is not here yet and somebody waits.
         """
         return source_headers(item.path for item in self._grid(image_id).slices)
 
     def _grid(self, image_id: str) -> DicomGrid:
+        if is_brief() and not series_files(self.folder / image_id):
+            raise HTTPException(503, f"series {image_id} is not fetched yet")
         with self._fetching[image_id]:
             folder = self._series_folder(image_id)
         if folder is None:

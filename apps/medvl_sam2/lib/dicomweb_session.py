@@ -1,4 +1,7 @@
-"""The sessions a DICOMweb server is asked with: one that closes connections is asked again, one that hangs given up."""
+"""The session the store's DICOMweb client asks with: a server that hangs is given up, one that hung up is asked again.
+
+The client itself does neither.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +30,28 @@ def briefly() -> Iterator[None]:
         _limits.reset(before)
 
 
-class PatientSession(requests.Session):
-    """Asks again when the server closes a kept connection just as the question is on its way.
+def is_brief() -> bool:
+    """Whether somebody waits for what this thread asks."""
+    return _limits.get() == BRIEF_S
 
-    Orthanc closes one that was idle for a second: a viewer that asks a second after its last answer meets this, and
-    would be left without the study. Only GET, which may be repeated (RFC 9110 section 9.2.2).
+
+class TimedSession(requests.Session):
+    """Raises :class:`requests.Timeout` when the server is silent for too long.
+
+    A server may close a kept connection just as a question is on its way (Orthanc does when one was idle for a second).
+    What may be asked twice, GET, is asked again then (RFC 9110 section 9.2.2).
     """
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        kwargs = {"timeout": _limits.get(), **kwargs}
         for _ in range(_KEPT_TRIES if method == "GET" else 0):
             try:
                 return super().request(method, url, *args, **kwargs)
-            except requests.ConnectTimeout:
+            except requests.Timeout:
                 raise
             except requests.ConnectionError:
                 continue  # the next kept connection may be closed too; one that is new is not
         return super().request(method, url, *args, **kwargs)
-
-
-class TimedSession(PatientSession):
-    """Raises :class:`requests.Timeout` when the server is silent for too long."""
-
-    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
-        return super().request(method, url, *args, **{"timeout": _limits.get(), **kwargs})
 
     def post(self, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
         """STOW-RS. The reply's content type loses its parameters.

@@ -17,13 +17,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
@@ -33,7 +34,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom.dataset import Dataset
 
 from lib.datastore import GeometryOf, KnownImage
-from lib.dicom_attempt import attempt
+from lib.dicom_attempt import Attempt, attempt
 from lib.dicom_objects import is_uid, source_headers
 from lib.dicom_outbox import Outbox
 from lib.dicom_seg import LabelOrigin, build_segmentation
@@ -45,7 +46,7 @@ from lib.label_names import stored_names
 from lib.label_versions import ADOPTED, LabelVersion, version_number, version_tag
 from lib.result_writing import http_error
 from lib.text_reports import publish_text, text_name
-from lib.text_versions import TextVersions
+from lib.text_versions import TextVersion, TextVersions
 from medvl_sam2.errors import MedVLError
 from medvl_sam2.types import Geometry
 from medvl_sam2.volume_io import read_mask, write_mask
@@ -223,13 +224,17 @@ class GuardedDicomWebStore(SeriesStore):
         if not note:
             failed = self._failed.get(_name(image_id, info.get("version", 0)))
             return {"waiting": failed} if failed else {}
-        return self.note_now(note)
+        return _with_waiting(note, self._outbox.waiting())
 
-    def note_now(self, note: Mapping[str, Any]) -> dict[str, Any]:
-        """What was noted of a SEG or SR, with ``waiting`` as it is now and not as it was when that was noted."""
-        known = {key: value for key, value in note.items() if key != "waiting"}
-        reason = self._outbox.waiting().get(known.get("SOPInstanceUID", ""))
-        return {**known, "waiting": reason} if reason else known
+    def report_notes(self, image_id: str, texts: Sequence[TextVersion]) -> list[Attempt]:
+        """What became of each text as DICOM SR, as it is now; ``failed`` of those that have none yet."""
+        waiting = self._outbox.waiting()
+        return [
+            Attempt(_with_waiting(text.sr, waiting))
+            if text.sr
+            else Attempt(failed=self._failed.get(text_name(image_id, text), ""))
+            for text in texts
+        ]
 
     def send(self, document: Dataset) -> str | None:
         """Store an object on the server; returns why it still waits in the outbox, or None when it is there."""
@@ -244,7 +249,11 @@ class GuardedDicomWebStore(SeriesStore):
         return bool(self._client.retrieve_instance_metadata(*map(str, uids)))
 
     def stored_segmentation(self, image_id: str) -> Dataset | None:
-        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one."""
+        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one.
+
+        Raises:
+            HTTPException: 404 the server has it no more, 502 the server fails.
+        """
         note = self.dicom_note(image_id)
         instance = note.get("SOPInstanceUID")
         if not instance:
@@ -254,7 +263,12 @@ class GuardedDicomWebStore(SeriesStore):
             return waiting
         with reachable():
             study, series = note["StudyInstanceUID"], note["SeriesInstanceUID"]
-            return header_of(self._client.retrieve_instance_metadata(study, series, instance))
+            try:
+                return header_of(self._client.retrieve_instance_metadata(study, series, instance))
+            except requests.HTTPError as error:
+                if error.response is None or error.response.status_code != requests.codes.not_found:
+                    raise
+                raise HTTPException(404, f"DICOM SEG {instance} is not on the DICOMweb server any more") from error
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Path of a label: ``label_id`` is an image, or with tag ``final`` also the series of a DICOM SEG."""
@@ -399,6 +413,13 @@ def _name(image: str, number: int) -> str:
 def _note(document: Dataset) -> dict[str, str]:
     uids = {name: str(document.get(name)) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
     return {**uids, "made": content_time(document)}
+
+
+def _with_waiting(note: Mapping[str, Any], waiting: Mapping[str, str]) -> dict[str, Any]:
+    """What was noted of a SEG or SR, with ``waiting`` as it is now and not as it was when that was noted."""
+    known = {key: value for key, value in note.items() if key != "waiting"}
+    reason = waiting.get(known.get("SOPInstanceUID", ""))
+    return {**known, "waiting": reason} if reason else known
 
 
 def _made(info: Mapping[str, Any]) -> str:

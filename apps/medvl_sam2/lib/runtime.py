@@ -62,6 +62,8 @@ class Loaded(NamedTuple):
     """A published version that could not be loaded, so that ``version`` is served in its place."""
     device: str | None
     """Where they compute; None before the first request."""
+    precision: str | None
+    """Number format of slices; None before the first request."""
 
 
 class Held(NamedTuple):
@@ -208,8 +210,10 @@ class Runtime:
     def loaded(self) -> Loaded:
         """Which weights are in memory; cheap, from any thread, and never waits."""
         predictor, refused = self._predictor, self._refused
-        version, device = (predictor.meta.version, predictor.device) if predictor else (None, None)
-        return Loaded(version, refused.name if refused else None, device)
+        gone = refused.name if refused else None
+        if predictor is None:
+            return Loaded(None, gone, None, None)
+        return Loaded(predictor.meta.version, gone, predictor.device, predictor.precision)
 
     def provenance(self, image: Path, client: str) -> Provenance:
         """Weights served now, and what stands in this client's session of an image. Waits for no inference.

@@ -1,30 +1,27 @@
 """The DICOMweb server behind the studies: its addresses, how to ask it, and whether it answers.
 
-Concurrency: one ``requests`` session for all threads. It keeps connections open and nothing else: cookies are refused,
-and credentials are given with each request. What is not to be sent twice goes on a connection of its own, which no
-server closes under it.
+Concurrency: any thread may ask; credentials are given with each request (:mod:`lib.api.lent_connections`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
-from http.cookiejar import DefaultCookiePolicy
 from typing import IO
 from urllib.parse import quote
 
 import requests
 from monailabel.config import settings
-from requests.adapters import HTTPAdapter
 
-from lib.dicomweb_session import PatientSession
+from lib.api.lent_connections import Answer, Connections
 
 CONNECT_S = 5.0
 READ_S = 120.0
 """Longest silence of the server; a busy one may think for a while before it sends a study."""
 _FRESH_S = 30.0
+_CONNECTIONS = Connections()
 
 
 def server_root() -> str | None:
@@ -52,8 +49,8 @@ def resource_url(root: str, service: str, path: str) -> str:
 
 def send(
     method: str, url: str, query: str, headers: dict[str, str], body: IO[bytes] | None = None, read_s: float = READ_S
-) -> requests.Response:
-    """One request with the server's credentials; the answer's body is not read yet.
+) -> Answer:
+    """One request with the server's credentials; the answer's body is not read yet, and it is to be closed.
 
     Raises:
         requests.RequestException: the server cannot be reached or does not answer.
@@ -62,30 +59,14 @@ def send(
     auth = (user, password) if user and password else None
     if "googleapis.com" in url:
         headers, auth = {**headers, "Authorization": f"Bearer {_google_token()}"}, None
-    session = _session() if method == "GET" else _new_session()
-    return session.request(
+    return _CONNECTIONS.request(
         method,
         f"{url}?{query}" if query else url,
         data=body,
         headers=headers,
         auth=auth,
-        stream=True,
         timeout=(CONNECT_S, read_s),
     )
-
-
-@cache
-def _session() -> requests.Session:
-    return _new_session()
-
-
-def _new_session() -> requests.Session:
-    session = PatientSession()
-    session.headers.clear()
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_connections=2, pool_maxsize=32))
-    return session
 
 
 def _google_token() -> str:
@@ -124,7 +105,8 @@ class Watch:
         reachable, reason = True, ""
         try:
             url = resource_url(root, "qido", "studies")
-            with send("GET", url, "limit=1", {"Accept": "application/dicom+json"}, read_s=CONNECT_S) as answer:
+            asked = send("GET", url, "limit=1", {"Accept": "application/dicom+json"}, read_s=CONNECT_S)
+            with closing(asked) as answer:
                 if answer.status_code >= 400:
                     reachable, reason = False, f"it answers {answer.status_code} to a query"
         except requests.RequestException as error:

@@ -37,6 +37,8 @@ class Health(BaseModel):
     """Of the weights in memory, or of those the next request loads."""
     device: str | None
     """Where the model computes; None before the first request."""
+    precision: str | None
+    """Number format it computes slices in, ``bfloat16`` or ``float32``; None before the first request."""
     sessions: int
     waiting: int
     """Requests that wait for the model."""
@@ -57,6 +59,7 @@ def health(response: Response, user: AsUser) -> Health:
     free_mb = min(_free_mb(folder) for folder in folders)
     root = dicomweb_server.server_root()
     dicomweb = _DICOMWEB.known(root) if root else dicomweb_server.Reachability()
+    loaded = app.runtime.loaded()
     reasons = _weights_reasons(app)
     if not writable:
         reasons.append(f"{app.config.store} cannot be written to: no training can be published; mend its permissions")
@@ -70,8 +73,9 @@ def health(response: Response, user: AsUser) -> Health:
         status="unwell" if reasons else "ok",
         reasons=reasons,
         uptime_s=round(time.monotonic() - _STARTED, 1),
-        model_version=app.runtime.loaded().version or app.runtime.served_version(),
-        device=app.runtime.loaded().device,
+        model_version=loaded.version or app.runtime.served_version(),
+        device=loaded.device,
+        precision=loaded.precision,
         sessions=app.runtime.session_count(),
         waiting=waiting,
         store_writable=writable,

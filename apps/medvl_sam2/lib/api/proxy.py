@@ -8,17 +8,16 @@ Concurrency: a slow DICOM server takes no thread from anything but this proxy. Q
 still wait for theirs. Each pool has :data:`lib.api.worker_threads.DICOM_THREADS` threads, started as they are needed:
 so many requests may hang, each for at most :data:`lib.api.dicomweb_server.READ_S` of silence, before the next one
 waits. When a client leaves amid an answer, the DICOM server's is ended, by a thread of its own: all others may hang in
-what is to be ended. The framework's own threads, which uploads need, are not used.
+what is to be ended. Nobody else's answer comes over that connection (:mod:`lib.api.lent_connections`). The framework's
+own threads, which uploads need, are not used.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import IO
 
 import requests
@@ -29,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from lib.api import dicomweb_server
 from lib.api.access import AsAnnotator, AsUser
+from lib.api.lent_connections import Answer
 from lib.api.plain_names import check_plain_path
 from lib.api.worker_threads import DICOM, DICOM_THREADS
 
@@ -100,7 +100,7 @@ def _service(request: Request) -> str:
     return first if slash and first in ("qido", "wado", "stow") else ""
 
 
-def _streamed(answer: requests.Response) -> StreamingResponse:
+def _streamed(answer: Answer) -> StreamingResponse:
     response = _PassedOn(answer)
     passed = MutableHeaders()
     for name, value in answer.headers.items():
@@ -113,7 +113,7 @@ def _streamed(answer: requests.Response) -> StreamingResponse:
 class _PassedOn(StreamingResponse):
     """An answer of the DICOM server, which is closed however this ends, also before its first piece was asked for."""
 
-    def __init__(self, answer: requests.Response) -> None:
+    def __init__(self, answer: Answer) -> None:
         super().__init__(_chunks(answer), status_code=answer.status_code)
         self._answer = answer
 
@@ -121,23 +121,11 @@ class _PassedOn(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            _CLOSING.submit(_close, self._answer)
+            _CLOSING.submit(self._answer.close)
 
 
-async def _chunks(answer: requests.Response) -> AsyncIterator[bytes]:
+async def _chunks(answer: Answer) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
-    pieces = answer.raw.stream(_CHUNK_BYTES, decode_content=False)
+    pieces = answer.pieces(_CHUNK_BYTES)
     while piece := await loop.run_in_executor(_ANSWERS, next, pieces, b""):
         yield piece
-
-
-def _close(answer: requests.Response) -> None:
-    kept = getattr(answer.raw.connection, "sock", None)
-    # Closing waits for a read in another thread, so that is ended first. RuntimeError: the answer was read to its end,
-    # and its connection serves others. OSError: the server was quicker.
-    with suppress(RuntimeError, OSError):
-        if kept is not None:  # both ways: the read may put it back for others, who then see that it is over
-            kept.shutdown(socket.SHUT_RDWR)
-        else:  # a connection for this answer alone
-            answer.raw.shutdown()
-    answer.close()

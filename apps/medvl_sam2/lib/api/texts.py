@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
 from lib.api.access import AsAnnotator, AsUser, author_of
+from lib.dicom_attempt import Attempt
 from lib.dicomweb_session import briefly
 from lib.request_parsing import MAX_TEXT, Client
 from lib.result_writing import http_errors, write_label_map
@@ -174,7 +175,7 @@ def evidence_mask(image: ImageId, name: str, user: AsUser, compress: bool = True
 def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredText:
     """Keep a text as a new version; on a DICOMweb store it also becomes a DICOM SR in the image's study."""
     app = app_instance()
-    _image_path(app, image)
+    _check_image(app, image)
     versions = _versions(app)
     with http_errors(f"Storing a text of {image!r}"):
         stored = versions.save(
@@ -204,13 +205,16 @@ def store_text(image: ImageId, body: TextUpload, user: AsAnnotator) -> StoredTex
 def list_texts(image: ImageId, user: AsUser) -> TextList:
     """Every stored text of an image."""
     app = app_instance()
-    _image_path(app, image)
-    now = getattr(app.datastore(), "note_now", dict)  # a folder sends nothing
+    _check_image(app, image)
     with http_errors(f"Reading the texts of {image!r}"):
-        versions = [
-            TextRecord(**{**vars(version), **_shown_sr(now(version.sr or {}))}) for version in _versions(app).of(image)
-        ]
-    return TextList(image=image, versions=versions)
+        texts = _versions(app).of(image)
+    return TextList(
+        image=image,
+        versions=[
+            TextRecord(**{**vars(text), **_shown_sr(outcome.note, outcome.failed)})
+            for text, outcome in zip(texts, _outcomes(app.datastore(), image, texts), strict=True)
+        ],
+    )
 
 
 @contextmanager
@@ -224,8 +228,24 @@ def _session(image: str, client: str, what: str) -> Iterator[Any]:
 def _image_path(app: Any, image: str) -> Path:
     path = app.datastore().get_image_uri(image) if image else ""
     if not path:
-        raise HTTPException(404, f"image {image!r} is not in the datastore; refresh the list of images")
+        raise _no_image(image)
     return Path(path)
+
+
+def _check_image(app: Any, image: str) -> None:
+    """As :func:`_image_path`, but a text needs no voxels: it is kept and listed whatever a DICOMweb server does."""
+    if not image or not app.datastore().may_have(image):
+        raise _no_image(image)
+
+
+def _no_image(image: str) -> HTTPException:
+    return HTTPException(404, f"image {image!r} is not in the datastore; refresh the list of images")
+
+
+def _outcomes(datastore: Any, image: str, texts: Sequence[TextVersion]) -> list[Attempt]:
+    if hasattr(datastore, "report_notes"):
+        return list(datastore.report_notes(image, texts))
+    return [Attempt(text.sr or {}) for text in texts]  # a folder sends nothing
 
 
 def _versions(app: Any) -> TextVersions:
