@@ -226,3 +226,36 @@ def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: 
     assert [v["version"] for v in listed(running)["versions"]] == [999_999]
     assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
     assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]
+def test_one_image_that_fails_keeps_no_other_waiting(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(version_files, "STALE_S", 0.1)
+    store = running.app.datastore()
+    (running.studies / "labels" / "version_3").mkdir()
+    written = time.time()
+    for image in ("case_a", "case_b"):
+        placed = write(running.studies / "labels" / "version_3" / f"{image}.nii.gz", blocks(v1=(2, 4)))
+        os.utime(placed, (written, written))  # both settle at once
+    take_over, failed = store._take_over, set[str]()
+
+    def failing(image: str, *more: Any) -> Any:
+        if failed <= {image}:  # whichever comes first
+            failed.add(image)
+            raise OSError("disk gone")
+        return take_over(image, *more)
+
+    monkeypatch.setattr(store, "_take_over", failing)
+    store.refresh()
+    wait_for(lambda: "disk gone" in caplog.text)
+    (other,) = {"case_a", "case_b"} - failed
+    wait_for(lambda: bool(store.final_version(other) == 3))
+
+
+def test_a_final_that_goes_while_it_is_looked_at_is_no_error(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib import versioned_store
+
+    gone = running.studies / "labels" / "final" / "case_a.nii.gz"
+    monkeypatch.setattr(versioned_store, "masks_of", lambda *_: [gone])
+    assert listed(running)["versions"] == []
+
+

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -229,11 +229,13 @@ class VersionedStore(IndexedStore):
         """Masks in ``labels/final`` that are not the copy of the newest version, by size and time."""
         finals, newest = masks_of(image_id, Path(self._datastore.label_path(FINAL))), self._files.newest(image_id)
         copied = None if newest is None else self._files.mask_path(newest).stat()
-        return [
-            path
-            for path in finals
-            if copied is None or (path.stat().st_size, path.stat().st_mtime_ns) != (copied.st_size, copied.st_mtime_ns)
-        ]
+        strays = []
+        for path in finals:
+            with suppress(FileNotFoundError):  # its program took it away again
+                stat = path.stat()
+                if copied is None or (stat.st_size, stat.st_mtime_ns) != (copied.st_size, copied.st_mtime_ns):
+                    strays.append(path)
+        return strays
 
     def _look_again(self, image_id: str, wait: float) -> None:
         """Adopt the masks of an image in ``wait`` seconds, without a request. The store's lock is held."""
@@ -246,13 +248,13 @@ class VersionedStore(IndexedStore):
     def _adopt_settled(self) -> None:
         with self._thread_lock:
             images, self._unsettled = self._unsettled, set()
-        try:
-            for image in images:
+        for image in sorted(images):
+            try:
                 with self._writing():  # nobody has to wait for all of them
                     if self._adopt(image, thorough=True):
                         self._update_datastore_file(lock=False)
-        except Exception:
-            logger.exception("Masks of %s wait until their versions are next listed", sorted(images))
+            except Exception:  # the others do not wait for it
+                logger.warning("Masks of %s wait until its versions are next listed", image, exc_info=True)
 
     def _unknown(self, image_id: str, number: int) -> bool:
         """Whether the index lacks a version, or its record was written after the index."""
