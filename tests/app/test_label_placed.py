@@ -135,29 +135,134 @@ def test_a_final_of_another_program_waits_until_it_is_whole(
 
 @pytest.mark.parametrize("change", ["save", "delete"])
 def test_a_final_that_is_being_written_is_kept_when_another_takes_its_place(
-    running: Running, tmp_path: Path, change: str
+    running: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
-    """What was there becomes a version as it is, and what its writer adds lands in the trash."""
+    """Half a mask is nobody's label: it becomes no version and lies in the trash, with what its writer adds."""
     whole = write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))).read_bytes()
     post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
     with foreign_writer(running, "final/case_a.nii.gz") as file:
         file.write(whole[:50])
         file.flush()
         if change == "save":
-            assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 3
+            assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 2
         else:
             asked = {"id": "case_a", "tag": "final"}
             assert running.client.delete("/datastore/label", params=asked).status_code == 200
         file.write(whole[50:])
     (kept,) = (running.studies / ".trash" / "case_a").iterdir()
     assert kept.read_bytes() == whole
+    assert str(kept) in caplog.text
     state = listed(running)
-    assert [v["source"] for v in state["versions"]] == ["api", "found", "api"][: 3 if change == "save" else 2]
-    assert state["versions"][1]["checksum"] == hashlib.sha256(whole[:50]).hexdigest()
+    assert [v["source"] for v in state["versions"]] == ["api"] * (2 if change == "save" else 1)
     if change == "save":
         assert (final(running) == blocks(v1=(2, 9))).all()
     else:
         assert state["final"] is None
+
+
+def test_what_cannot_be_read_becomes_no_version_when_a_save_displaces_it(running: Running, tmp_path: Path) -> None:
+    """Its writer was killed long ago."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    torn = running.studies / "labels" / "final" / "case_a.nii.gz"
+    torn.write_bytes(b"half a mask")
+    settle(torn)
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 2
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "api"]
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == b"half a mask"
+
+
+def test_half_a_mask_that_is_all_there_is_can_be_deleted(running: Running) -> None:
+    with foreign_writer(running, "final/case_a.nii.gz") as file:
+        file.write(b"half a mask")
+    store = running.app.datastore()
+    store.refresh()
+    assert store.get_labeled_images() == ["case_a"]
+    asked = {"id": "case_a", "tag": "final"}
+    assert running.client.delete("/datastore/label", params=asked).status_code == 200
+    assert store.get_labeled_images() == []
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == b"half a mask"
+    assert running.client.delete("/datastore/label", params=asked).status_code == 404
+
+
+def test_a_kill_between_what_was_displaced_and_its_successor_unlabels_nothing(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    (running.studies / "labels" / "final" / "case_a.nii.gz").write_bytes(b"half a mask")
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.app.datastore(), "_set_final", killed)
+        with pytest.raises(KeyboardInterrupt):
+            running.app.datastore().remove_label("case_a", "final")
+    assert not (running.studies / "labels" / "final" / "case_a.nii.gz").exists()
+    running = start()
+    assert running.app.datastore().final_version("case_a") == 1
+    assert (final(running) == blocks(v1=(2, 9))).all()
+
+
+def test_a_final_of_another_program_is_nobodys(running: Running, tmp_path: Path) -> None:
+    """The version whose place it takes was made, approved, published and voted for; it only names structures."""
+    file = write(tmp_path / "one.nii.gz", blocks(v1=(2, 9)))
+    post(running, file, author="bob", label_info=LIVER)
+    approved = {"status": "approved", "level": "easy", "approvedBy": "chief", "comment": "good", "editTime": 1}
+    sent = {"author": "ann", "client_id": "panel", "model_version": "7", "label_info": LIVER}
+    post(running, file, **sent, segmentationMeta=approved)
+    store = running.app.datastore()
+    store.update_label_info("case_a", "version_2", {"dicom_seg": {"SOPInstanceUID": "1.2.3"}})
+    placed = write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 4)))
+    settle(placed)
+    state = listed(running)
+    assert (state["final"], [v["source"] for v in state["versions"]]) == (3, ["api", "api", "found"])
+    of_ann, found = state["versions"][1:]
+    assert (of_ann["author"], of_ann["status"], of_ann["dicom_seg"]) == ("ann", "approved", None)
+    assert [s["name"] for s in found["structures"]] == ["liver"]
+    unknown = ("author", "client_id", "model_version", "status", "level", "approved_by", "note")
+    assert [found[key] for key in unknown] == [""] * len(unknown)
+    for tag in ("final", "version_3"):
+        info = store.get_label_info("case_a", tag)
+        assert (info["author"], info["label_info"]) == ("", store.get_label_info("case_a", "version_2")["label_info"])
+        assert "dicom_seg" not in info
+    agreement = running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()
+    assert agreement["latest"] == {"bob": 1, "ann": 2, "unknown (version_3)": 3}
+    body = {"authors": ["bob", "ann"]}
+    reply = running.client.post("/medvl/labels/consensus", params={"image": "case_a"}, json=body).json()
+    assert reply["made_from"] == [1, 2]
+    assert (final(running) == blocks(v1=(2, 9))).all()
+
+
+def test_what_is_known_of_a_version_stays_with_its_mask(running: Running, tmp_path: Path) -> None:
+    """Its record is damaged; the index still tells whose it is."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), author="ann", label_info=LIVER)
+    (running.studies / "labels" / "version_1" / "case_a.json").write_text("{")
+    settle(running.studies / "labels" / "version_1" / "case_a.nii.gz")
+    (version,) = listed(running)["versions"]
+    assert (version["author"], version["source"]) == ("ann", "found")
+
+
+def test_the_checksum_is_that_of_the_copy(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program writes again while the mask is taken over."""
+    from lib import versioned_store
+
+    placed = running.studies / "labels" / "final" / "case_a.nii.gz"
+    settle(write(placed, blocks(v1=(2, 4))))
+    stage = version_files.stage
+
+    def written_meanwhile(source: Path, folder: Path) -> Any:
+        write(placed, blocks(v1=(2, 9)))
+        return stage(source, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versioned_store, "stage", written_meanwhile)
+        listed(running)
+    for version in listed(running)["versions"]:
+        stored = running.studies / "labels" / version["tag"] / "case_a.nii.gz"
+        assert version["checksum"] == hashlib.sha256(stored.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("folder", ["version_3", "version_10001", "final"])
@@ -205,27 +310,6 @@ def test_a_placed_file_that_cannot_be_taken_over_yet_is_at_the_next_look(
     assert [v["version"] for v in listed(running)["versions"]] == [3]
 
 
-def test_a_placed_file_is_seen_at_the_start(start: Any, tmp_path: Path) -> None:
-    """Without anybody listing the versions of its image."""
-    placed = start().studies / "labels" / "version_3" / "case_a.nii.gz"
-    placed.parent.mkdir()
-    settle(write(placed, blocks(v1=(2, 4))))
-    running = start()
-    assert running.app.datastore().final_version("case_a") == 3
-    assert (final(running) == blocks(v1=(2, 4))).all()
-
-
-def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:
-    """As when it is put back from the trash, or was adopted by an earlier release."""
-    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
-    labels = running.studies / "labels"
-    record = json.loads((labels / "version_1" / "case_a.json").read_text()) | {"version": 999_999}
-    (labels / "version_1").rename(labels / "version_999999")
-    (labels / "version_999999" / "case_a.json").write_text(json.dumps(record))
-    running.app.datastore().refresh()
-    assert [v["version"] for v in listed(running)["versions"]] == [999_999]
-    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
-    assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]
 def test_one_image_that_fails_keeps_no_other_waiting(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,3 +343,24 @@ def test_a_final_that_goes_while_it_is_looked_at_is_no_error(running: Running, m
     assert listed(running)["versions"] == []
 
 
+def test_a_placed_file_is_seen_at_the_start(start: Any, tmp_path: Path) -> None:
+    """Without anybody listing the versions of its image."""
+    placed = start().studies / "labels" / "version_3" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    settle(write(placed, blocks(v1=(2, 4))))
+    running = start()
+    assert running.app.datastore().final_version("case_a") == 3
+    assert (final(running) == blocks(v1=(2, 4))).all()
+
+
+def test_a_version_with_its_record_keeps_any_number(running: Running, tmp_path: Path) -> None:
+    """As when it is put back from the trash, or was adopted by an earlier release."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    labels = running.studies / "labels"
+    record = json.loads((labels / "version_1" / "case_a.json").read_text()) | {"version": 999_999}
+    (labels / "version_1").rename(labels / "version_999999")
+    (labels / "version_999999" / "case_a.json").write_text(json.dumps(record))
+    running.app.datastore().refresh()
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999]
+    assert post(running, tmp_path / "one.nii.gz", label_info=LIVER).json()["version"] == 1_000_000
+    assert [v["version"] for v in listed(running)["versions"]] == [999_999, 1_000_000]

@@ -185,9 +185,13 @@ class GuardedStore(VersionedStore):
         """
         tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
+            known = self._datastore.label(label_id, tag) is not None
             self._adopt(label_id, final_changes=True)
             obj = self._datastore.objects.get(label_id)
             label = obj.labels.get(tag) if obj else None
+            if known and label is None:  # a mask that was not whole, and lies in the trash already
+                self._update_datastore_file(lock=False)
+                return
             if obj is None or label is None:
                 raise HTTPException(404, f"image {label_id!r} has no label with tag {tag!r}")
             path = Path(self._datastore.label_path(tag)) / self._filename(label_id, label.ext)

@@ -180,6 +180,11 @@ def whole_review(sent: Any, note: str, time: str) -> dict[str, Any]:
     return {**defaults, **({key: sent[key] for key in _REVIEW if key in sent} if isinstance(sent, Mapping) else {})}
 
 
+def names_in(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a label's ``info`` names the structures of its mask."""
+    return {key: info[key] for key in ("label_info", "params") if key in info}
+
+
 def named_structures(info: Mapping[str, Any], voxels: Mapping[int, int]) -> tuple[Structure, ...]:
     """Structures of a mask from the ``voxels`` of its values and the names its client sent.
 

@@ -20,7 +20,15 @@ from monailabel.datastore.local import DataModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.indexed_store import IndexedStore
-from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
+from lib.label_versions import (
+    LabelVersion,
+    named_structures,
+    names_in,
+    text_of,
+    version_number,
+    version_tag,
+    whole_review,
+)
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_errors
 from lib.version_files import MASKS, MAX_WANTED, VersionFiles, masks_of, settles_in, stage
@@ -92,6 +100,8 @@ class VersionedStore(IndexedStore):
             self._files.clean()
             versions = [(image, number) for number in self._files.numbers() for image in self._files.images(number)]
             behind = {image for image, number in versions if self._unknown(image, number)}
+            # A process may have been killed between what lay in final and the label that took its place.
+            behind |= {image for image, _ in versions if self._datastore.label(image, FINAL) is None}
             if True in {self._adopt(image) for image in behind}:
                 self._update_datastore_file(lock=False)
 
@@ -136,19 +146,20 @@ class VersionedStore(IndexedStore):
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
         record is read, so that damaged ones are made anew. ``settled``: what may still be written to stays as it is
         until it settles (:meth:`_look_again`); with ``final_changes`` not what lies in ``labels/final``, as the caller
-        is about to replace it.
+        is about to replace it: what is not whole there goes to the trash.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
             return False
         changed = self._adopt_history(image_id)
         changed |= self._adopt_placed(image_id, thorough, settled)
-        foreign = self._foreign_finals(image_id)
-        wait = max(map(settles_in, foreign), default=0.0) if settled and not final_changes else 0.0
+        strays = self._strays(image_id)
+        foreign, displaced = self._foreign_finals(image_id, strays), final_changes or not settled
+        wait = 0.0 if displaced else max(map(settles_in, foreign), default=0.0)
         if wait:
             self._look_again(image_id, wait)
         elif foreign:
-            self._adopt_finals(image_id, foreign)
+            self._adopt_finals(image_id, foreign, displaced)
             changed = True
         for number in self._files.numbers():
             record = self._files.read(image_id, number) if self._unknown(image_id, number) else None
@@ -157,7 +168,7 @@ class VersionedStore(IndexedStore):
                 changed = True
         if wait:
             return changed
-        newest, strays = self._files.newest(image_id), self._strays(image_id)
+        newest = self._files.newest(image_id)
         if newest is not None and (changed or strays or (self.final_version(image_id) or 0) != newest.version):
             changed |= bool(strays) or not newest.withdrawn or FINAL in obj.labels
             self._set_final(image_id, newest)
@@ -205,21 +216,25 @@ class VersionedStore(IndexedStore):
             changed = True
         return changed
 
-    def _adopt_finals(self, image_id: str, foreign: list[Path]) -> None:
-        """Make versions of what other programs put into ``labels/final``."""
+    def _adopt_finals(self, image_id: str, foreign: list[Path], displaced: bool) -> None:
+        """Make versions of what other programs put into ``labels/final``.
+
+        ``displaced``: another label takes their place now, and one that is not whole becomes no version.
+        """
         label = self._datastore.label(image_id, FINAL)
         for path in foreign:
-            known = label is not None and path.name == self._filename(image_id, label.ext)
-            info = label.info if label is not None and known else {}
-            number, saved = self._files.next_number(image_id), path.stat().st_mtime
-            self._take_over(image_id, path, number, info, "found", saved)
-            if settles_in(path):  # what its writer adds lands in the trash, and not in a file that is gone
+            whole = not displaced or (not settles_in(path) and _voxels_of(path) is not None)
+            if whole:
+                known = label is not None and path.name == self._filename(image_id, label.ext)
+                info = label.info if label is not None and known else {}
+                number, saved = self._files.next_number(image_id), path.stat().st_mtime
+                self._take_over(image_id, path, number, info, "found", saved)
+            if not whole or settles_in(path):  # what its writer adds lands in the trash, not in a file that is gone
                 kept = self._files.discard(image_id, FINAL, path)
-                logger.warning("%s may not have been whole; what was written lies in %s", path, kept)
+                logger.warning("%s was not whole when its place was taken; what was written lies in %s", path, kept)
 
-    def _foreign_finals(self, image_id: str) -> list[Path]:
-        """Masks in ``labels/final`` with no version's content, oldest first."""
-        strays = self._strays(image_id)
+    def _foreign_finals(self, image_id: str, strays: list[Path]) -> list[Path]:
+        """Those of the ``strays`` with no version's content, oldest first."""
         known = {version.checksum for version in self._files.versions(image_id)} if strays else set()
         return sorted(
             (path for path in strays if file_sha256(path) not in known), key=lambda path: path.stat().st_mtime
@@ -270,30 +285,34 @@ class VersionedStore(IndexedStore):
     def _take_over(
         self, image_id: str, path: Path, number: int, info: Mapping[str, Any], source: str, saved: float
     ) -> LabelVersion:
-        """Make a version of a mask that lies in the store; what is not known of it stays empty."""
+        """Make a version of a mask that lies in the store; what is not known of it stays empty.
+
+        ``info``: what is kept with the label under its name. Where that is our record of another mask, which this one
+        replaced, only the names of structures hold for it: nobody made, approved or published this one.
+        """
         extension = next(known for known in MASKS if path.name.endswith(known))
         time_ = datetime.fromtimestamp(saved, UTC).isoformat(timespec="milliseconds")
-        client = text_of(info, "client_id")
-        try:
-            voxels, _ = count_labels(path)
-        except VolumeError as error:  # kept all the same: it may be all that is left of somebody's work
-            logger.warning("%s cannot be read: %s", path, error)
-            voxels = {}
-        record = LabelVersion(
-            image=image_id,
-            version=number,
-            extension=extension,
-            checksum=file_sha256(path),
-            time=time_,
-            author=text_of(info, "author") or client,
-            source=source,
-            client_id=client,
-            model_version=text_of(info, "model_version"),
-            # Without names none are guessed from the vocabulary.
-            structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
-            info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
-        )
+        # Kept also when it cannot be read: it may be all that is left of somebody's work.
+        voxels = _voxels_of(path) or {}
         with stage(path, self._files.labels) as staged:
+            checksum = file_sha256(staged)  # of what is kept, whatever is written to the mask meanwhile
+            if info.get("checksum", checksum) != checksum:
+                info = names_in(info)
+            client = text_of(info, "client_id")
+            record = LabelVersion(
+                image=image_id,
+                version=number,
+                extension=extension,
+                checksum=checksum,
+                time=time_,
+                author=text_of(info, "author") or client,
+                source=source,
+                client_id=client,
+                model_version=text_of(info, "model_version"),
+                # Without names none are guessed from the vocabulary.
+                structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
+                info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
+            )
             self._files.put(staged, record)
         return record
 
@@ -302,3 +321,12 @@ class VersionedStore(IndexedStore):
         if not image:
             raise UnknownImageError(f"image {image_id!r} is not in the datastore")
         return Path(image)
+
+
+def _voxels_of(mask: Path) -> Mapping[int, int] | None:
+    """Voxels of every value but 0; None, and a warning, for a mask that cannot be read."""
+    try:
+        return count_labels(mask)[0]
+    except VolumeError as error:
+        logger.warning("%s cannot be read: %s", mask, error)
+        return None

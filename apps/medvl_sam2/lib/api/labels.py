@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from lib.api.access import AsAnnotator, AsUser, author_of
 from lib.api.stand_ins import json_object
 from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
-from lib.label_versions import ADOPTED, LabelVersion
+from lib.label_versions import ADOPTED, LabelVersion, names_in
 from lib.result_writing import write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import DataError
@@ -314,7 +314,7 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
 def _stated_names(record: LabelVersion) -> dict[str, Any]:
     """The names of a version with their values; of a label that was only found here, what was kept with it."""
     if record.source in ADOPTED:
-        return {key: record.info[key] for key in ("label_info", "params") if key in record.info}
+        return names_in(record.info)
     return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
 
 
