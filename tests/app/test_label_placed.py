@@ -310,6 +310,29 @@ def test_a_placed_file_that_cannot_be_taken_over_yet_is_at_the_next_look(
     assert [v["version"] for v in listed(running)["versions"]] == [3]
 
 
+def test_a_label_submitted_meanwhile_is_newer_than_a_placed_file_that_waited(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Far up it would get the next number; an old file that is put there afterwards does."""
+    monkeypatch.setattr(version_files, "STALE_S", 1.0)
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 8))), label_info=LIVER)
+    placed = running.studies / "labels" / "version_10001" / "case_a.nii.gz"
+    placed.parent.mkdir()
+    content = write(placed, blocks(v1=(2, 4))).read_bytes()
+    assert [v["version"] for v in listed(running)["versions"]] == [1]
+    assert post(running, write(tmp_path / "two.nii.gz", blocks(v1=(2, 9))), label_info=LIVER).json()["version"] == 2
+    wait_for(lambda: not placed.exists())
+    (kept,) = (running.studies / ".trash" / "case_a").iterdir()
+    assert kept.read_bytes() == content
+    wait_for(lambda: str(kept) in caplog.text)
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "api"]
+    assert (final(running) == blocks(v1=(2, 9))).all()
+    shutil.copy(kept, placed)
+    os.utime(placed, (1e9, 1e9))
+    assert [v["source"] for v in listed(running)["versions"]] == ["api", "api", "found"]
+    assert (final(running) == blocks(v1=(2, 4))).all()
+
+
 def test_one_image_that_fails_keeps_no_other_waiting(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

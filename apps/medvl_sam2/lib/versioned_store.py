@@ -190,10 +190,7 @@ class VersionedStore(IndexedStore):
         return changed
 
     def _adopt_placed(self, image_id: str, thorough: bool, settled: bool) -> bool:
-        """Make versions of masks under a version's tag that have no record; tell whether there were any.
-
-        One far up is taken over under the next number, and its file goes to the trash.
-        """
+        """Make versions of masks under a version's tag that have no record; tell whether there were any."""
         labels, changed = self._datastore.objects[image_id].labels, False
         for number in [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]:
             path = self._files.bare_mask(image_id, number)
@@ -202,19 +199,32 @@ class VersionedStore(IndexedStore):
             if settled and (wait := settles_in(path)):
                 self._look_again(image_id, wait)
                 continue
-            label, saved = labels.get(version_tag(number)), path.stat().st_mtime
+            label = labels.get(version_tag(number))
             info = label.info if label else {}
             if number <= MAX_WANTED:
-                self._take_over(image_id, path, number, info, "found", saved)
+                self._take_over(image_id, path, number, info, "found", path.stat().st_mtime)
             else:
-                newest = self._files.newest(image_id)
-                # The label already, or taken over before a kill came; an older version was put back on purpose.
-                if newest is None or newest.withdrawn or newest.checksum != file_sha256(path):
-                    self._take_over(image_id, path, self._files.next_number(image_id), info, "found", saved)
-                self._files.discard(image_id, f"placed_{number}", path)
+                self._adopt_far_up(image_id, path, number, info)
                 labels.pop(version_tag(number), None)
             changed = True
         return changed
+
+    def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
+        """Make the next version of a mask placed far up, and move its file to the trash.
+
+        No version is made of the label as it is, nor of a mask that a label overtook, submitted while it waited: the
+        next number would make it the newest.
+        """
+        newest, stat = self._files.newest(image_id), path.stat()
+        # An older version, in turn, was put back on purpose.
+        known = newest is not None and not newest.withdrawn and newest.checksum == file_sha256(path)
+        counts_from = datetime.fromisoformat(newest.submitted or newest.time).timestamp() if newest is not None else 0.0
+        overtaken = stat.st_ctime < counts_from  # when it was put there; copies may keep the time of their content
+        if not known and not overtaken:
+            self._take_over(image_id, path, self._files.next_number(image_id), info, "found", stat.st_mtime)
+        kept = self._files.discard(image_id, f"placed_{number}", path)
+        if not known and overtaken:
+            logger.warning("%s was placed before the newest label of %s; it lies in %s", path, image_id, kept)
 
     def _adopt_finals(self, image_id: str, foreign: list[Path], displaced: bool) -> None:
         """Make versions of what other programs put into ``labels/final``.
