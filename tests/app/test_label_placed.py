@@ -236,6 +236,37 @@ def test_a_final_of_another_program_is_nobodys(running: Running, tmp_path: Path)
     assert (final(running) == blocks(v1=(2, 9))).all()
 
 
+@pytest.mark.parametrize("copy", [shutil.copyfile, shutil.copy2])
+def test_an_older_version_copied_over_final_is_the_label_again(running: Running, tmp_path: Path, copy: Any) -> None:
+    """As if it had been restored; with the time of its mask it is the store's own copy, left by a save cut off."""
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), author="ann", label_info=LIVER)
+    spleen = [{"name": "spleen", "idx": 1}]
+    post(running, write(tmp_path / "two.nii.gz", blocks(v1=(2, 4))), author="ann", label_info=spleen)
+    labels = running.studies / "labels"
+    settle(labels / "version_1" / "case_a.nii.gz")
+    copy(labels / "version_1" / "case_a.nii.gz", labels / "final" / "case_a.nii.gz")
+    restored = copy is shutil.copyfile
+    if restored:
+        os.utime(labels / "final" / "case_a.nii.gz", (time.time() - 30,) * 2)
+    versions = listed(running)["versions"][2:]
+    assert [(v["source"], v["restored_from"], v["author"]) for v in versions] == [("found", 1, "")] * restored
+    assert [v["structures"][0]["name"] for v in versions] == ["liver"] * restored
+    assert (final(running) == blocks(v1=(2, 9 if restored else 4))).all()
+    assert listed(running)["versions"][2:] == versions
+    latest = running.client.get("/medvl/labels/agreement", params={"image": "case_a"}).json()["latest"]
+    assert latest == {"ann": 2}
+
+
+def test_a_deleted_label_copied_back_into_final_is_the_label_again(running: Running, tmp_path: Path) -> None:
+    post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), label_info=LIVER)
+    running.client.delete("/datastore/label", params={"id": "case_a", "tag": "final"})
+    copied = running.studies / "labels" / "final" / "case_a.nii.gz"
+    settle(Path(shutil.copyfile(running.studies / "labels" / "version_1" / "case_a.nii.gz", copied)))
+    state = listed(running)
+    assert (state["final"], [v["restored_from"] for v in state["versions"]]) == (2, [None, 1])
+    assert (final(running) == blocks(v1=(2, 9))).all()
+
+
 def test_what_is_known_of_a_version_stays_with_its_mask(running: Running, tmp_path: Path) -> None:
     """Its record is damaged; the index still tells whose it is."""
     post(running, write(tmp_path / "one.nii.gz", blocks(v1=(2, 9))), author="ann", label_info=LIVER)

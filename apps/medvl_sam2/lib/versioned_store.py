@@ -24,6 +24,7 @@ from lib.label_versions import (
     LabelVersion,
     named_structures,
     names_in,
+    stated_names,
     text_of,
     version_number,
     version_tag,
@@ -237,18 +238,38 @@ class VersionedStore(IndexedStore):
             if whole:
                 known = label is not None and path.name == self._filename(image_id, label.ext)
                 info = label.info if label is not None and known else {}
+                checksum, versions = file_sha256(path), reversed(self._files.versions(image_id))
+                old = next((version for version in versions if version.checksum == checksum), None)
+                if old is not None:
+                    info = stated_names(old)
                 number, saved = self._files.next_number(image_id), path.stat().st_mtime
-                self._take_over(image_id, path, number, info, "found", saved)
+                self._take_over(image_id, path, number, info, "found", saved, old)
             if not whole or settles_in(path):  # what its writer adds lands in the trash, not in a file that is gone
                 kept = self._files.discard(image_id, FINAL, path)
-                logger.warning("%s was not whole when its place was taken; what was written lies in %s", path, kept)
+                logger.warning(
+                    "%s may not have been whole when its place was taken; what was written lies in %s", path, kept
+                )
 
     def _foreign_finals(self, image_id: str, strays: list[Path]) -> list[Path]:
-        """Those of the ``strays`` with no version's content, oldest first."""
-        known = {version.checksum for version in self._files.versions(image_id)} if strays else set()
-        return sorted(
-            (path for path in strays if file_sha256(path) not in known), key=lambda path: path.stat().st_mtime
-        )
+        """Those of the ``strays`` that another program put there, oldest first.
+
+        Their content is no version's, or that of an older one, which somebody put back. The store's own copy of that,
+        left where a save was cut off, has the time of its mask as well.
+        """
+        versions = self._files.versions(image_id) if strays else []
+        newest = self._files.newest(image_id) if strays else None
+
+        def own(path: Path) -> bool:
+            checksum, time_ = file_sha256(path), path.stat().st_mtime_ns
+            return any(
+                version.draft
+                or (version == newest and not version.withdrawn)
+                or self._files.mask_path(version).stat().st_mtime_ns == time_
+                for version in versions
+                if version.checksum == checksum
+            )
+
+        return sorted((path for path in strays if not own(path)), key=lambda path: path.stat().st_mtime)
 
     def _strays(self, image_id: str) -> list[Path]:
         """Masks in ``labels/final`` that are not the copy of the newest version, by size and time."""
@@ -293,12 +314,20 @@ class VersionedStore(IndexedStore):
         return not self._index_stamp or written > self._index_stamp[0]
 
     def _take_over(
-        self, image_id: str, path: Path, number: int, info: Mapping[str, Any], source: str, saved: float
+        self,
+        image_id: str,
+        path: Path,
+        number: int,
+        info: Mapping[str, Any],
+        source: str,
+        saved: float,
+        restored: LabelVersion | None = None,
     ) -> LabelVersion:
         """Make a version of a mask that lies in the store; what is not known of it stays empty.
 
         ``info``: what is kept with the label under its name. Where that is our record of another mask, which this one
-        replaced, only the names of structures hold for it: nobody made, approved or published this one.
+        replaced, only the names of structures hold for it: nobody made, approved or published this one. ``restored``:
+        the version whose content it has.
         """
         extension = next(known for known in MASKS if path.name.endswith(known))
         time_ = datetime.fromtimestamp(saved, UTC).isoformat(timespec="milliseconds")
@@ -321,6 +350,7 @@ class VersionedStore(IndexedStore):
                 model_version=text_of(info, "model_version"),
                 # Without names none are guessed from the vocabulary.
                 structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
+                restored_from=restored.version if restored is not None else None,
                 info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
             )
             self._files.put(staged, record)

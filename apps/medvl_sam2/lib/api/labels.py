@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field
 from lib.api.access import AsAnnotator, AsUser, author_of
 from lib.api.stand_ins import json_object
 from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
-from lib.label_versions import ADOPTED, LabelVersion, names_in
+from lib.label_versions import LabelVersion, stated_names
 from lib.result_writing import file_called, write_label_map
 from lib.version_files import MASKS
 from medvl_sam2.errors import DataError, VolumeError
@@ -193,7 +193,7 @@ def save_version(
 def restore(image: _Image, version: _Number, user: AsAnnotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
     record, path = _store().version(image, version)
     info = {
-        **_stated_names(record),
+        **stated_names(record),
         "note": body.note,
         "source": "restore",
         "model_version": record.model_version,
@@ -311,13 +311,6 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
     if not whole:
         raise HTTPException(400, 'label_info must be a list of {"name": "liver", "idx": 1}, idx being the mask value')
     return [{**one, "value": one["idx"]} for one in label_info]
-
-
-def _stated_names(record: LabelVersion) -> dict[str, Any]:
-    """The names of a version with their values; of a label that was only found here, what was kept with it."""
-    if record.source in ADOPTED:
-        return names_in(record.info)
-    return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
 
 
 def _grid(image: str) -> Geometry:
