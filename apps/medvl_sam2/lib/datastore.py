@@ -38,7 +38,7 @@ from lib.label_versions import (
     version_number,
     whole_review,
 )
-from lib.result_writing import http_errors
+from lib.result_writing import file_called, http_errors
 from lib.version_files import stage
 from lib.versioned_store import FINAL, VersionedStore
 from medvl_sam2.datasets.stored_texts import image_folder
@@ -95,9 +95,9 @@ class GuardedStore(VersionedStore):
             image = self._image_file(image_id)
             versioned = tag == FINAL or version_number(tag) is not None
             copies = 2 if versioned and not is_draft(info) else 1  # one becomes final
-            checked, (staged, *copy) = self._staged(
-                image_id, Path(label_filename), self._geometry_of(image), copies, stack
-            )
+            with file_called(f"image {image_id!r}", image):
+                geometry = self._geometry_of(image)
+            checked, (staged, *copy) = self._staged(image_id, Path(label_filename), geometry, copies, stack)
             if not versioned:
                 with self._writing():
                     self._replace_label(image_id, tag, staged, checked.extension, info)
@@ -189,9 +189,13 @@ class GuardedStore(VersionedStore):
         """
         tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
+            known = self._datastore.label(label_id, tag) is not None
             self._adopt(label_id, final_changes=True)
             obj = self._datastore.objects.get(label_id)
             label = obj.labels.get(tag) if obj else None
+            if known and label is None:  # a mask that was not whole, and lies in the trash already
+                self._update_datastore_file(lock=False)
+                return
             if obj is None or label is None:
                 raise HTTPException(404, f"image {label_id!r} has no label with tag {tag!r}")
             path = Path(self._datastore.label_path(tag)) / self._filename(label_id, label.ext)

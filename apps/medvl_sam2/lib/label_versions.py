@@ -180,6 +180,18 @@ def whole_review(sent: Any, note: str, time: str) -> dict[str, Any]:
     return {**defaults, **({key: sent[key] for key in _REVIEW if key in sent} if isinstance(sent, Mapping) else {})}
 
 
+def names_in(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a label's ``info`` names the structures of its mask."""
+    return {key: info[key] for key in ("label_info", "params") if key in info}
+
+
+def stated_names(record: LabelVersion) -> dict[str, Any]:
+    """The names of a version with their values; of a label that was only found here, what was kept with it."""
+    if record.source in ADOPTED:
+        return names_in(record.info)
+    return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
+
+
 def named_structures(info: Mapping[str, Any], voxels: Mapping[int, int]) -> tuple[Structure, ...]:
     """Structures of a mask from the ``voxels`` of its values and the names its client sent.
 

@@ -81,6 +81,20 @@ def http_errors(what: str) -> Iterator[None]:
         raise HTTPException(500, f"{what} failed: {type(error).__name__}: {error}; see the server's log") from error
 
 
+@contextmanager
+def file_called(name: str, path: Path) -> Iterator[None]:
+    """Let errors of a file call it by its ``name``: where it lies on the server stands in the log, and in no reply.
+
+    Raises:
+        VolumeError: as the block, with that name.
+    """
+    try:
+        yield
+    except VolumeError as error:
+        logger.warning("%s: %s", name, error)
+        raise VolumeError(str(error).replace(str(path), name)) from error
+
+
 def write_label_map(mask: np.ndarray, geometry: Geometry, extension: str, compress: bool) -> str:
     """Write labels (I, J, K) as one byte a voxel on the stored grid; return the temporary file's path.
 

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ from monailabel.datastore.local import DataModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.indexed_store import IndexedStore
-from lib.label_versions import LabelVersion, named_structures, text_of, version_number, version_tag, whole_review
+from lib.label_versions import (
+    LabelVersion,
+    named_structures,
+    names_in,
+    stated_names,
+    text_of,
+    version_number,
+    version_tag,
+    whole_review,
+)
 from lib.request_parsing import UnknownImageError
 from lib.result_writing import http_errors
 from lib.version_files import MASKS, MAX_WANTED, VersionFiles, masks_of, settles_in, stage
@@ -92,6 +101,8 @@ class VersionedStore(IndexedStore):
             self._files.clean()
             versions = [(image, number) for number in self._files.numbers() for image in self._files.images(number)]
             behind = {image for image, number in versions if self._unknown(image, number)}
+            # A process may have been killed between what lay in final and the label that took its place.
+            behind |= {image for image, _ in versions if self._datastore.label(image, FINAL) is None}
             if True in {self._adopt(image) for image in behind}:
                 self._update_datastore_file(lock=False)
 
@@ -136,19 +147,20 @@ class VersionedStore(IndexedStore):
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
         record is read, so that damaged ones are made anew. ``settled``: what may still be written to stays as it is
         until it settles (:meth:`_look_again`); with ``final_changes`` not what lies in ``labels/final``, as the caller
-        is about to replace it.
+        is about to replace it: what is not whole there goes to the trash.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
             return False
         changed = self._adopt_history(image_id)
         changed |= self._adopt_placed(image_id, thorough, settled)
-        foreign = self._foreign_finals(image_id)
-        wait = max(map(settles_in, foreign), default=0.0) if settled and not final_changes else 0.0
+        strays = self._strays(image_id)
+        foreign, displaced = self._foreign_finals(image_id, strays), final_changes or not settled
+        wait = 0.0 if displaced else max(map(settles_in, foreign), default=0.0)
         if wait:
             self._look_again(image_id, wait)
         elif foreign:
-            self._adopt_finals(image_id, foreign)
+            self._adopt_finals(image_id, foreign, displaced)
             changed = True
         for number in self._files.numbers():
             record = self._files.read(image_id, number) if self._unknown(image_id, number) else None
@@ -157,7 +169,7 @@ class VersionedStore(IndexedStore):
                 changed = True
         if wait:
             return changed
-        newest, strays = self._files.newest(image_id), self._strays(image_id)
+        newest = self._files.newest(image_id)
         if newest is not None and (changed or strays or (self.final_version(image_id) or 0) != newest.version):
             changed |= bool(strays) or not newest.withdrawn or FINAL in obj.labels
             self._set_final(image_id, newest)
@@ -179,10 +191,7 @@ class VersionedStore(IndexedStore):
         return changed
 
     def _adopt_placed(self, image_id: str, thorough: bool, settled: bool) -> bool:
-        """Make versions of masks under a version's tag that have no record; tell whether there were any.
-
-        One far up is taken over under the next number, and its file goes to the trash.
-        """
+        """Make versions of masks under a version's tag that have no record; tell whether there were any."""
         labels, changed = self._datastore.objects[image_id].labels, False
         for number in [n for n in self._files.numbers() if thorough or self._unknown(image_id, n)]:
             path = self._files.bare_mask(image_id, number)
@@ -191,49 +200,88 @@ class VersionedStore(IndexedStore):
             if settled and (wait := settles_in(path)):
                 self._look_again(image_id, wait)
                 continue
-            label, saved = labels.get(version_tag(number)), path.stat().st_mtime
+            label = labels.get(version_tag(number))
             info = label.info if label else {}
             if number <= MAX_WANTED:
-                self._take_over(image_id, path, number, info, "found", saved)
+                self._take_over(image_id, path, number, info, "found", path.stat().st_mtime)
             else:
-                newest = self._files.newest(image_id)
-                # The label already, or taken over before a kill came; an older version was put back on purpose.
-                if newest is None or newest.withdrawn or newest.checksum != file_sha256(path):
-                    self._take_over(image_id, path, self._files.next_number(image_id), info, "found", saved)
-                self._files.discard(image_id, f"placed_{number}", path)
+                self._adopt_far_up(image_id, path, number, info)
                 labels.pop(version_tag(number), None)
             changed = True
         return changed
 
-    def _adopt_finals(self, image_id: str, foreign: list[Path]) -> None:
-        """Make versions of what other programs put into ``labels/final``."""
+    def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
+        """Make the next version of a mask placed far up, and move its file to the trash.
+
+        No version is made of the label as it is, nor of a mask that a label overtook, submitted while it waited: the
+        next number would make it the newest.
+        """
+        newest, stat = self._files.newest(image_id), path.stat()
+        # An older version, in turn, was put back on purpose.
+        known = newest is not None and not newest.withdrawn and newest.checksum == file_sha256(path)
+        counts_from = datetime.fromisoformat(newest.submitted or newest.time).timestamp() if newest is not None else 0.0
+        overtaken = stat.st_ctime < counts_from  # when it was put there; copies may keep the time of their content
+        if not known and not overtaken:
+            self._take_over(image_id, path, self._files.next_number(image_id), info, "found", stat.st_mtime)
+        kept = self._files.discard(image_id, f"placed_{number}", path)
+        if not known and overtaken:
+            logger.warning("%s was placed before the newest label of %s; it lies in %s", path, image_id, kept)
+
+    def _adopt_finals(self, image_id: str, foreign: list[Path], displaced: bool) -> None:
+        """Make versions of what other programs put into ``labels/final``.
+
+        ``displaced``: another label takes their place now, and one that is not whole becomes no version.
+        """
         label = self._datastore.label(image_id, FINAL)
         for path in foreign:
-            known = label is not None and path.name == self._filename(image_id, label.ext)
-            info = label.info if label is not None and known else {}
-            number, saved = self._files.next_number(image_id), path.stat().st_mtime
-            self._take_over(image_id, path, number, info, "found", saved)
-            if settles_in(path):  # what its writer adds lands in the trash, and not in a file that is gone
+            whole = not displaced or (not settles_in(path) and _voxels_of(path) is not None)
+            if whole:
+                known = label is not None and path.name == self._filename(image_id, label.ext)
+                info = label.info if label is not None and known else {}
+                checksum, versions = file_sha256(path), reversed(self._files.versions(image_id))
+                old = next((version for version in versions if version.checksum == checksum), None)
+                if old is not None:
+                    info = stated_names(old)
+                number, saved = self._files.next_number(image_id), path.stat().st_mtime
+                self._take_over(image_id, path, number, info, "found", saved, old)
+            if not whole or settles_in(path):  # what its writer adds lands in the trash, not in a file that is gone
                 kept = self._files.discard(image_id, FINAL, path)
-                logger.warning("%s may not have been whole; what was written lies in %s", path, kept)
+                logger.warning(
+                    "%s may not have been whole when its place was taken; what was written lies in %s", path, kept
+                )
 
-    def _foreign_finals(self, image_id: str) -> list[Path]:
-        """Masks in ``labels/final`` with no version's content, oldest first."""
-        strays = self._strays(image_id)
-        known = {version.checksum for version in self._files.versions(image_id)} if strays else set()
-        return sorted(
-            (path for path in strays if file_sha256(path) not in known), key=lambda path: path.stat().st_mtime
-        )
+    def _foreign_finals(self, image_id: str, strays: list[Path]) -> list[Path]:
+        """Those of the ``strays`` that another program put there, oldest first.
+
+        Their content is no version's, or that of an older one, which somebody put back. The store's own copy of that,
+        left where a save was cut off, has the time of its mask as well.
+        """
+        versions = self._files.versions(image_id) if strays else []
+        newest = self._files.newest(image_id) if strays else None
+
+        def own(path: Path) -> bool:
+            checksum, time_ = file_sha256(path), path.stat().st_mtime_ns
+            return any(
+                version.draft
+                or (version == newest and not version.withdrawn)
+                or self._files.mask_path(version).stat().st_mtime_ns == time_
+                for version in versions
+                if version.checksum == checksum
+            )
+
+        return sorted((path for path in strays if not own(path)), key=lambda path: path.stat().st_mtime)
 
     def _strays(self, image_id: str) -> list[Path]:
         """Masks in ``labels/final`` that are not the copy of the newest version, by size and time."""
         finals, newest = masks_of(image_id, Path(self._datastore.label_path(FINAL))), self._files.newest(image_id)
         copied = None if newest is None else self._files.mask_path(newest).stat()
-        return [
-            path
-            for path in finals
-            if copied is None or (path.stat().st_size, path.stat().st_mtime_ns) != (copied.st_size, copied.st_mtime_ns)
-        ]
+        strays = []
+        for path in finals:
+            with suppress(FileNotFoundError):  # its program took it away again
+                stat = path.stat()
+                if copied is None or (stat.st_size, stat.st_mtime_ns) != (copied.st_size, copied.st_mtime_ns):
+                    strays.append(path)
+        return strays
 
     def _look_again(self, image_id: str, wait: float) -> None:
         """Adopt the masks of an image in ``wait`` seconds, without a request. The store's lock is held."""
@@ -246,13 +294,13 @@ class VersionedStore(IndexedStore):
     def _adopt_settled(self) -> None:
         with self._thread_lock:
             images, self._unsettled = self._unsettled, set()
-        try:
-            for image in images:
+        for image in sorted(images):
+            try:
                 with self._writing():  # nobody has to wait for all of them
                     if self._adopt(image, thorough=True):
                         self._update_datastore_file(lock=False)
-        except Exception:
-            logger.exception("Masks of %s wait until their versions are next listed", sorted(images))
+            except Exception:  # the others do not wait for it
+                logger.warning("Masks of %s wait until its versions are next listed", image, exc_info=True)
 
     def _unknown(self, image_id: str, number: int) -> bool:
         """Whether the index lacks a version, or its record was written after the index."""
@@ -266,32 +314,45 @@ class VersionedStore(IndexedStore):
         return not self._index_stamp or written > self._index_stamp[0]
 
     def _take_over(
-        self, image_id: str, path: Path, number: int, info: Mapping[str, Any], source: str, saved: float
+        self,
+        image_id: str,
+        path: Path,
+        number: int,
+        info: Mapping[str, Any],
+        source: str,
+        saved: float,
+        restored: LabelVersion | None = None,
     ) -> LabelVersion:
-        """Make a version of a mask that lies in the store; what is not known of it stays empty."""
+        """Make a version of a mask that lies in the store; what is not known of it stays empty.
+
+        ``info``: what is kept with the label under its name. Where that is our record of another mask, which this one
+        replaced, only the names of structures hold for it: nobody made, approved or published this one. ``restored``:
+        the version whose content it has.
+        """
         extension = next(known for known in MASKS if path.name.endswith(known))
         time_ = datetime.fromtimestamp(saved, UTC).isoformat(timespec="milliseconds")
-        client = text_of(info, "client_id")
-        try:
-            voxels, _ = count_labels(path)
-        except VolumeError as error:  # kept all the same: it may be all that is left of somebody's work
-            logger.warning("%s cannot be read: %s", path, error)
-            voxels = {}
-        record = LabelVersion(
-            image=image_id,
-            version=number,
-            extension=extension,
-            checksum=file_sha256(path),
-            time=time_,
-            author=text_of(info, "author") or client,
-            source=source,
-            client_id=client,
-            model_version=text_of(info, "model_version"),
-            # Without names none are guessed from the vocabulary.
-            structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
-            info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
-        )
+        # Kept also when it cannot be read: it may be all that is left of somebody's work.
+        voxels = _voxels_of(path) or {}
         with stage(path, self._files.labels) as staged:
+            checksum = file_sha256(staged)  # of what is kept, whatever is written to the mask meanwhile
+            if info.get("checksum", checksum) != checksum:
+                info = names_in(info)
+            client = text_of(info, "client_id")
+            record = LabelVersion(
+                image=image_id,
+                version=number,
+                extension=extension,
+                checksum=checksum,
+                time=time_,
+                author=text_of(info, "author") or client,
+                source=source,
+                client_id=client,
+                model_version=text_of(info, "model_version"),
+                # Without names none are guessed from the vocabulary.
+                structures=named_structures({"label_info": [{"name": ""}], **info}, voxels),
+                restored_from=restored.version if restored is not None else None,
+                info={**info, "segmentationMeta": whole_review(info.get("segmentationMeta"), "", time_)},
+            )
             self._files.put(staged, record)
         return record
 
@@ -300,3 +361,12 @@ class VersionedStore(IndexedStore):
         if not image:
             raise UnknownImageError(f"image {image_id!r} is not in the datastore")
         return Path(image)
+
+
+def _voxels_of(mask: Path) -> Mapping[int, int] | None:
+    """Voxels of every value but 0; None, and a warning, for a mask that cannot be read."""
+    try:
+        return count_labels(mask)[0]
+    except VolumeError as error:
+        logger.warning("%s cannot be read: %s", mask, error)
+        return None

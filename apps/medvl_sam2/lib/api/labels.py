@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,10 +25,10 @@ from pydantic import BaseModel, Field
 from lib.api.access import AsAnnotator, AsUser, author_of
 from lib.api.stand_ins import json_object
 from lib.label_comparison import NSD_TOLERANCE_MM, Method, NamedMask, compare, consensus, pairwise, read_named
-from lib.label_versions import ADOPTED, LabelVersion
-from lib.result_writing import write_label_map
+from lib.label_versions import LabelVersion, stated_names
+from lib.result_writing import file_called, write_label_map
 from lib.version_files import MASKS
-from medvl_sam2.errors import DataError
+from medvl_sam2.errors import DataError, VolumeError
 from medvl_sam2.types import Geometry
 from medvl_sam2.volume_io import read_mask
 
@@ -150,7 +151,8 @@ def version_file(
     name = f"{image}-{record.tag}.{format}"
     if record.extension == f".{format}":
         return FileResponse(path, media_type="application/octet-stream", filename=name)
-    labels, _ = read_mask(path)
+    with file_called(_name(record), path):
+        labels, _ = read_mask(path)
     if int(labels.max()) > _MAX_BYTE:
         stored = record.extension.removeprefix(".")
         raise DataError(
@@ -191,7 +193,7 @@ def save_version(
 def restore(image: _Image, version: _Number, user: AsAnnotator, body: Annotated[RestoreBody, Body()]) -> VersionReply:
     record, path = _store().version(image, version)
     info = {
-        **_stated_names(record),
+        **stated_names(record),
         "note": body.note,
         "source": "restore",
         "model_version": record.model_version,
@@ -212,7 +214,7 @@ def compare_versions(image: _Image, a: _Number, b: _Number, user: AsUser) -> Com
 
 @router.get("/agreement", summary="The latest versions of all annotators, pair by pair")
 def agreement(image: _Image, user: AsUser) -> AgreementsReply:
-    latest = _latest(_store().versions(image))
+    latest, masks = _latest(image)
     authors = {number: author for author, number in latest.items()}
     pairs = [
         PairReply(
@@ -220,7 +222,7 @@ def agreement(image: _Image, user: AsUser) -> AgreementsReply:
             versions=(pair.a, pair.b),
             structures=[AgreementReply(**vars(structure)) for structure in pair.structures],
         )
-        for pair in pairwise(_masks(image, list(authors)))
+        for pair in pairwise(masks)
     ]
     return AgreementsReply(image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs)
 
@@ -311,21 +313,18 @@ def _numbered(label_info: Any) -> list[dict[str, Any]]:
     return [{**one, "value": one["idx"]} for one in label_info]
 
 
-def _stated_names(record: LabelVersion) -> dict[str, Any]:
-    """The names of a version with their values; of a label that was only found here, what was kept with it."""
-    if record.source in ADOPTED:
-        return {key: record.info[key] for key in ("label_info", "params") if key in record.info}
-    return {"label_info": [{"name": one.name, "idx": one.value, "value": one.value} for one in record.structures]}
-
-
 def _grid(image: str) -> Geometry:
-    grid: Geometry = app_instance().runtime.geometry(Path(_store().get_image_uri(image)))
+    path = Path(_store().get_image_uri(image))
+    with file_called(f"image {image!r}", path):
+        grid: Geometry = app_instance().runtime.geometry(path)
     return grid
 
 
 def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, list[str], Geometry]:
     """Numbers of the versions it is of, the mask, the names of its values from 1 on, and the image's grid."""
-    masks = _masks(image, _chosen(_store().versions(image), body))
+    if body.versions and body.authors:
+        raise HTTPException(400, "give versions or authors, not both")
+    masks = _masks(image, body.versions) if body.versions else _latest(image, body.authors)[1]
     mask, names = consensus(list(masks.values()), body.method)
     grid = _grid(image)
     if mask.shape != grid.shape:
@@ -334,21 +333,40 @@ def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, 
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:
-    store = _store()
-    return {number: read_named(*store.version(image, number)) for number in dict.fromkeys(numbers)}
+    found = {number: _store().version(image, number) for number in dict.fromkeys(numbers)}
+    return {number: _read(record, path) for number, (record, path) in found.items()}
 
 
-def _latest(records: Sequence[LabelVersion]) -> dict[str, int]:
-    """Number of every author's latest version; what was made of others' versions is nobody's own."""
-    own = [record for record in records if not record.made_from and record.restored_from is None]
-    return {record.author or f"unknown ({record.tag})": record.version for record in own}
+def _read(record: LabelVersion, path: Path) -> NamedMask:
+    with file_called(_name(record), path):
+        return read_named(record, path)
 
 
-def _chosen(records: Sequence[LabelVersion], body: ConsensusBody) -> list[int]:
-    if body.versions and body.authors:
-        raise HTTPException(400, "give versions or authors, not both")
-    latest = _latest(records)
-    missing = [author for author in body.authors if author not in latest]
+def _name(record: LabelVersion) -> str:
+    return f"version {record.version} of {record.image!r}"
+
+
+def _latest(image: str, authors: Sequence[str] = ()) -> tuple[dict[str, int], dict[int, NamedMask]]:
+    """Number of every author's latest version, or of those of ``authors``, and the masks by number.
+
+    What was made of others' versions is nobody's own. A mask that cannot be read is passed over for the one before: it
+    keeps nobody from the others' votes.
+    """
+    own: dict[str, list[LabelVersion]] = {}
+    for record in _store().versions(image):
+        if not record.made_from and record.restored_from is None:
+            own.setdefault(record.author or f"unknown ({record.tag})", []).append(record)
+    missing = [author for author in authors if author not in own]
     if missing:
-        raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {', '.join(latest) or 'nobody'}")
-    return body.versions or [latest[author] for author in body.authors or latest]
+        raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {', '.join(own) or 'nobody'}")
+    latest: dict[str, int] = {}
+    masks: dict[int, NamedMask] = {}
+    for author in dict.fromkeys(authors or own):
+        for record in reversed(own[author]):
+            with suppress(VolumeError):
+                masks.update(_masks(image, [record.version]))
+                latest[author] = record.version
+                break
+        if author in authors and author not in latest:
+            raise VolumeError(f"no version by {author!r} can be read; the server's log says why")
+    return latest, masks
