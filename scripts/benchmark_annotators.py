@@ -22,7 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_latency import generated_volume, summary
-from local_server import OwnServer, own_server
+from local_server import OwnServer, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -142,6 +142,7 @@ def measure(server: OwnServer, folder: Path, options: argparse.Namespace) -> dic
                 "first_s": summary([result.seconds[0] for result in done]),
                 "next_s": summary([value for result in done for value in result.seconds[1:]]),
             }
+    record["computing"] = server.computing()
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 
@@ -156,6 +157,7 @@ def show(record: dict[str, Any]) -> None:
             f"{first['p50']:.2f} s, p95 {first['p95']:.2f} s; next click p50 {later['p50']:.2f} s, p95 "
             f"{later['p95']:.2f} s; {same}"
         )
+    print(said(record["computing"]))
     print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")
 
 

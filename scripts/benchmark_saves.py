@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 import requests
 from benchmark_latency import generated_volume, summary
-from local_server import own_server
+from local_server import computing_of, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -182,6 +182,7 @@ def measure(address: str, folder: Path, options: argparse.Namespace) -> dict[str
         "training": not options.no_training,
         "label_bytes": people[0].files[0].stat().st_size,
         "save_s": summary([value for one in people for value in one.save_s]),
+        "computing": computing_of(address),
         "crossed": sum(one.crossed() for one in people),
     }
     if prompts:
@@ -200,6 +201,7 @@ def show(record: dict[str, Any]) -> None:
         f"{saves['p50'] * 1000:.0f} ms, p95 {saves['p95'] * 1000:.0f} ms, longest {saves['max'] * 1000:.0f} ms of "
         f"{saves['count']}; {record['crossed']} versions missing or crossed"
     )
+    print(said(record["computing"]))
     if "prompt_s" in record:
         print(f"prompts: p50 {record['prompt_s']['p50']:.2f} s, p95 {record['prompt_s']['p95']:.2f} s")
 

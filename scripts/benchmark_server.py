@@ -25,7 +25,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_latency import add_click_options, click_series, named_volumes, summary
-from local_server import OwnServer, own_server
+from local_server import OwnServer, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -189,6 +189,7 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
         seconds, waits = under_load(server, lambda: counted.append(work()))
         record["info_back_to_back_s"] = summary(waits)
         record["back_to_back"] = {"seconds": seconds, "inferences": counted[0]}
+    record["computing"] = server.computing()
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 
@@ -209,6 +210,7 @@ def show(record: dict[str, Any]) -> None:
             f"p50 {result['next_write_and_transfer_s']['p50']:.3f} s, {result['next_bytes'] / 1e3:.1f} kB"
             + "".join(f"; {m} {result[f'{m}_s']:.1f} s" for m, _ in _TEXT_REQUESTS if f"{m}_s" in result)
         )
+    print(said(record["computing"]))
     print(f"peak resident memory of the server {record['peak_memory_mib']:.0f} MiB")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from local_server import own_server
+from local_server import computing_of, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -356,15 +356,17 @@ def run(options: argparse.Namespace, address: str, folder: Path) -> bool:
     request = {"minutes": options.minutes, **({"max_epochs": options.epochs} if options.epochs else {})}
     training = loop.train(request, options.train_limit)
     rows = rows_of(held_out, before, loop.prompt(held_out, "after"))
+    computing = computing_of(address)
     good, sentence = outcome(rows, training, options.poison)
     print(table(rows))
     print(f"\n{len(work)} structures prompted and {saved} saved on {len(annotated)} volumes; training took")
-    print(f"{training.seconds:.0f} s. {sentence}\npictures: {options.out}")
+    print(f"{training.seconds:.0f} s. {sentence}\n{said(computing)}\npictures: {options.out}")
     if options.json:
         record = {
             "rows": [{**asdict(row), "gain": row.gain} for row in rows],
             "mean_gain": float(np.mean([row.gain for row in rows])),
             "clicks": options.clicks,
+            "computing": computing,
             "annotated": [study.id for study in annotated],
             "held_out": [study.id for study in held_out],
             "poison": options.poison,

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import requests
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 
 from medvl_sam2.errors import DataError
@@ -29,10 +31,34 @@ class OwnServer:
     address: str
     process: int
 
+    def computing(self) -> dict[str, Any]:
+        """:func:`computing_of` this server."""
+        return computing_of(self.address)
+
     def peak_memory_mib(self) -> float:
         """Peak resident memory of the server process in MiB (Linux)."""
         status = Path(f"/proc/{self.process}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def computing_of(address: str) -> dict[str, Any]:
+    """Weights, device and number format a server has computed with so far, as JSON values.
+
+    Raises:
+        requests.RequestException: it does not answer, or is no server of this project.
+    """
+    reply = requests.get(f"{address}/medvl/health", timeout=60)
+    if reply.status_code != 503:  # unwell, but it says with what it computes
+        reply.raise_for_status()
+    health = reply.json()
+    return {name: health[name] for name in ("model_version", "device", "precision")}
+
+
+def said(facts: dict[str, Any]) -> str:
+    """:func:`computing_of` in one line."""
+    if facts["device"] is None:
+        return f"the server has weights {facts['model_version']} and computed nothing"
+    return f"the server computed on {facts['device']} in {facts['precision']}, weights {facts['model_version']}"
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def test_masks_are_compared_with_a_lone_annotators(
 ) -> None:
     @contextmanager
     def server(_: Path):  # type: ignore[no-untyped-def]
-        yield SimpleNamespace(address="nowhere", peak_memory_mib=lambda: 100.0)
+        computing = {"model_version": "demo", "device": "cpu", "precision": "float32"}
+        yield SimpleNamespace(address="nowhere", peak_memory_mib=lambda: 100.0, computing=lambda: computing)
 
     monkeypatch.setattr(Client, "folder", tmp_path, raising=False)
     monkeypatch.setattr(Client, "mixed", mixed)
@@ -69,7 +70,10 @@ def test_masks_are_compared_with_a_lone_annotators(
         assert result["masks"] == masks
         assert result["differing_masks"] == (masks if mixed else 0)
         assert result["next_s"]["count"] == 4
-    assert "differ from a lone annotator's" in capsys.readouterr().out
+    assert record["computing"] == {"model_version": "demo", "device": "cpu", "precision": "float32"}
+    said = capsys.readouterr().out
+    assert "differ from a lone annotator's" in said
+    assert "the server computed on cpu in float32, weights demo" in said
 
 
 def test_clicks_lie_in_the_box(script: ModuleType) -> None:
