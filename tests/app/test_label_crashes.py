@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -34,8 +33,10 @@ from medvl_sam2.volume_io import read_mask
 
 AHEAD = 6
 """Saves a child may get through before it waits to be killed."""
-WINDOW = 6.0
-"""Kills fall into this many times a save's duration after the first one began; a child saves slower than its parent."""
+LET = 3
+"""So many saves end, one fewer or none, before a kill is due."""
+WINDOW = 4.0
+"""A kill falls into this many times a save's duration after the next one begins; a child saves slower than we do."""
 
 
 @dataclass
@@ -122,13 +123,17 @@ class Trials:
             finally:
                 os._exit(1)
         os.close(writer)
-        if line is None:
-            select.select([reader], [], [], 60)  # a large process takes long to fork, and no save has begun before
-            time.sleep(self.random.uniform(0, WINDOW * self.save_s))
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        with os.fdopen(reader, "rb") as pipe:
-            told = [json.loads(line) for line in pipe.read().splitlines()]
+        with os.fdopen(reader, "rb", buffering=0) as pipe:
+            heard = b""
+            if line is None:
+                wanted = self.random.randrange(LET)
+                while heard.count(b"begun") <= wanted and (more := pipe.read(4096)):
+                    heard += more
+                time.sleep(self.random.uniform(0, WINDOW * self.save_s))
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            heard += pipe.readall()
+        told = [json.loads(line) for line in heard.splitlines()]
         saved = [line for line in told if isinstance(line, list)]
         self.tally.acknowledged += len(saved)
         self.tally.mid_save += len(told) > 2 * len(saved)
