@@ -51,6 +51,17 @@ def test_words_add_no_name_before_their_question_is_answered(node: str) -> None:
     ]  # fmt: skip
 
 
+def test_any_change_of_voxels_is_seen(node: str) -> None:
+    script = """
+        const print = (text) => labelmap.printOf(mask(text));
+        const all = ["0000", "1000", "0100", "0001", "2000", "0110", "1001", "1100", "0200"];
+        console.log(JSON.stringify([new Set(all.map(print)).size, all.length, print("1100") === print("1100")]));
+    """
+    different, all_of_them, same = _told(node, script)
+    assert different == all_of_them
+    assert same
+
+
 def test_nothing_reaches_the_label_map_of_another_image(node: str) -> None:
     """The second image comes on screen; what was meant for the first is refused or stays in its own."""
     script = """
