@@ -51,6 +51,22 @@ def test_words_add_no_name_before_their_question_is_answered(node: str) -> None:
     ]  # fmt: skip
 
 
+def test_words_that_find_no_room_say_so(node: str) -> None:
+    script = f"""
+        import {{ Words }} from "{(PANEL / "words.js").as_uri()}";
+        for (let n = 3; n <= 254; n++) labelmap.indexOf(one, `part ${{n}}`);
+        const said = [];
+        const panel = {{ shows: () => true, work: {{ complain: (text) => said.push(text) }} }};
+        const automatic = {{ byHand: () => new Map(), mayReplace: async (byHand) => byHand }};
+        const words = new Words({{ panel, automatic }}, "segment");
+        const known = await words.keeps(one, mask("1000"), {{ 1: "liver" }});
+        const unknown = await words.keeps(one, mask("1000"), {{ 1: "duct" }});
+        console.log(JSON.stringify([known, unknown, said]));
+    """
+    said = "Nothing was pasted: the label map is full: it holds 254 structures"
+    assert _told(node, script) == [[], None, [said]]
+
+
 def test_any_change_of_voxels_is_seen(node: str) -> None:
     script = """
         const print = (text) => labelmap.printOf(mask(text));

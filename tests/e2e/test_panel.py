@@ -94,6 +94,18 @@ def _clicks(viewer: Viewer, study: Study) -> None:
     for step, expected in (("Undo", clicked), ("Undo", before), ("Redo", clicked), ("Redo", corrected)):
         viewer.press(step)
         np.testing.assert_array_equal(viewer.labelmap()[0], expected)
+    viewer.paint("lesion 2", [1, 1, 1])
+    painted = viewer.labelmap()[0]
+    viewer.click(outside)
+    np.testing.assert_array_equal(viewer.labelmap()[0], painted, err_msg="a mark from before goes alone")
+    places = np.argwhere(liver)
+    far = np.minimum(np.abs(places - inside).sum(1), np.abs(places - outside).sum(1))
+    viewer.click(places[far.argmax()])
+    again = viewer.labelmap()[0]
+    steps = [("Undo", painted), ("Redo", again), ("Undo", painted), ("Undo", corrected)]
+    for step, expected in steps:
+        viewer.press(step)
+        np.testing.assert_array_equal(viewer.labelmap()[0], expected, err_msg="what was painted between is a step too")
     viewer.press("− Outside")  # puts the tool away
 
 
@@ -325,6 +337,7 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.tab("Segment")
     viewer.press("Segment")
     assert "Type what to segment" in viewer.alert
+    _no_room(viewer)
     viewer.press("− Outside")
     viewer.show([30, 30, 12])
     viewer.click([30, 30, 12])
@@ -350,6 +363,16 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.panel.get_by_role("button", name="Close the MedVL-SAM2 panel").click()
     viewer.picture("13-collapsed")
     viewer.panel.get_by_role("button", name="Open the MedVL-SAM2 panel").click()
+
+
+def _no_room(viewer: Viewer) -> None:
+    """For one more structure in the label map."""
+    segment = "window.services.segmentationService.addSegment('1', { segmentIndex: 254, label: 'the last' })"
+    viewer.page.evaluate(segment)
+    viewer.type("Name of another structure", "one more")
+    viewer.press("Add")
+    assert "one more was not added: the label map is full" in viewer.alert
+    viewer.page.evaluate("window.services.segmentationService.removeSegment('1', 254)")
 
 
 @pytest.mark.shared_data
