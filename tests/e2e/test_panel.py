@@ -375,6 +375,20 @@ def _no_room(viewer: Viewer) -> None:
     viewer.page.evaluate("window.services.segmentationService.removeSegment('1', 254)")
 
 
+def test_a_study_that_does_not_load(site: Site, viewer: Viewer) -> None:
+    """OHIF stays empty; the panel says why, and loads it once it can be had."""
+    study = site.studies["ben"].study
+    viewer.page.route("**/metadata", lambda route: route.fulfill(status=502, json={"detail": "it is away"}))
+    viewer.page.goto(f"{site.address}/ohif/monai-label?StudyInstanceUIDs={study}", wait_until="domcontentloaded")
+    viewer.panel.get_by_text("The DICOM server does not answer (502: it is away)").wait_for()
+    viewer.picture("19-study-not-loaded")
+    viewer.page.unroute("**/metadata")
+    viewer.panel.get_by_role("button", name="Load again").click()
+    viewer.wait_for_image()
+    viewer.panel.locator(".case", has_text="generated CT").wait_for()
+    assert viewer.panel.get_by_role("button", name="Load again").count() == 0
+
+
 @pytest.mark.shared_data
 def test_a_real_ct(site: Site, viewer: Viewer, shared_data: Path, tmp_path: Path) -> None:
     """A real abdomen, whose pictures stand in README; the masks beside it are another model's output."""
