@@ -119,6 +119,33 @@ def test_prompts_go_back_and_forth(node: str) -> None:
     assert run_node(node, script) == f"[{both},{first},true,false,true,1,false,false,true,false,1]"
 
 
+def test_a_mask_made_by_hand_between_prompts_is_a_step(node: str) -> None:
+    """Undo comes by it, and what was never answered falls back to it."""
+    script = f"""
+        import {{ Prompts, isEmpty }} from "{(PANEL / "prompts.js").as_uri()}";
+        const prompts = new Prompts();
+        const told = () => [prompts.start, prompts.points.length, prompts.past.length, prompts.canRedo];
+        prompts.startFrom("found");
+        prompts.addPoint([1, 1, 1], 1); prompts.answered();
+        prompts.addPoint([2, 2, 2], 1); prompts.answered();
+        prompts.undone();
+        prompts.startFrom("painted");
+        const states = [prompts.base, told()];
+        prompts.addPoint([3, 3, 3], 1); prompts.revert(); states.push(told());
+        prompts.addPoint([4, 4, 4], 1); prompts.answered(); states.push(told());
+        states.push(isEmpty(prompts.stepTo("undo")), prompts.stepTo("undo").start);
+        prompts.undone(); states.push(told());
+        states.push(isEmpty(prompts.stepTo("undo")), prompts.stepTo("undo").start);
+        prompts.undone(); states.push(told());
+        console.log(JSON.stringify(states));
+    """
+    by_hand = '["painted",0,2,false]'
+    assert run_node(node, script) == (
+        f'["found",{by_hand},{by_hand},["painted",1,3,false],true,"painted",'
+        '["painted",0,2,true],false,"found",["found",1,1,true]]'
+    )
+
+
 def test_what_a_structure_covers_comes_back_only_while_it_is_true(node: str) -> None:
     """1 and 2 are placed over each other, removed, and painted on by another tool in between."""
     script = f"""

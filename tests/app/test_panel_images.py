@@ -51,6 +51,127 @@ def test_words_add_no_name_before_their_question_is_answered(node: str) -> None:
     ]  # fmt: skip
 
 
+def test_words_that_find_no_room_say_so(node: str) -> None:
+    script = f"""
+        import {{ Words }} from "{(PANEL / "words.js").as_uri()}";
+        for (let n = 3; n <= 254; n++) labelmap.indexOf(one, `part ${{n}}`);
+        const said = [];
+        const panel = {{ shows: () => true, work: {{ complain: (text) => said.push(text) }} }};
+        const automatic = {{ byHand: () => new Map(), mayReplace: async (byHand) => byHand }};
+        const words = new Words({{ panel, automatic }}, "segment");
+        const known = await words.keeps(one, mask("1000"), {{ 1: "liver" }});
+        const unknown = await words.keeps(one, mask("1000"), {{ 1: "duct" }});
+        console.log(JSON.stringify([known, unknown, said]));
+    """
+    said = "Nothing was pasted: the label map is full: it holds 254 structures"
+    assert _told(node, script) == [[], None, [said]]
+
+
+def test_any_change_of_voxels_is_seen(node: str) -> None:
+    script = """
+        const print = (text) => labelmap.printOf(mask(text));
+        const all = ["0000", "1000", "0100", "0001", "2000", "0110", "1001", "1100", "0200"];
+        console.log(JSON.stringify([new Set(all.map(print)).size, all.length, print("1100") === print("1100")]));
+    """
+    different, all_of_them, same = _told(node, script)
+    assert different == all_of_them
+    assert same
+
+
+_ABSENT = f"""
+    globalThis.window = {{}};
+    globalThis.location = {{ pathname: "/ohif/monai-label", search: "?StudyInstanceUIDs=1.2" }};
+    const {{ Absent, whyAbsent }} = await import("{(PANEL / "absent.js").as_uri()}");
+    const asked = [];
+    function server(health, series, metadata) {{
+        globalThis.fetch = async (url) => {{
+            const [, name] = /(health|series|metadata)$/.exec(url.pathname);
+            asked.push(name);
+            const [status, body] = {{ health, series, metadata }}[name];
+            return new Response(status === 204 ? null : JSON.stringify(body), {{ status }});
+        }};
+    }}
+    const well = [200, {{ dicomweb_reachable: true, reasons: [] }}];
+    const of = (...names) => [200, names.map((name) => ({{ "00080060": {{ vr: "CS", Value: [name] }} }}))];
+"""
+
+
+def test_why_no_image_comes(node: str) -> None:
+    script = """
+        const reasons = ["only 3 MB of disk are free", "the DICOMweb server x: it cannot be reached"];
+        const told = [];
+        for (const answers of [
+            [[503, { dicomweb_reachable: false, reasons }]],
+            [well, [502, { detail: "it is away" }]],
+            [well, [200, []]],
+            [well, [204, null]],
+            [well, [403, "keep out"]],
+            [well, of("SR", "SEG", "SR")],
+            [well, of("SR", "CT"), [502, "x".repeat(1000)]],
+            [well, of("SR", "CT"), [404, { detail: "gone" }]],
+            [well, of("MR"), [200, []]],
+        ]) {
+            server(...answers);
+            told.push(await whyAbsent("1.2"));
+        }
+        globalThis.fetch = async () => { throw new TypeError("away"); };
+        told.push(await whyAbsent("1.2"));
+        console.log(JSON.stringify(told));
+    """
+    assert json.loads(run_node(node, _ABSENT + script)) == [
+        "The DICOM server does not answer (the DICOMweb server x: it cannot be reached)",
+        "The DICOM server does not answer (502: it is away)",
+        "The DICOM server has no study 1.2",
+        "The DICOM server has no study 1.2",
+        'The DICOM server does not give this study (403: "keep out")',
+        "The study has no CT or MR series (but SR, SEG)",
+        f'The DICOM server does not answer (502: "{"x" * 199})',
+        "The DICOM server has no study 1.2 (404: gone)",
+        "The viewer shows no image of this study",
+        "The server cannot be reached; is it running?",
+    ]
+
+
+def test_it_is_asked_once_and_only_before_an_image(node: str) -> None:
+    """The clock is ours: ten seconds of a visit without an image, then one question, and none after an image came."""
+    script = """
+        let now = 0;
+        Date.now = () => now;
+        globalThis.document = { createElement: () => ({ append() {}, addEventListener() {}, setAttribute() {} }) };
+        let line = "";
+        const absent = new Absent({ replaceChildren: (...children) => { line = String(children[0] ?? ""); } });
+        server(well, [200, []]);
+        const told = [];
+        async function look(at, image = null) {
+            now = at;
+            absent.look(image);
+            await new Promise((resolve) => setTimeout(resolve, 20));
+            told.push([line, asked.length]);
+        }
+        await look(0);
+        await look(9_000);
+        await look(11_000);
+        await look(50_000);
+        location.search = "?StudyInstanceUIDs=1.3";
+        await look(51_000);
+        await look(52_000, {});
+        line = "CT of 1.3"; // the panel's
+        await look(70_000, {});
+        await look(71_000);
+        await look(90_000);
+        location.pathname = "/ohif/viewer";
+        await look(100_000);
+        await look(120_000);
+        console.log(JSON.stringify(told));
+    """
+    none, missing, shown = "No image on screen yet", "The DICOM server has no study 1.2 ", "CT of 1.3"
+    assert json.loads(run_node(node, _ABSENT + script)) == [
+        [none, 0], [none, 0], [missing, 2], [missing, 2],
+        [none, 2], ["", 2], [shown, 2], [none, 2], [none, 2],
+        ["[object Object]", 2], ["[object Object]", 2],
+    ]  # fmt: skip
+
+
 def test_nothing_reaches_the_label_map_of_another_image(node: str) -> None:
     """The second image comes on screen; what was meant for the first is refused or stays in its own."""
     script = """

@@ -13,6 +13,7 @@ from playwright.sync_api import Locator, Route
 
 from e2e.browser import Viewer
 from e2e.conftest import SEEDS, Site, Study, store_case
+from e2e.test_unsaved_work import asks_nothing, votes
 from medvl_sam2.synthesis import generate_case
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(900)]
@@ -51,6 +52,10 @@ def _stored(site: Site, study: Study) -> list[dict[str, Any]]:
 
 def _history(viewer: Viewer) -> Locator:
     return viewer.panel.get_by_label("Versions of this case").get_by_role("listitem")
+
+
+def _titles(viewer: Viewer) -> list[str]:
+    return [text.split("\n")[0] for text in _history(viewer).all_inner_texts()]
 
 
 def _on_list(viewer: Viewer, study: Study, act: Any) -> str:
@@ -92,7 +97,7 @@ def test_a_history_that_is_not_read(site: Site, viewer: Viewer, both: tuple[Stud
         np.testing.assert_array_equal(viewer.labelmap(one)[0], mask)
     viewer.page.unroute(address)
     viewer.press("Read the versions again")
-    assert [text.split("\n")[0] for text in _history(viewer).all_inner_texts()] == ["Version 1 draft"]
+    assert _titles(viewer) == ["Version 1 draft"]
 
     held: list[Route] = []
     _on_list(viewer, second, held.append)
@@ -103,6 +108,41 @@ def test_a_history_that_is_not_read(site: Site, viewer: Viewer, both: tuple[Stud
     viewer.turn_to("generated CT")  # the panel follows the viewer whatever hangs
     viewer.wait()
     assert _history(viewer).count() == 1
+
+    viewer.paint("liver", [2, 1, 1])
+    address = _on_list(viewer, first, lambda route: route.fulfill(status=500, json={"detail": "out of order"}))
+    viewer.press("Save")
+    assert viewer.status == "Saved as version 2; the list of versions could not be read: out of order"
+    assert viewer.alert == ""
+    assert len(_stored(site, first)) == 2
+    viewer.page.unroute(address)
+    viewer.press("Read the versions again")
+    assert _titles(viewer) == ["Version 2 draft", "Version 1 draft"]
+    viewer.page.locator('[data-cy="return-to-work-list"]').click()
+    viewer.page.locator(f'[data-cy="studyRow-{first.study}"]').wait_for()  # all is saved: nothing is asked
+
+
+def test_a_consensus_that_is_shown_again(site: Site, viewer: Viewer, both: tuple[Study, Study]) -> None:
+    """Another series on screen meanwhile makes it nobody's own work; an edit after that does."""
+    _, second = both
+    viewer.type("Your name", "Dr. Ben")
+    viewer.paint("spleen", [4, 4, 4], f"medvl-{second.series}")
+    viewer.press("Save")
+    voted = votes(site, second.series)
+    viewer.press("Consensus")
+    consensus = viewer.labelmap(f"medvl-{second.series}")[0]
+    for series in ("generated CT", "later CT"):
+        viewer.turn_to(series)
+        viewer.wait()
+    np.testing.assert_array_equal(viewer.labelmap(f"medvl-{second.series}")[0], consensus)
+    viewer.press("Submit")
+    assert "The consensus is submitted" in viewer.status
+    assert _stored(site, second)[-1]["source"] == "consensus-majority"
+    assert votes(site, second.series) == voted
+    viewer.paint("spleen", [5, 5, 5], f"medvl-{second.series}")
+    viewer.press("Submit")
+    own = _stored(site, second)[-1]
+    assert (own["source"], votes(site, second.series)["Dr. Ben"]) == ("ohif", own["version"])
 
 
 def test_a_history_that_comes_late(site: Site, viewer: Viewer, both: tuple[Study, Study]) -> None:
@@ -117,11 +157,11 @@ def test_a_history_that_comes_late(site: Site, viewer: Viewer, both: tuple[Study
     _history(viewer).filter(has_text="Version 1").wait_for()
     held[0].fulfill(status=404, json={"detail": "no such image"})
     viewer.wait()
-    assert [text.split("\n")[0] for text in _history(viewer).all_inner_texts()] == ["Version 1 draft"]
+    assert _titles(viewer) == ["Version 1 draft"]
     viewer.page.unroute(address)
     assert viewer.status == "Saved as version 3 of later CT"
     viewer.press("Open version 1")
-    viewer.press("Without saving")  # the viewer tells of a change whenever it shows a label map again
+    assert asks_nothing(viewer), "it was saved before the other series was on screen"
     assert "Version 1 is on screen" in viewer.status
     assert viewer.labelmap()[0][1, 1, 1]
     assert not viewer.labelmap()[0][2, 2, 2]

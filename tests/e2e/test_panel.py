@@ -94,6 +94,18 @@ def _clicks(viewer: Viewer, study: Study) -> None:
     for step, expected in (("Undo", clicked), ("Undo", before), ("Redo", clicked), ("Redo", corrected)):
         viewer.press(step)
         np.testing.assert_array_equal(viewer.labelmap()[0], expected)
+    viewer.paint("lesion 2", [1, 1, 1])
+    painted = viewer.labelmap()[0]
+    viewer.click(outside)
+    np.testing.assert_array_equal(viewer.labelmap()[0], painted, err_msg="a mark from before goes alone")
+    places = np.argwhere(liver)
+    far = np.minimum(np.abs(places - inside).sum(1), np.abs(places - outside).sum(1))
+    viewer.click(places[far.argmax()])
+    again = viewer.labelmap()[0]
+    steps = [("Undo", painted), ("Redo", again), ("Undo", painted), ("Undo", corrected)]
+    for step, expected in steps:
+        viewer.press(step)
+        np.testing.assert_array_equal(viewer.labelmap()[0], expected, err_msg="what was painted between is a step too")
     viewer.press("− Outside")  # puts the tool away
 
 
@@ -304,9 +316,12 @@ def _report(site: Site, viewer: Viewer, study: Study) -> None:
 
 
 def _next_case(site: Site, viewer: Viewer) -> None:
+    """The first by name without a final label: ``ben``, or what another test left, which is of the same size."""
+    cases = requests.get(f"{site.address}/medvl/cases", timeout=60).json()
+    first = min((case for case in cases if not case["labelled"]), key=lambda case: case["image"])
     viewer.panel.get_by_label("How the next case is chosen").select_option("first")
     viewer.panel.get_by_role("button", name="Next case", exact=True).click()
-    viewer.page.wait_for_url(f"**StudyInstanceUIDs={site.studies['ben'].study}*", timeout=PATIENCE_MS)
+    viewer.page.wait_for_url(f"**StudyInstanceUIDs={first['StudyInstanceUID']}*", timeout=PATIENCE_MS)
     viewer.wait_for_image()
     assert viewer.labelmap()[0].shape == site.studies["ben"].organs.shape
     assert not viewer.labelmap()[0].any()
@@ -325,6 +340,7 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.tab("Segment")
     viewer.press("Segment")
     assert "Type what to segment" in viewer.alert
+    _no_room(viewer)
     viewer.press("− Outside")
     viewer.show([30, 30, 12])
     viewer.click([30, 30, 12])
@@ -350,6 +366,30 @@ def test_what_goes_wrong_is_said(site: Site, viewer: Viewer) -> None:
     viewer.panel.get_by_role("button", name="Close the MedVL-SAM2 panel").click()
     viewer.picture("13-collapsed")
     viewer.panel.get_by_role("button", name="Open the MedVL-SAM2 panel").click()
+
+
+def _no_room(viewer: Viewer) -> None:
+    """For one more structure in the label map."""
+    segment = "window.services.segmentationService.addSegment('1', { segmentIndex: 254, label: 'the last' })"
+    viewer.page.evaluate(segment)
+    viewer.type("Name of another structure", "one more")
+    viewer.press("Add")
+    assert "one more was not added: the label map is full" in viewer.alert
+    viewer.page.evaluate("window.services.segmentationService.removeSegment('1', 254)")
+
+
+def test_a_study_that_does_not_load(site: Site, viewer: Viewer) -> None:
+    """OHIF stays empty; the panel says why, and loads it once it can be had."""
+    study = site.studies["ben"].study
+    viewer.page.route("**/metadata", lambda route: route.fulfill(status=502, json={"detail": "it is away"}))
+    viewer.page.goto(f"{site.address}/ohif/monai-label?StudyInstanceUIDs={study}", wait_until="domcontentloaded")
+    viewer.panel.get_by_text("The DICOM server does not answer (502: it is away)").wait_for()
+    viewer.picture("19-study-not-loaded")
+    viewer.page.unroute("**/metadata")
+    viewer.panel.get_by_role("button", name="Load again").click()
+    viewer.wait_for_image()
+    viewer.panel.locator(".case", has_text="generated CT").wait_for()
+    assert viewer.panel.get_by_role("button", name="Load again").count() == 0
 
 
 @pytest.mark.shared_data

@@ -66,6 +66,24 @@ export async function infer(model, image, params, { mask, signal } = {}) {
   return { params: JSON.parse(text), file: await file.arrayBuffer() };
 }
 
+/** What keeps the server from working, as `/medvl/health` says it, which answers 503 then. */
+export async function health(options) {
+  const response = await fetch(address("medvl/health"), options);
+  return response.json();
+}
+
+/** Series of a study as the DICOM server tells them: DICOM JSON. */
+export async function seriesOf(study, options) {
+  const response = await ask("GET", `proxy/dicom/qido/studies/${encodeURIComponent(study)}/series`, options);
+  return response.status === 204 ? [] : response.json();
+}
+
+/** Refuses as the DICOM server does when the viewer asks for a study; what it would send is not read. */
+export async function checkStudy(study, options) {
+  const response = await ask("GET", `proxy/dicom/wado/studies/${encodeURIComponent(study)}/metadata`, options);
+  await response.body?.cancel();
+}
+
 export const info = (options) => get("info/", options);
 export const jobs = (options) => get("medvl/jobs", options);
 export const cases = (options) => get("medvl/cases", options);

@@ -7,7 +7,7 @@ const TOOLS = { Brush: "CircularBrush", Eraser: "CircularEraser" };
 const FIRST_MM = 20;
 
 export class Brush {
-  /** `begin()` is called before a tool is taken up: the structure to paint must be the active one then. */
+  /** `begin()` is called before a tool is taken up, for the structure to paint must be the active one then; whether it is. */
   constructor(panel, begin) {
     this.panel = panel;
     this.begin = begin;
@@ -38,7 +38,7 @@ export class Brush {
     if (!this.panel.image()) return;
     const pressed = this.tools.find((control) => control.dataset.brush === tool).getAttribute("aria-pressed");
     if (pressed === "true") return this.putAway();
-    this.begin();
+    if (!this.begin()) return;
     useTool(this.panel.image(), tool);
     this.#resize();
   }

@@ -58,7 +58,7 @@ export class Consensus {
   /** It is on screen, and nothing of the annotator's own is in it. */
   #unedited(image, said) {
     this.labels.saved(image);
-    this.labels.consensusOn.set(image.series, said);
+    this.labels.markConsensus(image, said);
     this.panel.segment.forget(image);
   }
 
@@ -86,7 +86,8 @@ export class Consensus {
     labelmap.putBack(image, before);
     this.panel.segment.forget(image);
     if (saved) this.labels.saved(image);
-    if (consensus) this.labels.consensusOn.set(image.series, consensus);
+    else this.labels.edited(image);
+    this.labels.markConsensus(image, consensus);
     this.forget();
     this.panel.work.say("The masks from before are on screen");
     this.panel.segment.refresh();

@@ -22,6 +22,7 @@ export class Labels {
     this.panel = panel;
     this.changes = new Map(); // by series, those with unsaved changes: `{image, edits}`
     this.edits = 0;
+    this.prints = new Map(); // by series, of the masks that are in a version, or a consensus nobody edited
     this.consensusOn = new Map(); // by series, where an unedited consensus is on screen: `{versions, source}` of it
     this.list = []; // the versions of the image on screen, once they are read
     this.notes = new Map(); // by series, as typed and not stored
@@ -82,9 +83,20 @@ export class Labels {
     return [...this.changes.values()].map(({ image }) => image).filter((image) => labelmap.holds(image));
   }
 
+  /** The viewer tells of a change; it does so too when it shows a label map again. */
   changed(image) {
+    // Of changed masks it does not matter whether they changed once more: no stroke of a brush waits for that.
+    if (this.changes.has(image.series) || !this.#needsNoSaving(image)) this.edited(image);
+  }
+
+  #needsNoSaving(image) {
+    const print = this.prints.get(image.series);
+    return print !== undefined && print === labelmap.printOf(labelmap.voxels(image));
+  }
+
+  edited(image) {
     this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
-    // The viewer tells of a change when it has made an empty label map, which is nothing to save.
+    // An empty label map, as the viewer has made it, is nothing to save.
     if (!this.changes.has(image.series) && labelmap.isEmpty(image)) return;
     this.edits += 1;
     this.changes.set(image.series, { image, edits: this.edits });
@@ -101,9 +113,17 @@ export class Labels {
     if (this.stateOf(image) !== state) throw new Error("the masks were changed meanwhile; nothing was put on screen");
   }
 
-  saved(image) {
+  /** These voxels, or those on screen, need no saving. */
+  saved(image, voxels = labelmap.voxels(image)) {
+    this.prints.set(image.series, labelmap.printOf(voxels));
     this.changes.delete(image.series);
     this.#buttons();
+  }
+
+  /** What is on screen is a consensus nobody edited, of which `said` tells, or none where that is null. */
+  markConsensus(image, said) {
+    if (said) this.consensusOn.set(image.series, said);
+    else this.consensusOn.delete(image.series);
   }
 
   forgetChanges() {
@@ -133,16 +153,40 @@ export class Labels {
       const record = await api.saveLabel(image.series, await writeNrrd(gridOf(image.volume), voxels), params, {
         signal,
       });
-      if (this.stateOf(image) === state) this.saved(image); // what was painted during the upload is not in it
+      if (this.#isStill(image, state, voxels)) this.saved(image, voxels);
       this.#noteStored(image, params.note);
       if (this.consensus.shown?.image.series === image.series) this.consensus.forget();
-      await this.load(image, signal);
-      this.#buttons();
       const done = status === "submitted" ? "ubmitted" : "aved";
       const said = consensus ? `The consensus is s${done}` : `S${done}`;
-      this.panel.work.say(`${said} as version ${record.version}${this.panel.ofOther(image)}`);
+      await this.#stored(image, `${said} as version ${record.version}`, signal);
       return record;
     }, { keeps: true });
+  }
+
+  /** Whether nothing was painted since `state`, when these were the voxels; the viewer may have shown them again. */
+  #isStill(image, state, voxels) {
+    if (this.stateOf(image) === state) return true;
+    return labelmap.holds(image) && labelmap.printOf(labelmap.voxels(image)) === labelmap.printOf(voxels);
+  }
+
+  /** A version was stored, which `said` says, also when the list it stands in cannot be read. */
+  async #stored(image, said, signal) {
+    let unread = "";
+    try {
+      await this.load(image, signal);
+    } catch (error) {
+      if (this.panel.shows(image)) {
+        this.#list(image, [], null, "not read yet");
+        this.#offerReading();
+        const reason = error.name === "AbortError" ? "nobody waited for it" : error.message;
+        unread = `; the list of versions could not be read: ${reason}`;
+      }
+    }
+    this.panel.work.say(`${said}${this.panel.ofOther(image)}${unread}`);
+  }
+
+  #offerReading() {
+    this.history.append(make("li", {}, button("Read the versions again", () => this.refresh())));
   }
 
   #noteOn(image) {
@@ -174,9 +218,7 @@ export class Labels {
       if (this.list.length) this.panel.work.say(`${count} of this case. `, this.#openLast(image));
       return true;
     });
-    if (!read && this.panel.shows(image)) {
-      this.history.append(make("li", {}, button("Read the versions again", () => this.refresh())));
-    }
+    if (!read && this.panel.shows(image)) this.#offerReading();
   }
 
   /** Opens the version that counts, from whatever tab: the final one, else the newest. */
@@ -258,7 +300,7 @@ export class Labels {
       this.panel.segment.forget(image);
       this.consensus.forget();
       this.saved(image);
-      if (version.made_from.length) this.consensusOn.set(image.series, consensusOf(version));
+      this.markConsensus(image, version.made_from.length ? consensusOf(version) : null);
       this.panel.work.say(`Version ${version.version} is on screen`);
     });
     this.panel.segment.refresh();
@@ -272,9 +314,7 @@ export class Labels {
       const body = { author: author(), note: note || `version ${version} restored` };
       const record = await api.restore(image.series, version, body, { signal });
       this.#noteStored(image, note);
-      await this.load(image, signal);
-      const said = `Version ${version} is final again, as version ${record.version}`;
-      this.panel.work.say(`${said}${this.panel.ofOther(image)}`);
+      await this.#stored(image, `Version ${version} is final again, as version ${record.version}`, signal);
     }, { keeps: true });
   }
 

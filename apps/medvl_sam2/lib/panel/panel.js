@@ -1,5 +1,6 @@
 // The companion panel: a docked, collapsible side of OHIF's page for what MONAI Label's own panel cannot do.
 
+import { Absent, NO_IMAGE } from "./absent.js";
 import * as api from "./api.js";
 import { author, clientId, setAuthor } from "./annotator.js";
 import { button, make, replace, select } from "./dom.js";
@@ -9,7 +10,7 @@ import { Leaving } from "./leaving.js";
 import { Segment } from "./segment.js";
 import { Server } from "./server.js";
 import { Texts } from "./texts.js";
-import { current, isStudyList, makeRoom, studyAddress, studyInAddress } from "./viewer.js";
+import { current, isStudyList, makeRoom, studyAddress } from "./viewer.js";
 import { Work } from "./work.js";
 
 const LOOK_MS = 500;
@@ -70,7 +71,8 @@ class Panel {
   // --- the frame ------------------------------------------------------------------------------------------------
 
   #build() {
-    this.caseLine = make("p", { class: "case" }, "No image on screen yet");
+    this.caseLine = make("p", { class: "case" }, NO_IMAGE);
+    this.absent = new Absent(this.caseLine);
     this.author = make("input", {
       id: "medvl-author",
       autocomplete: "name",
@@ -287,6 +289,7 @@ class Panel {
     try {
       document.documentElement.classList.toggle("medvl-away", isStudyList());
       const image = isStudyList() ? null : current();
+      this.absent.look(image);
       if (image?.series !== this.shown?.series || image?.volume !== this.shown?.volume) await this.#show(image);
     } catch (error) {
       this.work.complain(error.message);
@@ -298,9 +301,6 @@ class Panel {
   async #show(image) {
     if (!image || !this.served) {
       this.#leaveImage();
-      const study = studyInAddress();
-      const link = make("a", { href: studyAddress(study) }, "Open this study for annotation");
-      replace(this.caseLine, !study || location.pathname.endsWith("/monai-label") ? "No image on screen yet" : link);
       return;
     }
     if (await labelmap.ensure(image, this.names())) this.segment.forget(image);

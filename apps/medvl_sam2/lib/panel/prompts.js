@@ -2,6 +2,9 @@
 
 const NOTHING = { points: [], box: null, words: "", kept: [] };
 
+/** Whether nothing is placed: what stands then is the mask it started from. */
+export const isEmpty = ({ points, box, words }) => !points.length && !box && !words;
+
 /** Prompts of one structure; `start` is the mask (NRRD Blob) they build on, `base` the one before the first of them. */
 export class Prompts {
   constructor() {
@@ -17,7 +20,7 @@ export class Prompts {
   }
 
   get empty() {
-    return !this.points.length && !this.box && !this.words;
+    return isEmpty(this);
   }
 
   addPoint(voxel, label) {
@@ -33,9 +36,11 @@ export class Prompts {
     this.points = this.points.filter((one) => one !== point);
   }
 
-  /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand. */
+  /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand, which is a step too. */
   startFrom(mask) {
     Object.assign(this, NOTHING, { start: mask });
+    if (this.past.length) this.answered();
+    else this.base = mask;
   }
 
   /** As `medvl_interactive` takes them: what stands, or what a step to go to holds. */

@@ -9,7 +9,7 @@ import * as labelmap from "./labelmap.js";
 import { maskOf, readMask, voxelsOf } from "./masks.js";
 import { Overlay } from "./overlay.js";
 import { PlacedList } from "./placed_list.js";
-import { Placed, Prompts, fingerprints } from "./prompts.js";
+import { Placed, Prompts, fingerprints, isEmpty } from "./prompts.js";
 import { Steps } from "./steps.js";
 import { Structures } from "./structures.js";
 import { jumpTo, onTool } from "./viewer.js";
@@ -138,12 +138,19 @@ export class Segment {
     return this.placements.of(this.panel.image()).get(this.target.value);
   }
 
+  /** Choose a structure, which is added when it is new; returns whether it is chosen, and says why not. */
   choose(name) {
-    if (!this.panel.image()) return;
-    labelmap.indexOf(this.panel.image(), name);
+    if (!this.panel.image()) return false;
+    try {
+      labelmap.indexOf(this.panel.image(), name);
+    } catch (error) {
+      this.panel.work.complain(`${spoken(name)} was not added: ${error.message}`);
+      return false;
+    }
     this.refresh();
     this.target.value = name;
     this.#targetChosen();
+    return true;
   }
 
   #targetChosen() {
@@ -155,9 +162,7 @@ export class Segment {
 
   addName() {
     const name = this.newName.value.trim();
-    if (!name || !this.panel.image()) return;
-    this.newName.value = "";
-    this.choose(name);
+    if (name && this.choose(name)) this.newName.value = "";
   }
 
   goTo(name, image = this.panel.image()) {
@@ -184,8 +189,9 @@ export class Segment {
 
   #beginByHand() {
     if (this.overlay.tool) this.useTool(this.overlay.tool);
-    if (!this.target.value) this.choose(ANYTHING);
+    if (!this.target.value && !this.choose(ANYTHING)) return false;
     labelmap.activate(this.panel.image(), this.target.value);
+    return true;
   }
 
   // --- requests -------------------------------------------------------------------------------------------------
@@ -216,8 +222,7 @@ export class Segment {
   /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, after it. */
   async place(change) {
     const image = this.panel.image();
-    if (!image) return;
-    if (!this.target.value) this.choose(ANYTHING);
+    if (!image || !(this.target.value || this.choose(ANYTHING))) return;
     this.named = null;
     const name = this.target.value;
     if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
@@ -267,7 +272,6 @@ export class Segment {
     }
     if (now !== (prompts.fingerprint ?? "") && !this.panel.work.busy(KIND)) {
       const mask = now ? await maskOf(image, index) : null;
-      if (!prompts.past.length) prompts.base = mask;
       prompts.startFrom(mask);
       prompts.fingerprint = now;
     }
@@ -336,9 +340,9 @@ export class Segment {
     }
     await this.panel.work.run(KIND, direction === "undo" ? "Undoing" : "Redoing", async (signal) => {
       const step = prompts.stepTo(direction);
-      const mask = step
+      const mask = step && !isEmpty(step)
         ? await this.#infer(image, prompts.asParams(name, step), step.start, signal)
-        : await voxelsOf(image, prompts.base);
+        : await voxelsOf(image, step ? step.start : prompts.base);
       signal.throwIfAborted();
       if (this.#standing(image, name) !== before) throw new Error("changed by hand meanwhile; nothing was pasted");
       labelmap.paste(image, mask, { 1: name }, step?.kept);
@@ -352,6 +356,7 @@ export class Segment {
 
   /** The last prompt was taken away: the mask is what they built on, which may have been edited by hand. */
   async #toStart(image, name, prompts) {
+    if (prompts.past.length && isEmpty(prompts.past.at(-1))) return; // nothing stood since it was edited
     const done = await this.panel.work.run("paste", `Taking the prompts of ${spoken(name)} away`, async (signal) => {
       const mask = await voxelsOf(image, prompts.start);
       signal.throwIfAborted();

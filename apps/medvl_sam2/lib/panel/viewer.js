@@ -1,7 +1,7 @@
 // What the panel needs of OHIF, all through what OHIF puts on the page: services, commands, cornerstone.
 
 const ROUTE = "/ohif/monai-label";
-const IMAGES = ["CT", "MR"];
+export const IMAGES = ["CT", "MR"];
 
 const services = () => window.services;
 const viewportService = () => services().cornerstoneViewportService;
@@ -16,9 +16,8 @@ export function current() {
   for (const id of ids) {
     const viewport = viewportService().getCornerstoneViewport(id);
     const volume = viewport?.getVolumeId && window.cornerstone.cache.getVolume(viewport.getVolumeId());
-    const displaySet = services().displaySetService.getDisplaySetByUID(
-      grid.viewports.get(id)?.displaySetInstanceUIDs?.[0],
-    );
+    const shown = grid.viewports.get(id)?.displaySetInstanceUIDs?.[0];
+    const displaySet = shown && services().displaySetService.getDisplaySetByUID(shown); // which refuses undefined
     if (volume?.imageData && displaySet && IMAGES.includes(displaySet.Modality)) {
       return {
         series: displaySet.SeriesInstanceUID,
@@ -37,6 +36,8 @@ export function current() {
 
 /** The study the address names, for a hint where no volume of it is on screen. */
 export const studyInAddress = () => new URLSearchParams(location.search).get("StudyInstanceUIDs");
+
+export const isAnnotating = () => location.pathname.endsWith("/monai-label");
 
 export const isStudyList = () => location.pathname.replace(/\/$/, "") === "/ohif";
 

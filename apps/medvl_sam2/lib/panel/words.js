@@ -94,9 +94,19 @@ export class Words {
 
   /**
    * Names that keep their voxels when a mask comes: of what the annotator made or changed, those they did not let go;
-   * null to leave all as it is. What belongs to `own` is not asked about.
+   * null to leave all as it is, also where the label map has no room for them, which is said. What belongs to `own` is
+   * not asked about.
    */
   async keeps(image, mask, names, own = null) {
+    try {
+      return await this.#keeps(image, mask, names, own);
+    } catch (error) {
+      this.panel.work.complain(`Nothing was pasted: ${error.message}`);
+      return null;
+    }
+  }
+
+  async #keeps(image, mask, names, own) {
     if (!this.panel.shows(image)) return null;
     const affected = () => {
       const byHand = this.segment.automatic.byHand(image);
