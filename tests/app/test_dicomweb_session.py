@@ -16,9 +16,13 @@ from lib.dicomweb_session import TimedSession
 
 @dataclass
 class _Closing:
-    """Answers the first question of each connection and closes it at the second; ``rude``: at the first already."""
+    """Answers the first question of each connection and closes it at the second; ``rude``: at the first already.
+
+    ``slow``: half of the first answer, and then silence.
+    """
 
     rude: bool = False
+    slow: bool = False
     questions: list[str] = field(default_factory=list)
     connections: int = 0
 
@@ -32,7 +36,7 @@ class _Closing:
     def _answer(self, connection: socket.socket) -> None:
         with connection:
             if self._heard(connection) and not self.rude:
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n" + (b"[" if self.slow else b"[]"))
                 self._heard(connection)
 
     def _heard(self, connection: socket.socket) -> bytes:
@@ -66,6 +70,14 @@ def test_a_server_that_closes_every_connection_is_an_error(closing: tuple[str, _
     with TimedSession() as session, pytest.raises(requests.ConnectionError):
         session.get(url, timeout=30)
     assert server.questions == ["GET"] * 3
+
+
+def test_a_server_that_falls_silent_amid_its_answer_is_not_asked_again(closing: tuple[str, _Closing]) -> None:
+    url, server = closing
+    server.slow = True
+    with TimedSession() as session, pytest.raises(requests.ConnectionError, match="Read timed out"):
+        session.get(url, timeout=0.2)
+    assert server.questions == ["GET"]
 
 
 def test_what_is_stored_is_sent_once(closing: tuple[str, _Closing]) -> None:

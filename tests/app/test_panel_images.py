@@ -254,6 +254,10 @@ def test_a_step_goes_back_and_forth_with_its_prompts(node: str) -> None:
         await go("redo");
         steps.paste(one, mask("1100"), {{ 1: "liver" }}, ["liver"]); // kept, and so are its prompts
         tell(steps.can(one, "undo"));
+        labelmap.paste(one, mask("0000"), {{ 1: "liver" }});
+        steps.paste(one, mask("0000"), {{ 1: "liver" }}, [], true); // cleared, with prompts that found nothing
+        tell();
+        await go("undo");
         console.log(JSON.stringify(told));
     """
     assert _told(node, script) == [
@@ -264,6 +268,8 @@ def test_a_step_goes_back_and_forth_with_its_prompts(node: str) -> None:
         [True, "1000", "first"],
         [False, "1000", "first"],
         [False, "1000", "first"],
+        [None, "0000", None],
+        [True, "0000", "first"],
     ]
 
 

@@ -114,15 +114,15 @@ def test_a_text_about_a_series_that_nobody_can_be_asked_about_is_kept(
     assert store_text(running, "nobody").status_code == 404
 
 
-@pytest.mark.parametrize(("status", "refused"), [(404, True), (503, False)])
-def test_a_text_whose_segmentation_was_deleted_has_no_report_for_good(
+@pytest.mark.parametrize(("status", "stands"), [(404, True), (503, False)])
+def test_the_report_of_a_text_whose_segmentation_was_deleted_refers_to_none(
     running: Running,
     tmp_path: Path,
     server: FakeDicomWeb,
     over_dicom: GuardedDicomWebStore,
     monkeypatch: pytest.MonkeyPatch,
     status: int,
-    refused: bool,
+    stands: bool,
 ) -> None:
     """A server that fails for now may have it."""
     image = add(server, tmp_path / "s")
@@ -135,10 +135,14 @@ def test_a_text_whose_segmentation_was_deleted_has_no_report_for_good(
 
     monkeypatch.setattr(server, "retrieve_instance_metadata", asked)
     stored = store_text(running, image, structures=["liver"]).json()
-    assert ("not on the DICOMweb server any more" in stored["sr_error"]) is refused
-    assert listed(running, image)[0]["sr_error"] == stored["sr_error"]
+    assert bool(stored["sr"]) is stands
+    assert bool(stored["sr_error"]) is not stands
     unnoted = [text.version for _, text in TextVersions(over_dicom.folder).without_sr()]
-    assert unnoted == ([] if refused else [1])
+    assert unnoted == ([] if stands else [1])
+    reports = server.series("SR")
+    assert len(reports) == int(stands)
+    segmentation = str(server.series("SEG")[0].SOPInstanceUID)
+    assert all(segmentation not in report.to_json() for report in reports)
 
 
 @pytest.mark.parametrize(

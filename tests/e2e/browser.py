@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, Request, Route, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -138,8 +139,13 @@ class Viewer:
     def open_from_list(self, study: str) -> None:
         """The study list, the study's row, MONAI Label's mode; then wait for the image."""
         self.page.goto(f"{self.address}/ohif/", wait_until="domcontentloaded")
+        mode = self.page.locator(f'[data-cy="mode-monai-label-{study}"]')
         self.page.locator(f'[data-cy="studyRow-{study}"]').click()
-        self.page.locator(f'[data-cy="mode-monai-label-{study}"]').click()
+        try:
+            mode.wait_for(timeout=10_000)
+        except PlaywrightTimeout:  # the list was drawn anew just then, and the row is closed again
+            self.page.locator(f'[data-cy="studyRow-{study}"]').click()
+        mode.click()
         self.wait_for_image()
 
     def wait_for_image(self) -> None:
@@ -237,7 +243,8 @@ class Viewer:
     def last_words(self) -> str:
         """For who cannot see the page a test failed on."""
         shown = self.page.inner_text("body", timeout=5_000)
-        return f"{self.page.url}\n{self.requests}\n{shown[-2000:]}"
+        panel = self.panel.inner_text(timeout=5_000) if self.panel.count() else "no panel"
+        return f"{self.page.url}\n{self.requests}\n{shown[-2000:]}\n{panel}"
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Wait for what the browser does meanwhile."""

@@ -81,8 +81,7 @@ def store_report_sr(datastore: Any, image_id: str, report: Report) -> StoredRepo
     Raises:
         DataError: empty text, or the source images lack what a report must state.
         VolumeError: the series cannot be read.
-        HTTPException: 404 no such series, or its DICOM SEG was deleted, 502 the series itself or the header of its
-            DICOM SEG cannot be fetched.
+        HTTPException: 404 no such series, 502 the series itself or the header of its DICOM SEG cannot be fetched.
     """
     headers = datastore.source_headers(image_id)
     document = build_report_sr(headers, report, datastore.stored_segmentation(image_id))

@@ -84,8 +84,7 @@ class Catalog:
 
     def find(self, series: str) -> SeriesRecord | None:
         """Any series of the server by its UID, whatever the filter. Raises :class:`requests.RequestException`."""
-        with self._lock:
-            found = self._search({"SeriesInstanceUID": series})
+        found = self._search({"SeriesInstanceUID": series})  # no wait for who lists everything
         return next((record for record in found if record.series == series), None)
 
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import requests
+from urllib3.exceptions import ReadTimeoutError
 
 LIMITS_S = (5.0, 120.0)
 """To connect, and between two pieces of an answer."""
@@ -49,8 +50,10 @@ class TimedSession(requests.Session):
                 return super().request(method, url, *args, **kwargs)
             except requests.Timeout:
                 raise
-            except requests.ConnectionError:
-                continue  # the next kept connection may be closed too; one that is new is not
+            except requests.ConnectionError as error:
+                if any(isinstance(cause, ReadTimeoutError) for cause in error.args):  # it fell silent amid its answer
+                    raise
+                # The next kept connection may be closed too; one that is new is not.
         return super().request(method, url, *args, **kwargs)
 
     def post(self, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:

@@ -249,10 +249,9 @@ class GuardedDicomWebStore(SeriesStore):
         return bool(self._client.retrieve_instance_metadata(*map(str, uids)))
 
     def stored_segmentation(self, image_id: str) -> Dataset | None:
-        """Header of the DICOM SEG that holds the final label, also while it waits to be sent; None without one.
+        """Header of the DICOM SEG that holds the final label, also while it waits to be sent.
 
-        Raises:
-            HTTPException: 404 the server has it no more, 502 the server fails.
+        None without one, and where the server says that it has it no more. Raises HTTPException 502 when it fails.
         """
         note = self.dicom_note(image_id)
         instance = note.get("SOPInstanceUID")
@@ -268,7 +267,8 @@ class GuardedDicomWebStore(SeriesStore):
             except requests.HTTPError as error:
                 if error.response is None or error.response.status_code != requests.codes.not_found:
                     raise
-                raise HTTPException(404, f"DICOM SEG {instance} is not on the DICOMweb server any more") from error
+                logger.warning("DICOM SEG %s of %s is not on the DICOMweb server", instance, image_id)
+                return None
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """Path of a label: ``label_id`` is an image, or with tag ``final`` also the series of a DICOM SEG."""

@@ -72,8 +72,9 @@ class KeptScores:
     def keep(self, key: str, measurement: Measurement) -> None:
         """Keep scores under ``key``; those that were not used for longest go when there are too many."""
         write_json_atomically(self._folder / f"{key}.json", dataclasses.asdict(measurement))
-        for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
-            old.unlink()
+        with suppress(OSError):  # another process does the same
+            for old in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
+                old.unlink()
 
 
 def score_key(

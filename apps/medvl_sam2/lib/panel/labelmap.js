@@ -266,7 +266,11 @@ function difference(before, after) {
   for (let n = 0; n < before.length; n++) if (before[n] !== after[n]) count++;
   const places = new Uint32Array(count);
   for (let n = before.length - 1; n >= 0; n--) if (before[n] !== after[n]) places[--count] = n;
-  const at = (values) => Uint8Array.from(places, (n) => values[n]);
+  const at = (values) => {
+    const found = new Uint8Array(places.length);
+    for (let n = 0; n < places.length; n++) found[n] = values[places[n]];
+    return found;
+  };
   return { places, before: at(before), after: at(after) };
 }
 

@@ -371,8 +371,11 @@ export class Segment {
   clearPrompts() {
     const [image, name] = [this.panel.image(), this.target.value];
     if (!image) return;
-    this.steps.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name });
-    this.placements.of(image).delete(name);
+    if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
+      this.panel.work.complain(`${spoken(name)} is protected; open its lock to clear it`);
+      return;
+    }
+    this.steps.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name }, [], true);
     this.refresh();
   }
 

@@ -29,16 +29,20 @@ export class Steps {
     this.#of(image).future = [];
   }
 
-  /** As `labelmap.paste`, as one step; it is none when nothing changed. */
-  paste(image, values, names, kept = []) {
+  /**
+   * As `labelmap.paste`, as one step; it is none when nothing changed. The prompts of a structure go with what its mask
+   * was; with `clears` also when that was nothing.
+   */
+  paste(image, values, names, kept = [], clears = false) {
     const before = printsOf(image);
     const changes = labelmap.stepOf(image, () => labelmap.paste(image, values, names, kept));
     this.placed(image);
-    if (!changes.bytes) return;
     const after = printsOf(image);
     const told = labelmap.structures(image).filter(({ name, index }) => {
-      return Object.values(names).includes(name) && before[index] !== after[index];
+      const gone = before[index] !== after[index] || (clears && this.placements.of(image).has(name));
+      return Object.values(names).includes(name) && gone;
     });
+    if (!changes.bytes && !told.length) return;
     const prompts = new Map(told.map(({ name }) => [name, undefined]));
     const step = { changes, prompts, before: before.join(), after: after.join() };
     this.#swapPrompts(image, step);
