@@ -104,6 +104,15 @@ def test_a_text_is_kept_while_the_server_hangs_that_should_send_its_series(
     assert listed(running, image)[0]["sr"]["SOPInstanceUID"] == document.SOPInstanceUID
 
 
+def test_a_text_does_not_wait_for_who_lists_all_series(
+    running: Running, tmp_path: Path, server: FakeDicomWeb, over_dicom: GuardedDicomWebStore
+) -> None:
+    image = add(server, tmp_path / "s")
+    with ThreadPoolExecutor(1) as pool, over_dicom._catalog._lock:
+        stored = pool.submit(store_text, running, image).result(20)
+    assert stored.status_code == 200
+
+
 def test_a_text_about_a_series_that_nobody_can_be_asked_about_is_kept(
     running: Running, tmp_path: Path, server: FakeDicomWeb, over_dicom: GuardedDicomWebStore
 ) -> None:
