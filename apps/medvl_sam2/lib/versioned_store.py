@@ -80,7 +80,11 @@ class VersionedStore(IndexedStore):
             found = next((record for record in self.versions(image_id) if record.version == number), None)
         if found is None:
             raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
-        return found, self._files.mask_path(found)
+        return found, self.mask_of(found)
+
+    def mask_of(self, record: LabelVersion) -> Path:
+        """Where a version's mask lies."""
+        return self._files.mask_path(record)
 
     def final_version(self, image_id: str) -> int | None:
         """The version that ``final`` holds; None when there is no final label."""
