@@ -21,6 +21,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.indexed_store import IndexedStore
 from lib.label_versions import (
+    ADOPTED,
     LabelVersion,
     named_structures,
     names_in,
@@ -217,13 +218,15 @@ class VersionedStore(IndexedStore):
     def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
         """Make the next version of a mask placed far up, and move its file to the trash.
 
-        No version is made of the label as it is, nor of a mask that a label overtook, submitted while it waited: the
-        next number would make it the newest.
+        No version is made of the label as it is, nor of a mask that a label overtook, submitted here while it waited:
+        the next number would make it the newest. Masks of other programs overtake none.
         """
         newest, stat = self._files.newest(image_id), path.stat()
+        versions = reversed(self._files.versions(image_id))
+        sent = next((version for version in versions if not version.draft and version.source not in ADOPTED), None)
         # An older version, in turn, was put back on purpose.
         known = newest is not None and not newest.withdrawn and newest.checksum == file_sha256(path)
-        counts_from = datetime.fromisoformat(newest.submitted or newest.time).timestamp() if newest is not None else 0.0
+        counts_from = datetime.fromisoformat(sent.submitted or sent.time).timestamp() if sent is not None else 0.0
         overtaken = stat.st_ctime < counts_from  # when it was put there; copies may keep the time of their content
         if not known and not overtaken:
             self._take_over(image_id, path, self._files.next_number(image_id), info, "found", stat.st_mtime)
