@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,15 @@ def test_the_others_are_compared_and_agreed_on(torn: Running) -> None:
     assert reply.status_code == 200, reply.text
     assert reply.json()["latest"] == {"ann": 1, "bob": 3}
     assert [pair["versions"] for pair in reply.json()["pairs"]] == [[1, 3]]
+    assert reply.json()["passed_over"] == [2]
     reply = ask(torn, "GET", "/consensus")
     assert reply.status_code == 200, reply.content
+    said = json.loads(reply.headers["MedVL-Consensus"])
+    assert (said["versions"], said["passed_over"]) == ([1, 3], [2])
     reply = ask(torn, "POST", "/consensus", json={"authors": ["bob", "ann", "bob"]})
-    assert (reply.status_code, reply.json()["made_from"]) == (200, [3, 1])
+    assert (reply.status_code, reply.json()["made_from"], reply.json()["passed_over"]) == (200, [3, 1], [2])
+    reply = ask(torn, "POST", "/consensus", json={"versions": [1, 3]})
+    assert reply.json()["passed_over"] == []
 
 
 @pytest.mark.parametrize(
@@ -52,14 +58,14 @@ def test_the_others_are_compared_and_agreed_on(torn: Running) -> None:
     [
         ("GET", "/compare", {"params": {"a": 1, "b": 2}}),
         ("POST", "/consensus", {"json": {"versions": [1, 2]}}),
-        ("POST", "/consensus", {"json": {"authors": ["bob", "unknown (version_4)"]}}),
+        ("POST", "/consensus", {"json": {"authors": ["bob", "unknown"]}}),
         ("POST", "/restore", {"params": {"version": 2}, "json": {}}),
     ],
 )
 def test_who_asks_for_one_learns_that_it_cannot_be_read(torn: Running, method: str, what: str, more: Any) -> None:
     reply = ask(torn, method, what, **more)
     assert reply.status_code == 415, reply.text
-    assert any(named in reply.json()["detail"] for named in ("version 2", "(version_4)", "the label"))
+    assert any(named in reply.json()["detail"] for named in ("version 2", "'unknown'", "the label"))
 
 
 def test_a_mask_or_an_image_that_cannot_be_read_has_no_path(torn: Running, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_consensus_is_looked_at_before_it_is_made(running: Running, tmp_path: Pa
     assert shown.status_code == 200, shown.text
     said = json.loads(shown.headers["MedVL-Consensus"])
     named = [{"name": "liver", "value": 1}, {"name": "spleen", "value": 2}]
-    assert said == {"versions": [2, 3, 4], "structures": named}
+    assert said == {"versions": [2, 3, 4], "structures": named, "passed_over": []}
     assert len(running.client.get("/medvl/labels", params={"image": "case_a"}).json()["versions"]) == count
     running.client.post("/medvl/labels/consensus", params={"image": "case_a"}, json={"versions": said["versions"]})
     (tmp_path / "shown.nrrd").write_bytes(shown.content)

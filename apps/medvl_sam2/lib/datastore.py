@@ -190,11 +190,12 @@ class GuardedStore(VersionedStore):
         tag = _plain(label_tag)
         with http_errors(f"Removing the label of {label_id!r}"), self._writing():
             known = self._datastore.label(label_id, tag) is not None
-            self._adopt(label_id, final_changes=True)
+            if self._adopt(label_id, final_changes=True):
+                self._update_datastore_file(lock=False)
             obj = self._datastore.objects.get(label_id)
             label = obj.labels.get(tag) if obj else None
-            if known and label is None:  # a mask that was not whole, and lies in the trash already
-                self._update_datastore_file(lock=False)
+            # A final that was not whole lies in the trash already. A mask far up may have become a version just now.
+            if known and label is None and tag == FINAL:
                 return
             if obj is None or label is None:
                 raise HTTPException(404, f"image {label_id!r} has no label with tag {tag!r}")

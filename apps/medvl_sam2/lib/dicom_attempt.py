@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fastapi import HTTPException
 
+from lib.result_writing import reason_of
 from medvl_sam2.errors import MedVLError, VolumeError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def attempt(what: str, kind: str, make: Callable[[], Mapping[str, str]]) -> Atte
         if isinstance(error, HTTPException):
             reason = str(error.detail)
         else:
-            reason = str(error) if isinstance(error, MedVLError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, MedVLError) else reason_of(error)
         if _passes(error):
             return Attempt(failed=f"kept on this server, its DICOM {kind} is made later: {reason}")
         logger.warning("%s is kept, but not stored as DICOM %s: %s", what, kind, reason, exc_info=error)

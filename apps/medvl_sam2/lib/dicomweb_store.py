@@ -44,7 +44,7 @@ from lib.dicomweb_images import SeriesStore, reachable
 from lib.dicomweb_session import TimedSession
 from lib.label_names import stored_names
 from lib.label_versions import ADOPTED, LabelVersion, version_number, version_tag
-from lib.result_writing import http_error
+from lib.result_writing import http_error, reason_of
 from lib.text_reports import publish_text, text_name
 from lib.text_versions import TextVersion, TextVersions
 from medvl_sam2.errors import MedVLError
@@ -169,7 +169,7 @@ class GuardedDicomWebStore(SeriesStore):
         try:
             self.publish_forgotten()
         except Exception as error:  # noqa: BLE001 - told in the log there
-            self.look_back_again("Something that is kept here", f"{type(error).__name__}: {error}", error)
+            self.look_back_again("Something that is kept here", reason_of(error), error)
         if self._look_back_at == math.inf:
             self._pause_s = self._fresh_s
             self._failed.clear()
@@ -187,7 +187,7 @@ class GuardedDicomWebStore(SeriesStore):
             try:
                 publish()
             except Exception as error:  # noqa: BLE001 - told in the log there, and the next one may do better
-                self.look_back_again(what, f"{type(error).__name__}: {error}", error)
+                self.look_back_again(what, reason_of(error), error)
 
     def _forgotten_labels(self) -> Iterator[tuple[str, Callable[[], object]]]:
         with self._thread_lock:

@@ -63,6 +63,12 @@ def http_error(error: MedVLError) -> HTTPException:
     return HTTPException(status_code=status, detail=str(error))
 
 
+def reason_of(error: BaseException) -> str:
+    """Class and message of an error that nobody expected; of one of the system without the path it names."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"{type(error).__name__}: {said}"
+
+
 @contextmanager
 def http_errors(what: str) -> Iterator[None]:
     """Turn errors of the block into HTTP errors that state a reason; ``what`` names the work in the log."""
@@ -78,7 +84,7 @@ def http_errors(what: str) -> Iterator[None]:
         raise HTTPException(507, f"{what} ran out of memory; close other images or use a larger machine") from error
     except Exception as error:
         logger.exception("%s failed", what)
-        raise HTTPException(500, f"{what} failed: {type(error).__name__}: {error}; see the server's log") from error
+        raise HTTPException(500, f"{what} failed: {reason_of(error)}; see the server's log") from error
 
 
 @contextmanager

@@ -168,12 +168,12 @@ def masks_of(image: str, folder: Path) -> list[Path]:
     return [path for extension in MASKS if (path := folder / f"{image}{extension}").is_file()]
 
 
-def settles_in(mask: Path) -> float:
-    """Seconds until a mask of another program counts as whole; 0 when it does.
+def settles_in(changed: os.stat_result) -> float:
+    """Seconds until a mask of another program that ``changed`` then counts as whole; 0 when it does.
 
     Before, that program may be writing it, and what it writes after the mask was taken over nobody would see.
     """
-    return max(0.0, STALE_S - abs(time.time() - mask.stat().st_mtime))
+    return max(0.0, STALE_S - abs(time.time() - changed.st_mtime))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.indexed_store import IndexedStore
 from lib.label_versions import (
+    ADOPTED,
     LabelVersion,
     named_structures,
     names_in,
@@ -80,7 +81,11 @@ class VersionedStore(IndexedStore):
             found = next((record for record in self.versions(image_id) if record.version == number), None)
         if found is None:
             raise HTTPException(404, f"image {image_id!r} has no version {number}; GET /medvl/labels lists them")
-        return found, self._files.mask_path(found)
+        return found, self.mask_of(found)
+
+    def mask_of(self, record: LabelVersion) -> Path:
+        """Where a version's mask lies."""
+        return self._files.mask_path(record)
 
     def final_version(self, image_id: str) -> int | None:
         """The version that ``final`` holds; None when there is no final label."""
@@ -147,7 +152,7 @@ class VersionedStore(IndexedStore):
         ``labels/final``, and versions whose saving was cut off between the version and ``final``. ``thorough``: every
         record is read, so that damaged ones are made anew. ``settled``: what may still be written to stays as it is
         until it settles (:meth:`_look_again`); with ``final_changes`` not what lies in ``labels/final``, as the caller
-        is about to replace it: what is not whole there goes to the trash.
+        is about to replace it: what is not sure to be whole there goes to the trash.
         """
         obj = self._datastore.objects.get(image_id)
         if obj is None:
@@ -156,10 +161,12 @@ class VersionedStore(IndexedStore):
         changed |= self._adopt_placed(image_id, thorough, settled)
         strays = self._strays(image_id)
         foreign, displaced = self._foreign_finals(image_id, strays), final_changes or not settled
-        wait = 0.0 if displaced else max(map(settles_in, foreign), default=0.0)
+        wait = 0.0 if displaced else max((settles_in(strays[path]) for path in foreign), default=0.0)
+        # One that cannot be read stays where it is, too, until a label takes its place.
+        stays = not displaced and (wait > 0 or None in foreign.values())
         if wait:
             self._look_again(image_id, wait)
-        elif foreign:
+        elif foreign and not stays:
             self._adopt_finals(image_id, foreign, displaced)
             changed = True
         for number in self._files.numbers():
@@ -167,7 +174,7 @@ class VersionedStore(IndexedStore):
             if record is not None:
                 obj.labels[record.tag] = DataModel(info=record.index_info(), ext=record.extension)
                 changed = True
-        if wait:
+        if stays:
             return changed
         newest = self._files.newest(image_id)
         if newest is not None and (changed or strays or (self.final_version(image_id) or 0) != newest.version):
@@ -197,29 +204,35 @@ class VersionedStore(IndexedStore):
             path = self._files.bare_mask(image_id, number)
             if path is None:
                 continue
-            if settled and (wait := settles_in(path)):
-                self._look_again(image_id, wait)
-                continue
-            label = labels.get(version_tag(number))
-            info = label.info if label else {}
-            if number <= MAX_WANTED:
-                self._take_over(image_id, path, number, info, "found", path.stat().st_mtime)
-            else:
-                self._adopt_far_up(image_id, path, number, info)
-                labels.pop(version_tag(number), None)
-            changed = True
+            with _unless_gone(path):
+                stat = path.stat()
+                if settled and (wait := settles_in(stat)):
+                    self._look_again(image_id, wait)
+                    continue
+                if _checksum_of(path) is None:
+                    continue
+                label = labels.get(version_tag(number))
+                info = label.info if label else {}
+                if number <= MAX_WANTED:
+                    self._take_over(image_id, path, number, info, "found", stat.st_mtime)
+                else:
+                    self._adopt_far_up(image_id, path, number, info)
+                    labels.pop(version_tag(number), None)
+                changed = True
         return changed
 
     def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
         """Make the next version of a mask placed far up, and move its file to the trash.
 
-        No version is made of the label as it is, nor of a mask that a label overtook, submitted while it waited: the
-        next number would make it the newest.
+        No version is made of the label as it is, nor of a mask that a label overtook, submitted here while it waited:
+        the next number would make it the newest. Masks of other programs overtake none.
         """
         newest, stat = self._files.newest(image_id), path.stat()
+        versions = reversed(self._files.versions(image_id))
+        sent = next((version for version in versions if not version.draft and version.source not in ADOPTED), None)
         # An older version, in turn, was put back on purpose.
         known = newest is not None and not newest.withdrawn and newest.checksum == file_sha256(path)
-        counts_from = datetime.fromisoformat(newest.submitted or newest.time).timestamp() if newest is not None else 0.0
+        counts_from = datetime.fromisoformat(sent.submitted or sent.time).timestamp() if sent is not None else 0.0
         overtaken = stat.st_ctime < counts_from  # when it was put there; copies may keep the time of their content
         if not known and not overtaken:
             self._take_over(image_id, path, self._files.next_number(image_id), info, "found", stat.st_mtime)
@@ -227,60 +240,72 @@ class VersionedStore(IndexedStore):
         if not known and overtaken:
             logger.warning("%s was placed before the newest label of %s; it lies in %s", path, image_id, kept)
 
-    def _adopt_finals(self, image_id: str, foreign: list[Path], displaced: bool) -> None:
-        """Make versions of what other programs put into ``labels/final``.
+    def _adopt_finals(self, image_id: str, foreign: Mapping[Path, str | None], displaced: bool) -> None:
+        """Make versions of what other programs put into ``labels/final``; ``foreign`` has their checksums.
 
-        ``displaced``: another label takes their place now, and one that is not whole becomes no version.
+        ``displaced``: another label takes their place now, and one that is not sure to be whole becomes no version.
         """
         label = self._datastore.label(image_id, FINAL)
-        for path in foreign:
-            whole = not displaced or (not settles_in(path) and _voxels_of(path) is not None)
-            if whole:
-                known = label is not None and path.name == self._filename(image_id, label.ext)
-                info = label.info if label is not None and known else {}
-                checksum, versions = file_sha256(path), reversed(self._files.versions(image_id))
-                old = next((version for version in versions if version.checksum == checksum), None)
-                if old is not None:
-                    info = stated_names(old)
-                number, saved = self._files.next_number(image_id), path.stat().st_mtime
-                self._take_over(image_id, path, number, info, "found", saved, old)
-            if not whole or settles_in(path):  # what its writer adds lands in the trash, not in a file that is gone
-                kept = self._files.discard(image_id, FINAL, path)
-                logger.warning(
-                    "%s may not have been whole when its place was taken; what was written lies in %s", path, kept
+        for path, checksum in foreign.items():
+            with _unless_gone(path):
+                stat = path.stat()
+                whole = not displaced or (
+                    checksum is not None and not settles_in(stat) and _voxels_of(path) is not None
                 )
+                if whole:
+                    known = label is not None and path.name == self._filename(image_id, label.ext)
+                    info = label.info if label is not None and known else {}
+                    versions = reversed(self._files.versions(image_id))
+                    old = next((version for version in versions if version.checksum == checksum), None)
+                    if old is not None:
+                        info = stated_names(old)
+                    number = self._files.next_number(image_id)
+                    self._take_over(image_id, path, number, info, "found", stat.st_mtime, old)
+                if not whole or settles_in(path.stat()):  # what its writer adds lands in the trash, not in a lost file
+                    kept = self._files.discard(image_id, FINAL, path)
+                    logger.warning(
+                        "%s may not have been whole when its place was taken; what was written lies in %s", path, kept
+                    )
 
-    def _foreign_finals(self, image_id: str, strays: list[Path]) -> list[Path]:
-        """Those of the ``strays`` that another program put there, oldest first.
+    def _foreign_finals(self, image_id: str, strays: Mapping[Path, os.stat_result]) -> dict[Path, str | None]:
+        """Those of the ``strays`` that another program put there, oldest first, with their checksums.
 
-        Their content is no version's, or that of an older one, which somebody put back. The store's own copy of that,
-        left where a save was cut off, has the time of its mask as well.
+        Their content is no version's, or that of an older one, which somebody put back; it has no checksum where this
+        process may not read it. The store's own copy of an older one, left where a save was cut off, has the time of
+        its mask as well.
         """
         versions = self._files.versions(image_id) if strays else []
         newest = self._files.newest(image_id) if strays else None
+        found: dict[Path, str | None] = {}
+        for path, stat in sorted(strays.items(), key=lambda stray: stray[1].st_mtime):
+            with _unless_gone(path):
+                checksum = _checksum_of(path)
+                same = [version for version in versions if version.checksum == checksum]
+                if any(version.draft or (version == newest and not version.withdrawn) for version in same):
+                    continue
+                times = {self._files.mask_path(version).stat().st_mtime_ns: version for version in same}
+                if stat.st_mtime_ns not in times:
+                    found[path] = checksum
+                    continue
+                logger.warning(
+                    "%s is %s with the time of its mask, as a save that was cut off leaves it: it is no newer label. "
+                    "POST /medvl/labels/restore makes an older version the label again, and so does a copy with a new "
+                    "time",
+                    path,
+                    times[stat.st_mtime_ns].tag,
+                )
+        return found
 
-        def own(path: Path) -> bool:
-            checksum, time_ = file_sha256(path), path.stat().st_mtime_ns
-            return any(
-                version.draft
-                or (version == newest and not version.withdrawn)
-                or self._files.mask_path(version).stat().st_mtime_ns == time_
-                for version in versions
-                if version.checksum == checksum
-            )
-
-        return sorted((path for path in strays if not own(path)), key=lambda path: path.stat().st_mtime)
-
-    def _strays(self, image_id: str) -> list[Path]:
-        """Masks in ``labels/final`` that are not the copy of the newest version, by size and time."""
+    def _strays(self, image_id: str) -> dict[Path, os.stat_result]:
+        """Masks in ``labels/final`` that are not the copy of the newest version, by size and time, which come along."""
         finals, newest = masks_of(image_id, Path(self._datastore.label_path(FINAL))), self._files.newest(image_id)
         copied = None if newest is None else self._files.mask_path(newest).stat()
-        strays = []
+        strays = {}
         for path in finals:
             with suppress(FileNotFoundError):  # its program took it away again
                 stat = path.stat()
                 if copied is None or (stat.st_size, stat.st_mtime_ns) != (copied.st_size, copied.st_mtime_ns):
-                    strays.append(path)
+                    strays[path] = stat
         return strays
 
     def _look_again(self, image_id: str, wait: float) -> None:
@@ -361,6 +386,31 @@ class VersionedStore(IndexedStore):
         if not image:
             raise UnknownImageError(f"image {image_id!r} is not in the datastore")
         return Path(image)
+
+
+@contextmanager
+def _unless_gone(path: Path) -> Iterator[None]:
+    """Leave the block when another program takes its file away again."""
+    try:
+        yield
+    except FileNotFoundError:
+        if path.exists():
+            raise
+
+
+def _checksum_of(path: Path) -> str | None:
+    """SHA-256 of a file; None, and a warning, for one that this process may not or cannot read.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    try:
+        return file_sha256(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        logger.warning("%s cannot be read, and becomes no version: %s", path, error)
+        return None
 
 
 def _voxels_of(mask: Path) -> Mapping[int, int] | None:

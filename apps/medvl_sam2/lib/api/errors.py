@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from pydantic import ValidationError
 
-from lib.result_writing import http_error
+from lib.result_writing import http_error, reason_of
 from medvl_sam2.errors import MedVLError
 
 
@@ -63,5 +63,5 @@ def _sentence(problems: Sequence[dict[str, Any]]) -> str:
 
 
 def _any_error(request: Request, error: Exception) -> JSONResponse:
-    reason = f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}; see the server's log"
+    reason = f"{request.method} {request.url.path} failed: {reason_of(error)}; see the server's log"
     return JSONResponse({"detail": reason}, status_code=500)

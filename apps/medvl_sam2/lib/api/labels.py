@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +38,8 @@ _Image = Annotated[str, Query(description="Id of an image of the datastore")]
 _Number = Annotated[int, Query(ge=1, description="Number of a version")]
 _Text = Annotated[str, Field(max_length=10_000)]
 _MAX_BYTE = 255
+_UNKNOWN = "unknown"
+"""The one voter all versions without an author are, where no version has one."""
 
 
 class StructureReply(BaseModel):
@@ -111,12 +112,23 @@ class PairReply(BaseModel):
 
 
 class AgreementsReply(BaseModel):
-    """The latest version of every author, and every two of them."""
+    """The latest version of every author, and every two of them.
+
+    A version without an author counts only where none has one: the newest of them, as ``unknown``. ``passed_over``:
+    versions whose mask could not be read, for which their author's one before counts.
+    """
 
     image: str
     tolerance_mm: float
     latest: dict[str, int]
     pairs: list[PairReply]
+    passed_over: list[int]
+
+
+class ConsensusReply(VersionReply):
+    """The new version; ``passed_over``: those whose mask could not be read, in whose place an older one voted."""
+
+    passed_over: list[int]
 
 
 class RestoreBody(BaseModel):
@@ -127,7 +139,10 @@ class RestoreBody(BaseModel):
 
 
 class ConsensusBody(BaseModel):
-    """Which ``versions``, or the latest ones of which ``authors``; without both those of all authors."""
+    """Which ``versions``, or the latest ones of which ``authors``; without both those of all authors.
+
+    ``unknown`` as an author means the newest version without one, as other programs leave them in the store.
+    """
 
     versions: list[int] = Field(default=[], max_length=64)
     authors: list[_Text] = Field(default=[], max_length=64)
@@ -214,7 +229,7 @@ def compare_versions(image: _Image, a: _Number, b: _Number, user: AsUser) -> Com
 
 @router.get("/agreement", summary="The latest versions of all annotators, pair by pair")
 def agreement(image: _Image, user: AsUser) -> AgreementsReply:
-    latest, masks = _latest(image)
+    latest, masks, passed_over = _latest(image)
     authors = {number: author for author, number in latest.items()}
     pairs = [
         PairReply(
@@ -224,25 +239,31 @@ def agreement(image: _Image, user: AsUser) -> AgreementsReply:
         )
         for pair in pairwise(masks)
     ]
-    return AgreementsReply(image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs)
+    return AgreementsReply(
+        image=image, tolerance_mm=NSD_TOLERANCE_MM, latest=latest, pairs=pairs, passed_over=passed_over
+    )
 
 
 @router.get("/consensus", summary="What a label of the latest versions would be", response_class=FileResponse)
 def look_at_consensus(
     tasks: BackgroundTasks, image: _Image, user: AsUser, method: Method = Method.MAJORITY
 ) -> FileResponse:
-    """NRRD on the image's grid, nothing is stored; header ``MedVL-Consensus`` is JSON: ``versions``, ``structures``."""
-    numbers, mask, names, grid = _consensus(image, ConsensusBody(method=method))
+    """NRRD on the image's grid, nothing is stored; header ``MedVL-Consensus`` is JSON.
+
+    It has ``versions``, ``structures`` and ``passed_over``: versions whose mask could not be read.
+    """
+    numbers, passed_over, mask, names, grid = _consensus(image, ConsensusBody(method=method))
     made = Path(write_label_map(mask, grid, ".nrrd", compress=True))
     tasks.add_task(made.unlink, missing_ok=True)
     structures = [{"name": name, "value": value} for value, name in enumerate(names, start=1)]
-    said = json.dumps({"versions": numbers, "structures": structures})  # ASCII, as headers must be
+    told = {"versions": numbers, "structures": structures, "passed_over": passed_over}
+    said = json.dumps(told)  # ASCII, as headers must be
     return FileResponse(made, media_type="application/octet-stream", headers={"MedVL-Consensus": said})
 
 
 @router.post("/consensus", summary="One label of several versions, as a new version")
-def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBody, Body()]) -> VersionReply:
-    numbers, mask, names, grid = _consensus(image, body)
+def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBody, Body()]) -> ConsensusReply:
+    numbers, passed_over, mask, names, grid = _consensus(image, body)
     info = {
         "label_info": [{"name": name, "idx": value, "value": value} for value, name in enumerate(names, start=1)],
         "note": body.note or f"{body.method.value} of versions {', '.join(map(str, numbers))}",
@@ -252,7 +273,8 @@ def make_consensus(image: _Image, user: AsAnnotator, body: Annotated[ConsensusBo
     }
     file = Path(write_label_map(mask, grid, ".nii.gz", compress=True))
     try:
-        return _keep(image, file, info | _author(user, body.model_dump()))
+        kept = _keep(image, file, info | _author(user, body.model_dump()))
+        return ConsensusReply(**kept.model_dump(), passed_over=passed_over)
     finally:
         file.unlink(missing_ok=True)
 
@@ -320,16 +342,20 @@ def _grid(image: str) -> Geometry:
     return grid
 
 
-def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], np.ndarray, list[str], Geometry]:
-    """Numbers of the versions it is of, the mask, the names of its values from 1 on, and the image's grid."""
+def _consensus(image: str, body: ConsensusBody) -> tuple[list[int], list[int], np.ndarray, list[str], Geometry]:
+    """Versions it is of, and passed over; the mask, the names of its values from 1 on, and the image's grid."""
     if body.versions and body.authors:
         raise HTTPException(400, "give versions or authors, not both")
-    masks = _masks(image, body.versions) if body.versions else _latest(image, body.authors)[1]
+    passed_over: list[int] = []
+    if body.versions:
+        masks = _masks(image, body.versions)
+    else:
+        _, masks, passed_over = _latest(image, body.authors)
     mask, names = consensus(list(masks.values()), body.method)
     grid = _grid(image)
     if mask.shape != grid.shape:
         raise DataError(f"the versions have shape {mask.shape}, the image {grid.shape}: it was replaced after them")
-    return list(masks), mask, names, grid
+    return list(masks), passed_over, mask, names, grid
 
 
 def _masks(image: str, numbers: Sequence[int]) -> dict[int, NamedMask]:
@@ -346,27 +372,36 @@ def _name(record: LabelVersion) -> str:
     return f"version {record.version} of {record.image!r}"
 
 
-def _latest(image: str, authors: Sequence[str] = ()) -> tuple[dict[str, int], dict[int, NamedMask]]:
-    """Number of every author's latest version, or of those of ``authors``, and the masks by number.
+def _latest(image: str, authors: Sequence[str] = ()) -> tuple[dict[str, int], dict[int, NamedMask], list[int]]:
+    """Number of every author's latest version, or of those of ``authors``, the masks by number, and those passed over.
 
-    What was made of others' versions is nobody's own. A mask that cannot be read is passed over for the one before: it
-    keeps nobody from the others' votes.
+    What was made of others' versions is nobody's own. What has no author never votes beside what has one: a program
+    that writes masks into the store would outvote the annotators. A mask that cannot be read is passed over for the one
+    before: it keeps nobody from the others' votes.
     """
     own: dict[str, list[LabelVersion]] = {}
+    unsigned: list[LabelVersion] = []
     for record in _store().versions(image):
         if not record.made_from and record.restored_from is None:
-            own.setdefault(record.author or f"unknown ({record.tag})", []).append(record)
-    missing = [author for author in authors if author not in own]
+            (own.setdefault(record.author, []) if record.author else unsigned).append(record)
+    voters = authors or list(own) or [_UNKNOWN]
+    own.setdefault(_UNKNOWN, unsigned)
+    missing = [author for author in authors if not own.get(author)]
     if missing:
-        raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {', '.join(own) or 'nobody'}")
+        named = ", ".join(author for author, records in own.items() if records)
+        raise HTTPException(404, f"no version by {missing[0]!r}; there are some by {named or 'nobody'}")
     latest: dict[str, int] = {}
     masks: dict[int, NamedMask] = {}
-    for author in dict.fromkeys(authors or own):
+    passed_over: list[int] = []
+    for author in dict.fromkeys(voters):
         for record in reversed(own[author]):
-            with suppress(VolumeError):
-                masks.update(_masks(image, [record.version]))
-                latest[author] = record.version
-                break
+            try:
+                masks[record.version] = _read(record, _store().mask_of(record))
+            except VolumeError:
+                passed_over.append(record.version)
+                continue
+            latest[author] = record.version
+            break
         if author in authors and author not in latest:
             raise VolumeError(f"no version by {author!r} can be read; the server's log says why")
-    return latest, masks
+    return latest, masks, passed_over
