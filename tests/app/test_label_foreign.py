@@ -110,3 +110,39 @@ def test_an_older_version_with_the_time_of_its_mask_is_undone_with_a_warning(
     assert listed(running)["final"] == 2
     assert (final(running) == blocks(v1=(2, 4))).all()
     assert "version_1 with the time of its mask" in caplog.text
+
+
+@pytest.mark.parametrize("tag", ["final", "version_3"])
+def test_a_mask_that_may_not_be_read_goes_with_its_image(
+    running: Running, monkeypatch: pytest.MonkeyPatch, tag: str
+) -> None:
+    """Else it would be the label of another image that gets the id."""
+    placed = running.studies / "labels" / tag / "case_a.nii.gz"
+    placed.parent.mkdir(exist_ok=True)
+    settle(write(placed, blocks(v1=(2, 4))))
+    content = placed.read_bytes()
+    with monkeypatch.context() as patch:
+        unreadable(patch, placed)
+        assert running.client.delete("/datastore", params={"id": "case_a"}).status_code == 200
+    assert not placed.exists()
+    assert content in [path.read_bytes() for path in (running.studies / ".trash" / "case_a").iterdir()]
+
+
+def test_a_final_that_is_written_while_it_is_hashed_waits(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = write(running.studies / "labels" / "final" / "case_a.nii.gz", blocks(v1=(2, 4)))
+    settle(placed)
+    whole, checksum = placed.read_bytes(), versioned_store.file_sha256
+
+    def overtaken(path: Path) -> str:
+        found = checksum(path)
+        if Path(path) == placed:
+            placed.write_bytes(whole[:20])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versioned_store, "file_sha256", overtaken)
+        assert listed(running)["versions"] == []
+    placed.write_bytes(whole)
+    settle(placed)
+    (version,) = listed(running)["versions"]
+    assert version["structures"]

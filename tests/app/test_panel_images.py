@@ -290,3 +290,42 @@ def test_the_oldest_steps_go_when_they_take_much(node: str) -> None:
     """
     # A changed voxel takes 6 bytes: 6, 6 and 12.
     assert _told(node, script) == [["1100", "1000", "0000"], ["1100", "1000"], ["1100"]]
+
+
+def test_what_needs_saving_and_whose_vote_it_is(node: str) -> None:
+    """A consensus that was cleared and put back is still one; a label map made anew is not the one that was saved."""
+    script = f"""
+        const element = () => ({{
+            append() {{}}, replaceChildren() {{}}, addEventListener() {{}}, setAttribute() {{}},
+            querySelectorAll: () => [], dataset: {{}}, style: {{}},
+        }});
+        globalThis.document = {{ createElement: element }};
+        globalThis.localStorage = globalThis.sessionStorage = {{ getItem: () => "ann", setItem() {{}} }};
+        globalThis.location = {{ pathname: "", search: "", href: "http://here/" }};
+        const {{ Labels }} = await import("{(PANEL / "labels.js").as_uri()}");
+        const work = {{ busy: () => false, onChange() {{}}, say() {{}} }};
+        const labels = new Labels({{ image: () => one, shows: () => true, work, segment: {{ forget() {{}} }} }});
+        const told = [];
+        const put = (text) => {{
+            labelmap.put(mask(text));
+            labels.changed(one);
+            told.push([text, labels.unsaved().length, labels.consensusOn.has(one.series)]);
+        }};
+        put("1100");
+        labels.saved(one);
+        labels.markConsensus(one, {{ versions: [1, 2], source: "consensus-majority" }});
+        for (const text of ["1100", "0000", "1100", "1000", "1100"]) put(text);
+        labels.saved(one);
+        labels.forget(one); // back to the list, opened again
+        put("1100");
+        console.log(JSON.stringify(told));
+    """
+    assert _told(node, script) == [
+        ["1100", 1, False],
+        ["1100", 0, True],
+        ["0000", 0, True],
+        ["1100", 0, True],
+        ["1000", 1, False],
+        ["1100", 1, False],
+        ["1100", 1, False],
+    ]

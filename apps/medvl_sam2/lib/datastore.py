@@ -36,10 +36,11 @@ from lib.label_versions import (
     now,
     text_of,
     version_number,
+    version_tag,
     whole_review,
 )
 from lib.result_writing import file_called, http_errors
-from lib.version_files import stage
+from lib.version_files import masks_of, stage
 from lib.versioned_store import FINAL, VersionedStore
 from medvl_sam2.datasets.stored_texts import image_folder
 from medvl_sam2.errors import PromptError
@@ -288,6 +289,9 @@ class GuardedStore(VersionedStore):
                 if path.is_file():
                     self._files.discard(image_id, tag, path)
                 del obj.labels[tag]
+            for tag in (FINAL, *map(version_tag, self._files.numbers())):  # what could not be read was not taken over
+                for path in masks_of(image_id, Path(self._datastore.label_path(tag))):
+                    self._files.discard(image_id, tag, path)
             for kept, name in (
                 (image_folder(self.folder, image_id), "texts"),
                 (self.folder / ".history" / FINAL / image_id, "history"),

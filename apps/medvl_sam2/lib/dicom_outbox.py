@@ -12,6 +12,7 @@ import requests
 from pydicom.dataset import Dataset
 
 from lib.dicom_objects import is_uid
+from lib.result_writing import reason_of
 from medvl_sam2.files import atomic_writer
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Outbox:
             return f"the DICOMweb server did not take it: {error}"
         except Exception as error:  # whatever a server answers, the label is kept and the object waits
             logger.exception("DICOM object %s cannot be sent", file.stem)
-            return f"the DICOMweb server's answer was not understood: {type(error).__name__}: {error}"
+            return f"the DICOMweb server's answer was not understood: {reason_of(error)}"
         reasons = [str(item.get("FailureReason", "unknown")) for item in reply.get("FailedSOPSequence") or ()]
         refused = next((reason for reason in reasons if reason != _DUPLICATE), None)
         return None if refused is None else f"the DICOMweb server refused it with failure reason {refused}"

@@ -224,8 +224,8 @@ class VersionedStore(IndexedStore):
     def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
         """Make the next version of a mask placed far up, and move its file to the trash.
 
-        No version is made of the label as it is, nor of a mask that a label overtook, submitted here while it waited:
-        the next number would make it the newest. Masks of other programs overtake none.
+        No version is made of the label as it is, nor of a mask that a label overtook, submitted here or stored on the
+        DICOM server while it waited: the next number would make it the newest. Other masks found here overtake none.
         """
         newest, stat = self._files.newest(image_id), path.stat()
         versions = reversed(self._files.versions(image_id))
@@ -267,9 +267,10 @@ class VersionedStore(IndexedStore):
                         "%s may not have been whole when its place was taken; what was written lies in %s", path, kept
                     )
 
-    def _foreign_finals(self, image_id: str, strays: Mapping[Path, os.stat_result]) -> dict[Path, str | None]:
+    def _foreign_finals(self, image_id: str, strays: dict[Path, os.stat_result]) -> dict[Path, str | None]:
         """Those of the ``strays`` that another program put there, oldest first, with their checksums.
 
+        ``strays`` get the state after that was taken: a program may begin to write meanwhile.
         Their content is no version's, or that of an older one, which somebody put back; it has no checksum where this
         process may not read it. The store's own copy of an older one, left where a save was cut off, has the time of
         its mask as well.
@@ -280,6 +281,7 @@ class VersionedStore(IndexedStore):
         for path, stat in sorted(strays.items(), key=lambda stray: stray[1].st_mtime):
             with _unless_gone(path):
                 checksum = _checksum_of(path)
+                strays[path] = path.stat()
                 same = [version for version in versions if version.checksum == checksum]
                 if any(version.draft or (version == newest and not version.withdrawn) for version in same):
                     continue

@@ -95,9 +95,9 @@ export class Labels {
   }
 
   edited(image) {
-    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
     // An empty label map, as the viewer has made it, is nothing to save.
     if (!this.changes.has(image.series) && labelmap.isEmpty(image)) return;
+    this.consensusOn.delete(image.series); // edited by hand it is the annotator's own
     this.edits += 1;
     this.changes.set(image.series, { image, edits: this.edits });
     this.#buttons();
@@ -128,6 +128,11 @@ export class Labels {
 
   forgetChanges() {
     this.changes.clear();
+  }
+
+  /** The viewer made the label map of an image anew. */
+  forget(image) {
+    for (const known of [this.changes, this.prints, this.consensusOn]) known.delete(image.series);
   }
 
   async store(status, image = this.panel.image()) {
@@ -248,7 +253,8 @@ export class Labels {
     const newest = [...versions].sort((a, b) => b.version - a.version);
     const items = newest.map((version) => this.#version(image, version));
     replace(this.history, ...(items.length ? items : [make("li", { class: "hint" }, none)]));
-    this.agree.hidden = this.consensus.show.hidden = new Set(versions.map((version) => version.author)).size < 2;
+    const authors = new Set(versions.map((version) => version.author).filter(Boolean));
+    this.agree.hidden = this.consensus.show.hidden = authors.size < 2;
     this.#buttons();
   }
 

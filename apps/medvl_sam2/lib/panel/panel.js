@@ -222,6 +222,11 @@ class Panel {
     const answer = await this.ask("Unsaved changes", text, ["Save first", "Without saving", "Stay"]);
     if (answer !== "Save first") return answer !== "Stay";
     for (const image of masks) if (!(await this.labels.store("draft", image))) return false;
+    const again = this.labels.unsaved().filter((image) => masks.some((one) => one.series === image.series));
+    if (again.length) {
+      this.work.complain(`The masks of ${named(again)} were changed while they were saved; save them again`);
+      return false;
+    }
     return !texts.length || this.texts.storeAll();
   }
 
@@ -303,7 +308,10 @@ class Panel {
       this.#leaveImage();
       return;
     }
-    if (await labelmap.ensure(image, this.names())) this.segment.forget(image);
+    if (await labelmap.ensure(image, this.names())) {
+      this.segment.forget(image);
+      this.labels.forget(image);
+    }
     const other = image.series !== this.shown?.series;
     if (other) this.#leaveImage();
     this.shown = image;

@@ -39,8 +39,9 @@ export class Prompts {
   /** Begin anew on a mask that no prompt of ours made: another model's, or one edited by hand, which is a step too. */
   startFrom(mask) {
     Object.assign(this, NOTHING, { start: mask });
-    if (this.past.length) this.answered();
-    else this.base = mask;
+    if (this.past.length) return this.answered();
+    this.base = mask;
+    this.future = []; // those steps began on another mask
   }
 
   /** As `medvl_interactive` takes them: what stands, or what a step to go to holds. */

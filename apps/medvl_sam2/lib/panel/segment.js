@@ -38,10 +38,7 @@ export class Segment {
       onMiss: () => panel.work.complain("That place is outside the image; click on it"),
     });
     this.#build();
-    onTool(
-      () => panel.image(),
-      (tool) => this.#toolTaken(tool),
-    );
+    onTool(() => panel.image(), (tool) => this.#toolTaken(tool));
     panel.work.onChange(() => this.#buttons());
   }
 
@@ -219,15 +216,20 @@ export class Segment {
     return [AS_WORDS_SAY, this.named].includes(this.target.value);
   }
 
+  /** Whether a structure is locked, which is said then. */
+  #isProtected(image, name) {
+    const locked = labelmap.structures(image).some((item) => item.name === name && item.locked);
+    if (locked) this.panel.work.complain(`${spoken(name)} is protected; open its lock to change it`);
+    return locked;
+  }
+
   /** Change the prompts of the chosen structure and ask for its mask; while one is asked for, after it. */
   async place(change) {
     const image = this.panel.image();
     if (!image || !(this.target.value || this.choose(ANYTHING))) return;
     this.named = null;
     const name = this.target.value;
-    if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
-      return this.panel.work.complain(`${spoken(name)} is protected; open its lock to change it`);
-    }
+    if (this.#isProtected(image, name)) return;
     if (this.panel.work.busy(KIND) && !this.asking) {
       return this.panel.work.complain("Nothing was placed: wait until the masks are here");
     }
@@ -334,6 +336,7 @@ export class Segment {
     if (!prompts?.[direction === "undo" ? "canUndo" : "canRedo"]) {
       return this.panel.work.complain("The masks were changed since the last step; undo that first");
     }
+    if (this.#isProtected(image, name)) return;
     const before = this.#standing(image, name);
     if (before !== (prompts.fingerprint ?? "")) {
       return this.panel.work.complain(`${spoken(name)} was changed by hand since; undo that with the viewer's own tools`);
@@ -370,11 +373,7 @@ export class Segment {
 
   clearPrompts() {
     const [image, name] = [this.panel.image(), this.target.value];
-    if (!image) return;
-    if (labelmap.structures(image).some((item) => item.name === name && item.locked)) {
-      this.panel.work.complain(`${spoken(name)} is protected; open its lock to clear it`);
-      return;
-    }
+    if (!image || this.#isProtected(image, name)) return;
     this.steps.paste(image, new Uint8Array(labelmap.voxels(image).length), { 1: name }, [], true);
     this.refresh();
   }
