@@ -166,3 +166,26 @@ def test_a_history_that_comes_late(site: Site, viewer: Viewer, both: tuple[Study
     assert viewer.labelmap()[0][1, 1, 1]
     assert not viewer.labelmap()[0][2, 2, 2]
     assert {item["name"] for item in _stored(site, first)[0]["structures"]} == {"liver"}
+
+
+def test_what_is_painted_while_it_is_saved_stays(site: Site, viewer: Viewer, both: tuple[Study, Study]) -> None:
+    """*Save first* leaves no study whose masks changed after they were sent."""
+    _, second = both
+    masks = f"medvl-{second.series}"
+    viewer.paint("spleen", [4, 4, 4], masks)
+    held: list[Route] = []
+    address = _on_list(viewer, second, held.append)
+    viewer.page.locator('[data-cy="return-to-work-list"]').click()
+    viewer.panel.get_by_role("button", name="Save first").click()
+    viewer.until(lambda: len(held) == 1)
+    viewer.paint("spleen", [5, 5, 5], masks)
+    held[0].continue_()
+    viewer.page.unroute(address)
+    viewer.wait()
+    assert "changed while they were saved" in viewer.alert
+    assert viewer.labelmap(masks)[0][5, 5, 5]
+    viewer.press("Save")
+    viewer.page.locator('[data-cy="return-to-work-list"]').click()
+    viewer.page.locator(f'[data-cy="studyRow-{second.study}"]').wait_for()
+    voxels = [sum(item["voxels"] for item in version["structures"]) for version in _stored(site, second)]
+    assert voxels == [1, 2, 3, 4]
