@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 
 import lib.server
 from app.conftest import AFFINE, SHAPE, Running
+from app.small_server import serving
 from lib.api import dicomweb_server, proxy
 from lib.api.dicomweb_server import Watch, resource_url
 
@@ -102,17 +103,11 @@ class _DicomServer(BaseHTTPRequestHandler):
 def dicom_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)
     monkeypatch.setattr(_DicomServer, "slow", _Slow())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _DicomServer)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/dicom-web"
-    finally:
-        _DicomServer.slow.go_on.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(_DicomServer) as address:
+        try:
+            yield f"{address}/dicom-web"
+        finally:
+            _DicomServer.slow.go_on.set()
 
 
 @pytest.fixture
