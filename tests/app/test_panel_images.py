@@ -68,12 +68,13 @@ def test_words_that_find_no_room_say_so(node: str) -> None:
 
 
 def test_any_change_of_voxels_is_seen(node: str) -> None:
+    begin = f'import {{ printOf }} from "{(PANEL / "prompts.js").as_uri()}";'
     script = """
-        const print = (text) => labelmap.printOf(mask(text));
+        const print = (text) => printOf(mask(text));
         const all = ["0000", "1000", "0100", "0001", "2000", "0110", "1001", "1100", "0200"];
         console.log(JSON.stringify([new Set(all.map(print)).size, all.length, print("1100") === print("1100")]));
     """
-    different, all_of_them, same = _told(node, script)
+    different, all_of_them, same = _told(node, begin + script)
     assert different == all_of_them
     assert same
 

@@ -6,6 +6,7 @@ import { Consensus } from "./consensus.js";
 import { button, clock, counted, make, replace, spoken } from "./dom.js";
 import * as labelmap from "./labelmap.js";
 import { readNrrd, writeNrrd } from "./nrrd.js";
+import { printOf } from "./prompts.js";
 import { gridOf } from "./viewer.js";
 
 const KIND = "label";
@@ -91,7 +92,7 @@ export class Labels {
 
   #needsNoSaving(image) {
     const print = this.prints.get(image.series);
-    return print !== undefined && print === labelmap.printOf(labelmap.voxels(image));
+    return print !== undefined && print === printOf(labelmap.voxels(image));
   }
 
   edited(image) {
@@ -115,7 +116,7 @@ export class Labels {
 
   /** These voxels, or those on screen, need no saving. */
   saved(image, voxels = labelmap.voxels(image)) {
-    this.prints.set(image.series, labelmap.printOf(voxels));
+    this.prints.set(image.series, printOf(voxels));
     this.changes.delete(image.series);
     this.#buttons();
   }
@@ -171,7 +172,7 @@ export class Labels {
   /** Whether nothing was painted since `state`, when these were the voxels; the viewer may have shown them again. */
   #isStill(image, state, voxels) {
     if (this.stateOf(image) === state) return true;
-    return labelmap.holds(image) && labelmap.printOf(labelmap.voxels(image)) === labelmap.printOf(voxels);
+    return labelmap.holds(image) && printOf(labelmap.voxels(image)) === printOf(voxels);
   }
 
   /** A version was stored, which `said` says, also when the list it stands in cannot be read. */

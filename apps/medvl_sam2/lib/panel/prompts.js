@@ -143,3 +143,6 @@ export function fingerprints(voxels) {
   }
   return Array.from(counts, (count, value) => (count ? `${count}:${mixes[value]}` : ""));
 }
+
+/** Text that tells the voxels of a whole label map from any others; 0.2 s for 512 x 512 x 300. */
+export const printOf = (voxels) => fingerprints(voxels).join();
