@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +26,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from lib.dicom_attempt import Attempt
 from lib.label_upload import CheckedLabel, check_label, is_raw
 from lib.label_versions import (
     LabelVersion,
@@ -40,6 +41,7 @@ from lib.label_versions import (
     whole_review,
 )
 from lib.result_writing import file_called, http_errors
+from lib.text_versions import TextVersion
 from lib.version_files import masks_of, stage
 from lib.versioned_store import FINAL, VersionedStore
 from medvl_sam2.datasets.stored_texts import image_folder
@@ -77,6 +79,10 @@ class GuardedStore(VersionedStore):
     def may_have(self, image_id: str) -> bool:
         """Whether ``image_id`` is an image; nothing is fetched for it."""
         return bool(self.get_image_uri(image_id))
+
+    def report_notes(self, image_id: str, texts: Sequence[TextVersion]) -> list[Attempt]:
+        """What became of each text of an image as DICOM SR; a folder sends nothing."""
+        return [Attempt(text.sr or {}) for text in texts]
 
     # --- labels -----------------------------------------------------------------------------------------------------
 

@@ -209,19 +209,20 @@ class VersionedStore(IndexedStore):
                 if settled and (wait := settles_in(stat)):
                     self._look_again(image_id, wait)
                     continue
-                if _checksum_of(path) is None:
+                checksum = _checksum_of(path)
+                if checksum is None:
                     continue
                 label = labels.get(version_tag(number))
                 info = label.info if label else {}
                 if number <= MAX_WANTED:
                     self._take_over(image_id, path, number, info, "found", stat.st_mtime)
                 else:
-                    self._adopt_far_up(image_id, path, number, info)
+                    self._adopt_far_up(image_id, path, number, info, checksum)
                     labels.pop(version_tag(number), None)
                 changed = True
         return changed
 
-    def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any]) -> None:
+    def _adopt_far_up(self, image_id: str, path: Path, number: int, info: Mapping[str, Any], checksum: str) -> None:
         """Make the next version of a mask placed far up, and move its file to the trash.
 
         No version is made of the label as it is, nor of a mask that a label overtook, submitted here or stored on the
@@ -231,7 +232,7 @@ class VersionedStore(IndexedStore):
         versions = reversed(self._files.versions(image_id))
         sent = next((version for version in versions if not version.draft and version.source not in ADOPTED), None)
         # An older version, in turn, was put back on purpose.
-        known = newest is not None and not newest.withdrawn and newest.checksum == file_sha256(path)
+        known = newest is not None and not newest.withdrawn and newest.checksum == checksum
         counts_from = datetime.fromisoformat(sent.submitted or sent.time).timestamp() if sent is not None else 0.0
         overtaken = stat.st_ctime < counts_from  # when it was put there; copies may keep the time of their content
         if not known and not overtaken:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,6 @@ from monailabel.interfaces.utils.app import app_instance
 from pydantic import BaseModel, Field
 
 from lib.api.access import AsAnnotator, AsUser, author_of
-from lib.dicom_attempt import Attempt
 from lib.dicomweb_session import briefly
 from lib.request_parsing import MAX_TEXT, Client
 from lib.result_writing import http_errors, write_label_map
@@ -208,11 +207,12 @@ def list_texts(image: ImageId, user: AsUser) -> TextList:
     _check_image(app, image)
     with http_errors(f"Reading the texts of {image!r}"):
         texts = _versions(app).of(image)
+    outcomes = app.datastore().report_notes(image, texts)
     return TextList(
         image=image,
         versions=[
             TextRecord(**{**vars(text), **_shown_sr(outcome.note, outcome.failed)})
-            for text, outcome in zip(texts, _outcomes(app.datastore(), image, texts), strict=True)
+            for text, outcome in zip(texts, outcomes, strict=True)
         ],
     )
 
@@ -240,12 +240,6 @@ def _check_image(app: Any, image: str) -> None:
 
 def _no_image(image: str) -> HTTPException:
     return HTTPException(404, f"image {image!r} is not in the datastore; refresh the list of images")
-
-
-def _outcomes(datastore: Any, image: str, texts: Sequence[TextVersion]) -> list[Attempt]:
-    if hasattr(datastore, "report_notes"):
-        return list(datastore.report_notes(image, texts))
-    return [Attempt(text.sr or {}) for text in texts]  # a folder sends nothing
 
 
 def _versions(app: Any) -> TextVersions:
