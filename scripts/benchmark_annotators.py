@@ -22,7 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_latency import generated_volume, summary
-from local_server import OwnServer, own_server, said
+from local_server import OwnServer, computing_of, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -142,7 +142,7 @@ def measure(server: OwnServer, folder: Path, options: argparse.Namespace) -> dic
                 "first_s": summary([result.seconds[0] for result in done]),
                 "next_s": summary([value for result in done for value in result.seconds[1:]]),
             }
-    record["computing"] = server.computing()
+    record["computing"] = computing_of(server.address)
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 

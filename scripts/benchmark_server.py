@@ -25,7 +25,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_latency import add_click_options, click_series, named_volumes, summary
-from local_server import OwnServer, own_server, said
+from local_server import OwnServer, computing_of, own_server, said
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 from tqdm import tqdm
 
@@ -189,7 +189,7 @@ def measure(server: OwnServer, folder: Path, volumes: list[tuple[str, Volume]], 
         seconds, waits = under_load(server, lambda: counted.append(work()))
         record["info_back_to_back_s"] = summary(waits)
         record["back_to_back"] = {"seconds": seconds, "inferences": counted[0]}
-    record["computing"] = server.computing()
+    record["computing"] = computing_of(server.address)
     record["peak_memory_mib"] = server.peak_memory_mib()
     return record
 

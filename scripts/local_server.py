@@ -31,10 +31,6 @@ class OwnServer:
     address: str
     process: int
 
-    def computing(self) -> dict[str, Any]:
-        """:func:`computing_of` this server."""
-        return computing_of(self.address)
-
     def peak_memory_mib(self) -> float:
         """Peak resident memory of the server process in MiB (Linux)."""
         status = Path(f"/proc/{self.process}/status").read_text(encoding="utf-8")

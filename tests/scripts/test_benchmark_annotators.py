@@ -55,13 +55,14 @@ def test_masks_are_compared_with_a_lone_annotators(
 ) -> None:
     @contextmanager
     def server(_: Path):  # type: ignore[no-untyped-def]
-        computing = {"model_version": "demo", "device": "cpu", "precision": "float32"}
-        yield SimpleNamespace(address="nowhere", peak_memory_mib=lambda: 100.0, computing=lambda: computing)
+        yield SimpleNamespace(address="nowhere", peak_memory_mib=lambda: 100.0)
 
     monkeypatch.setattr(Client, "folder", tmp_path, raising=False)
     monkeypatch.setattr(Client, "mixed", mixed)
     monkeypatch.setattr(script, "MONAILabelClient", Client)
     monkeypatch.setattr(script, "own_server", server)
+    computing = {"model_version": "demo", "device": "cpu", "precision": "float32"}
+    monkeypatch.setattr(script, "computing_of", {"nowhere": computing}.__getitem__)
     figures = tmp_path / "figures.json"
     assert script.main([*ARGUMENTS, "--json", str(figures)]) == int(mixed)
     record = json.loads(figures.read_text())
